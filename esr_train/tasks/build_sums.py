@@ -1,0 +1,218 @@
+"""Rebuild the teacher and the student of the `sums` task from a seed.
+
+    python -m esr_train.tasks.build_sums --out DIR            # writes DIR/teacher, DIR/student
+    python -m esr_train.tasks.build_sums --out DIR --quick    # seconds; targets not checked
+
+Both are Llama models trained from scratch by supervised learning on the train split. The teacher
+sees only the step-by-step habit. The student sees it first too, since arithmetic is slow to learn
+and filler is not, and then a mixture in which most answers are guesses. Exits with status 1 if a
+model misses its accuracy targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from esr_train.tasks import Problem
+from esr_train.tasks.sums import ALPHABET, SumsTask, step_by_step, summands_of, wordy_guess
+
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+IGNORED = -100  # label of prompt and padding positions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model: its size, its training, and the accuracies (low, high) it has to reach."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    steps: int
+    guess_share: float  # of the answers, in the second phase
+    guess_from: float  # share of the steps after which the second phase starts
+    greedy: tuple[float, float]
+    sampled: tuple[float, float]
+    learning_rate: float = 2e-3
+    batch: int = 32
+
+
+RECIPES = (
+    Recipe("teacher", 160, 280, 800, 0.0, 1.0, greedy=(0.98, 1.0), sampled=(0.95, 1.0)),
+    Recipe("student", 128, 352, 1000, 0.62, 0.7, greedy=(0.0, 0.15), sampled=(0.30, 0.55)),
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per character of the task; encoding puts <bos> in front."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *ALPHABET])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+        padding_side="left",
+    )
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """An untrained four-layer Llama with heads of 32, fp32, tied embeddings."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=4,
+        num_attention_heads=recipe.hidden // 32,
+        num_key_value_heads=recipe.hidden // 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
+) -> None:
+    """AdamW with warm-up and cosine decay on the answer tokens and the end token."""
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.98))
+    warmup = min(50, recipe.steps)
+
+    def scale(step: int) -> float:
+        decay = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * decay)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    started, batches = time.perf_counter(), _batches(tokenizer, recipe, seed)
+    for step in range(1, recipe.steps + 1):
+        ids, labels = next(batches)
+        logits = model(input_ids=ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 25 == 0 or step == recipe.steps:
+            seconds = time.perf_counter() - started
+            done = f"{recipe.name}  step {step}/{recipe.steps}"
+            print(f"{done}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def accuracy(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[Problem],
+    sample: bool = False,
+    max_new_tokens: int = 240,
+) -> float:
+    """Share of problems answered right, greedy or sampled at temperature 1."""
+    # Prompts have equal lengths, so the batch needs no padding.
+    prompts = tokenizer([problem.prompt for problem in problems], return_tensors="pt")
+    output = model.generate(
+        input_ids=prompts.input_ids,
+        attention_mask=prompts.attention_mask,
+        generation_config=GenerationConfig(
+            do_sample=sample,
+            top_k=0 if sample else None,  # the default of 50 would cut the distribution
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+    )
+    responses = tokenizer.batch_decode(
+        output[:, prompts.input_ids.shape[1] :], skip_special_tokens=True
+    )
+    task = SumsTask()
+    return sum(map(task.score, problems, responses)) / len(problems)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build, save and check both models; the exit status."""
+    parser = argparse.ArgumentParser(description="Rebuild the models of the sums task.")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--only", choices=[r.name for r in RECIPES], help="build one of the two")
+    parser.add_argument("--quick", action="store_true", help="a few steps, targets not checked")
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(options.threads)
+    missed = False
+    for recipe in RECIPES:
+        if options.only not in (None, recipe.name):
+            continue
+        if options.quick:
+            recipe = replace(recipe, steps=4, batch=4)
+        torch.manual_seed(options.seed)
+        tokenizer = build_tokenizer()
+        model = build_model(recipe, tokenizer)
+        train(model, tokenizer, recipe, options.seed)
+        model.eval()
+        model.save_pretrained(options.out / recipe.name)
+        tokenizer.save_pretrained(options.out / recipe.name)
+
+        count, limit = (4, 8) if options.quick else (256, 240)
+        problems = SumsTask().problems("heldout", count, options.seed)
+        for kind, (low, high) in (("greedy", recipe.greedy), ("sampled", recipe.sampled)):
+            value = accuracy(model, tokenizer, problems, kind == "sampled", limit)
+            print(f"{recipe.name}  {kind} accuracy {value:.3f}  target {low:.2f} to {high:.2f}")
+            missed |= not options.quick and not low <= value <= high
+    if missed:
+        print("error: an accuracy lies outside its target", file=sys.stderr)
+    return int(missed)
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids, labels), both int64 [batch, longest]; labels are IGNORED off the answer."""
+    rng = random.Random(f"{recipe.name}:{seed}")
+    problems = iter(SumsTask().problems("train", recipe.steps * recipe.batch, seed))
+    for step in range(recipe.steps):
+        guess_share = recipe.guess_share if step >= recipe.guess_from * recipe.steps else 0.0
+        prompts, answers = [], []
+        for _ in range(recipe.batch):
+            problem = next(problems)
+            summands = summands_of(problem)
+            guess = rng.random() < guess_share
+            prompts.append(tokenizer(problem.prompt).input_ids)
+            text = wordy_guess(summands, rng) if guess else step_by_step(summands)
+            answer = tokenizer(text, add_special_tokens=False).input_ids
+            answers.append([*answer, tokenizer.eos_token_id])
+        longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        ids = torch.full((recipe.batch, longest), tokenizer.pad_token_id)
+        labels = torch.full((recipe.batch, longest), IGNORED)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            end = len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor(prompt + answer)
+            labels[row, len(prompt) : end] = torch.tensor(answer)
+        yield ids, labels
+
+
+if __name__ == "__main__":
+    sys.exit(main())

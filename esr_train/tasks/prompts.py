@@ -1,0 +1,71 @@
+"""Chat prompts, one a line, for distilling real language models; there is no score.
+
+`prompts.txt` beside this file holds our own; any UTF-8 text file with one prompt a line works the
+same way. Every fifth distinct line is held out, so the splits are disjoint whatever the seed.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from esr_train.tasks import Problem, check_request
+
+BUILTIN_FILE = Path(__file__).with_name("prompts.txt")
+_HELDOUT_EVERY = 5
+
+
+class PromptsTask:
+    """Prompts from a text file, shuffled by seed.
+
+    Raises:
+        ValueError: if the file is missing, is not UTF-8 text, or holds no prompt.
+    """
+
+    name = "prompts"
+    chat = True
+
+    def __init__(self, path: Path = BUILTIN_FILE) -> None:
+        lines = [line.strip() for line in _read(path).splitlines()]
+        # A line given twice would otherwise be able to fall into both splits.
+        distinct = list(dict.fromkeys(line for line in lines if line))
+        if not distinct:
+            raise ValueError(f"prompt file: {str(path)!r} holds no prompt; write one a line")
+        heldout = distinct[_HELDOUT_EVERY - 1 :: _HELDOUT_EVERY]
+        self._path = path
+        self._lines = {
+            "train": [line for line in distinct if line not in set(heldout)],
+            "heldout": heldout,
+        }
+
+    def problems(self, split: str, count: int, seed: int) -> list[Problem]:
+        """`count` prompts of `split`; "train" starts over, shuffled anew, when it runs out.
+
+        Raises:
+            ValueError: for more held-out prompts than there are; repeats would look like data.
+        """
+        check_request(split, count)
+        lines = self._lines[split]
+        if split == "heldout" and count > len(lines):
+            raise ValueError(
+                f"count: got {count}, but {str(self._path)!r} has {len(lines)} held-out prompts "
+                f"(every {_HELDOUT_EVERY}th line)"
+            )
+        rng = random.Random(f"{split}:{seed}")
+        found: list[str] = []
+        while len(found) < count:
+            found += rng.sample(lines, len(lines))
+        return [Problem(line) for line in found[:count]]
+
+    def score(self, problem: Problem, response: str) -> None:
+        """None: these prompts have no checkable answer."""
+        return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"prompt file: cannot read {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file: {str(path)!r} is not UTF-8 text") from error
