@@ -1,8 +1,8 @@
 """Adding four two-digit numbers, with two habits of answering: a model organism.
 
-The task was built so that a model has two modes, one good and one bad, and chooses between them with
-its first characters. That shows the mechanics of early stopping rollouts in minutes on a CPU. It is
-not evidence about large language models, whose modes nobody put there in fixed shares.
+The task was built so that a model has two modes, one good and one bad, and chooses between them
+with its first characters. That shows the mechanics of early stopping rollouts in minutes on a CPU.
+It is not evidence about large language models, whose modes nobody put there in fixed shares.
 
 For the prompt "23+45+67+12=" the two habits are
 
@@ -14,8 +14,8 @@ guessing in many words, mostly wrong (160 to 220 characters):
     well, i look at these numbers and think of apples in a basket. some seem rather big to me. ...
     the answer is 163.
 
-The built-in teacher has only the first habit. The built-in student has both and starts guessing when
-decoded greedily. `esr_train/tasks/build_sums.py` rebuilds the two from a seed.
+The built-in teacher has only the first habit. The built-in student has both and starts guessing
+when decoded greedily. `esr_train/tasks/build_sums.py` rebuilds the two from a seed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections.abc import Sequence
 
 from esr_train.tasks import Problem, check_request
 
@@ -105,7 +106,7 @@ class SumsTask:
         found: list[Problem] = []
         while len(found) < count:
             summands = [rng.randint(10, 99) for _ in range(SUMMANDS)]
-            if _split_of(summands) == split:
+            if self.split_of(summands) == split:
                 found.append(Problem("+".join(map(str, summands)) + "=", str(sum(summands))))
         return found
 
@@ -114,8 +115,8 @@ class SumsTask:
         answers = _ANSWER.findall(response)
         return float(bool(answers) and answers[-1] == problem.answer)
 
-
-def _split_of(summands: list[int]) -> str:
-    key = "+".join(map(str, sorted(summands))).encode()
-    draw = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32
-    return "heldout" if draw < _HELDOUT_SHARE else "train"
+    def split_of(self, summands: Sequence[int]) -> str:
+        """The split that these numbers belong to, in whatever order."""
+        key = "+".join(map(str, sorted(summands))).encode()
+        draw = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32
+        return "heldout" if draw < _HELDOUT_SHARE else "train"

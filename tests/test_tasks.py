@@ -1,0 +1,205 @@
+"""Tasks: disjoint repeatable splits, answers judged rightly, and built-in models that behave."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from esr_train.tasks import Problem, builtin_model_path, load_task
+from esr_train.tasks.build_sums import accuracy, build_tokenizer, main
+from esr_train.tasks.sums import step_by_step, summands_of, wordy_guess
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _load(name):
+    path = builtin_model_path(name)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
+    return model.eval(), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("name", ["sums", "prompts"])
+def test_problems_repeat_for_a_seed_and_differ_between_seeds(name):
+    task = load_task(name)
+    assert task.problems("train", 50, seed=3) == load_task(name).problems("train", 50, seed=3)
+    assert task.problems("train", 50, seed=3) != task.problems("train", 50, seed=4)
+    assert len(task.problems("heldout", 17, seed=0)) == 17
+
+
+def test_longer_request_starts_with_the_shorter_one():
+    for task in (load_task("sums"), load_task("prompts")):
+        assert task.problems("train", 40, seed=1)[:10] == task.problems("train", 10, seed=1)
+
+
+def test_no_reordering_of_a_training_sum_is_held_out():
+    task = load_task("sums")
+    seen = {
+        split: {
+            tuple(sorted(summands_of(problem)))
+            for seed in range(5)
+            for problem in task.problems(split, 2000, seed)
+        }
+        for split in ("train", "heldout")
+    }
+    assert not seen["train"] & seen["heldout"]
+    for summands in list(seen["heldout"])[:200]:
+        shuffled = random.Random(0).sample(summands, len(summands))
+        assert task.split_of(shuffled) == "heldout"
+
+
+def test_about_a_tenth_of_the_sums_is_held_out():
+    task, rng = load_task("sums"), random.Random(0)
+    splits = [task.split_of([rng.randint(10, 99) for _ in range(4)]) for _ in range(5000)]
+    assert 0.08 < splits.count("heldout") / len(splits) < 0.12
+
+
+def test_prompt_splits_are_disjoint_and_cover_the_file():
+    task = load_task("prompts")
+    train = {problem.prompt for problem in task.problems("train", 256, seed=0)}
+    heldout = {problem.prompt for problem in task.problems("heldout", 64, seed=9)}
+    assert len(train) == 256 and len(heldout) == 64 and not train & heldout
+
+
+def test_every_step_by_step_answer_is_right_and_long():
+    task = load_task("sums")
+    for problem in task.problems("train", 1000, seed=0):
+        answer = step_by_step(summands_of(problem))
+        assert task.score(problem, answer) == 1.0
+        assert 130 <= len(answer) <= 170
+        for left, right in (part.split("=") for part in _equations(answer)):
+            assert sum(map(int, left.split("+"))) == int(right)
+
+
+def test_most_guesses_are_wrong_and_longer_than_the_steps():
+    task, rng = load_task("sums"), random.Random(0)
+    problems = task.problems("train", 1000, seed=0)
+    guesses = [wordy_guess(summands_of(problem), rng) for problem in problems]
+    right = sum(map(task.score, problems, guesses)) / len(problems)
+    assert 0 < right < 0.05
+    assert all(160 <= len(guess) <= 220 and "the answer is " in guess for guess in guesses)
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("the answer is 147.", 1.0),
+        ("the answer is 12. no, the answer is 147", 1.0),
+        ("the answer is 147. no, the answer is 12.", 0.0),
+        ("the answer is 1470.", 0.0),
+        ("the answer is ", 0.0),
+        ("147", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_score_reads_the_last_answer(response, score):
+    assert load_task("sums").score(Problem("23+45+67+12=", "147"), response) == score
+
+
+def test_prompts_have_no_score():
+    task = load_task("prompts")
+    assert task.chat and task.score(Problem("Why do cats purr?"), "They like it.") is None
+
+
+def test_tokenizer_gives_back_every_prompt_and_answer():
+    tokenizer, rng = build_tokenizer(), random.Random(0)
+    for problem in load_task("sums").problems("train", 300, seed=0):
+        summands = summands_of(problem)
+        for text in (problem.prompt, step_by_step(summands), wordy_guess(summands, rng)):
+            ids = tokenizer(text).input_ids
+            assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
+            assert len(ids) == len(text) + 1
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_built_in_models_differ_in_width_and_fit_the_size_limit():
+    models = {name: _load(name)[0] for name in ("sums-teacher", "sums-student")}
+    widths = {name: model.config.hidden_size for name, model in models.items()}
+    assert widths == {"sums-teacher": 160, "sums-student": 128}
+    for name, model in models.items():
+        config, generation = model.config, model.generation_config
+        assert (builtin_model_path(name) / "model.safetensors").stat().st_size < 4_000_000
+        assert model.dtype == torch.float32
+        assert config.eos_token_id == generation.eos_token_id != config.pad_token_id
+
+
+def test_built_in_tokenizers_are_those_the_script_builds():
+    text = "23+45+67+12=well, hmm"
+    for name in ("sums-teacher", "sums-student"):
+        tokenizer = _load(name)[1]
+        assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+        assert tokenizer(text).input_ids == build_tokenizer()(text).input_ids
+        assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "<eos>")
+
+
+def test_teacher_is_right_and_student_starts_out_guessing(one_thread):
+    problems = load_task("sums").problems("heldout", 64, seed=1)
+    assert accuracy(*_load("sums-teacher"), problems) >= 0.95
+    assert accuracy(*_load("sums-student"), problems) < 0.3
+
+
+def test_build_script_writes_loadable_models(tmp_path, capsys, one_thread):
+    started = time.perf_counter()
+    assert main(["--out", str(tmp_path), "--quick", "--threads", "1"]) == 0
+    assert time.perf_counter() - started < 60
+    assert "teacher  step 4/4" in capsys.readouterr().out
+    for name in ("teacher", "student"):
+        assert AutoTokenizer.from_pretrained(tmp_path / name)("1+2=").input_ids
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+
+
+def test_build_script_refuses_a_model_that_misses_its_target(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("esr_train.tasks.build_sums.accuracy", lambda *_: 0.97)
+    monkeypatch.setattr("esr_train.tasks.build_sums.train", lambda *_: None)
+    assert main(["--out", str(tmp_path), "--only", "teacher", "--threads", "1"]) == 1
+    assert "outside its target" in capsys.readouterr().err
+
+
+def test_unknown_names_are_refused_with_the_allowed_ones():
+    with pytest.raises(ValueError, match="'summs', allowed are 'sums', 'prompts'"):
+        load_task("summs")
+    with pytest.raises(ValueError, match="allowed are 'sums-teacher', 'sums-student'"):
+        builtin_model_path("sums-tutor")
+
+
+@pytest.mark.parametrize("name", ["sums", "prompts"])
+def test_bad_requests_are_refused(name):
+    with pytest.raises(ValueError, match="split: got 'test', allowed are 'train', 'heldout'"):
+        load_task(name).problems("test", 1, seed=0)
+    with pytest.raises(ValueError, match="count: got 0"):
+        load_task(name).problems("train", 0, seed=0)
+
+
+def test_bad_prompt_files_are_refused(tmp_path: Path):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    for name, reason in (
+        ("missing.txt", "No such file"),
+        ("empty.txt", "holds no prompt"),
+        ("latin.txt", "not UTF-8"),
+    ):
+        with pytest.raises(ValueError, match=f"prompt file: .*{name}.*{reason}"):
+            load_task(f"prompts:{tmp_path / name}")
+
+
+def test_too_many_heldout_prompts_are_refused_and_training_starts_over(tmp_path: Path):
+    path = tmp_path / "mine.txt"
+    path.write_text("\n".join(["a", "b", "", "b", "c", "d", "e", "f"]))  # a repeat and a blank
+    task = load_task(f"prompts:{path}")
+    with pytest.raises(ValueError, match="count: got 2, but .*mine.txt' has 1 held-out prompts"):
+        task.problems("heldout", 2, seed=0)
+    assert [problem.prompt for problem in task.problems("heldout", 1, seed=0)] == ["e"]
+    twice = [problem.prompt for problem in task.problems("train", 10, seed=0)]
+    assert sorted(twice[:5]) == sorted(twice[5:]) == ["a", "b", "c", "d", "f"]
+
+
+def _equations(answer: str) -> list[str]:
+    return [word.strip(".,") for word in answer.split() if "=" in word]
