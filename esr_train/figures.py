@@ -25,7 +25,9 @@ _LINE_STYLES = ("-", "--", ":", "-.")
 # One hue in three lightnesses: distinct in grey print, and not mistaken for an arm.
 _PHASE_COLOURS = {"rollout": "#3B4A6B", "teacher": "#7F93B8", "student": "#C6D0E3"}
 _QUIET = "#6B6B6B"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
+    # Names and metrics are shown as they are; a dollar sign starts no formula.
+    "text.parse_math": False,
     "font.size": 9.5,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
@@ -50,6 +52,11 @@ _AXES = {
     "tokens": ("tokens", "generated tokens"),
     "steps": ("step", "optimizer steps"),
 }
+
+
+def _window(run: Run) -> int:
+    """Steps of the running mean over a training curve: a fortieth of the run."""
+    return max(1, max(arm.steps for arm in run.arms) // 40)
 
 
 @dataclass(frozen=True)
@@ -114,12 +121,16 @@ def _curve(rows: list[dict[str, Any]], x: tuple[str, ...], y: tuple[str, ...]) -
     return np.array(xs, dtype=float), np.array(ys, dtype=float)
 
 
-def _smooth(curve: Curve, window: int) -> Curve:
-    """Centred running mean; narrower at the ends, so that no point is lost or pulled to 0."""
-    xs, ys = curve
+def _training_curve(key: str, window: int) -> Callable[[Seed], Curve]:
+    """A quantity of metrics.jsonl by step; centred running mean, narrower at the ends."""
     half = window // 2
-    means = [ys[max(0, i - half) : i + half + 1].mean() for i in range(len(ys))]
-    return xs, np.array(means)
+
+    def curve_of(seed: Seed) -> Curve:
+        xs, ys = _curve(seed.metrics, ("step",), (key,))
+        means = [ys[max(0, i - half) : i + half + 1].mean() for i in range(len(ys))]
+        return xs, np.array(means)
+
+    return curve_of
 
 
 def _colour(run: Run, arm: Arm) -> tuple[str, str]:
@@ -128,11 +139,6 @@ def _colour(run: Run, arm: Arm) -> tuple[str, str]:
         return _BASELINE_COLOUR, "-"
     turn, place = divmod(index, len(_ARM_COLOURS))
     return _ARM_COLOURS[place], _LINE_STYLES[turn % len(_LINE_STYLES)]
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib shows as it is: a dollar sign would start a formula."""
-    return text.replace("$", r"\$")
 
 
 def label(name: str) -> str:
@@ -158,7 +164,7 @@ def _legend(figure: Any, handles: dict[str, Any]) -> None:
     """Legend above the axes; the handles in the order of the arms."""
     figure.legend(
         list(handles.values()),
-        [_plain(name) for name in handles],
+        [name for name in handles],
         loc="outside upper left",
         ncols=min(len(handles), 6),
         columnspacing=1.4,
@@ -196,7 +202,7 @@ def _stretch(axis: Any, values: list[float], wanted: bool) -> bool:
         return False
     from matplotlib.ticker import LogLocator
 
-    # The linear piece from 0 to the power of ten below the first point holds no data but step 0.
+    # Below the first power of ten lies no data but the evaluation before training.
     start = 10.0 ** math.floor(math.log10(min(positive)))
     axis.set_xscale("symlog", linthresh=start, linscale=0.25)
     axis.set_xlim(left=0)
@@ -204,20 +210,15 @@ def _stretch(axis: Any, values: list[float], wanted: bool) -> bool:
     return True
 
 
-def _tidy_ticks(axis: Any, logarithmic: bool) -> None:
-    from matplotlib.ticker import EngFormatter
-
-    if not logarithmic:
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
 def _draw_curves(run: Run, axis: Any, metric: str, against: str) -> tuple[dict[str, Any], bool]:
     """One evaluation metric against one of _AXES."""
+    from matplotlib.ticker import EngFormatter
+
     x, x_label = _AXES[against]
     lines, seen = _draw_arms(run, axis, lambda seed: _curve(seed.evals, (x,), ("metrics", metric)))
     logarithmic = _stretch(axis, seen, wanted=against == "tokens")
     if against == "tokens":
-        _tidy_ticks(axis, logarithmic)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_xlabel(x_label + (" (log scale)" if logarithmic else ""))
     return lines, logarithmic
 
@@ -239,7 +240,7 @@ def _draw_metric(run: Run, against: str, folder: Path) -> Picture | None:
         fontsize=8.5,
         color=_QUIET,
     )
-    axis.set_ylabel(_plain(label(run.metric)))
+    axis.set_ylabel(label(run.metric))
     _legend(figure, lines)
     path = _save(figure, folder / f"metric_{against}.png")
     caption = f"Line: mean over seeds; band: lowest to highest seed. {_GRID_NOTE[against]}"
@@ -256,21 +257,19 @@ _INTERPOLATED = (
 _GRID_NOTE = {
     "seconds": _INTERPOLATED + " Only timed phases count; evaluation does not.",
     "tokens": _INTERPOLATED,
-    "steps": "Evaluations fall on the same steps in every arm, so nothing is interpolated.",
+    "steps": "Seeds are evaluated at the same steps, so nothing is interpolated.",
 }
 
 
 def _draw_divergence(run: Run, folder: Path) -> Picture | None:
-    window = max(1, max(arm.last_step for arm in run.arms) // 40)
     figure, (axis,) = _figure(800, 330)
-    lines, _ = _draw_arms(
-        run, axis, lambda seed: _smooth(_curve(seed.metrics, ("step",), ("divergence",)), window)
-    )
+    lines, _ = _draw_arms(run, axis, _training_curve("divergence", _window(run)))
     if not lines:
         return None
     low, high = _limits(lines)
     if low > 0 and high / low > _LOG_RANGE:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
     else:
         axis.set_ylim(bottom=min(0.0, low))
     axis.set_xlim(left=0)
@@ -279,10 +278,9 @@ def _draw_divergence(run: Run, folder: Path) -> Picture | None:
     _legend(figure, lines)
     caption = (
         "The training loss per trained token. Arms average over different positions of a "
-        "response (the first N tokens against all of them), so compare shapes, not levels."
+        "response (the first N tokens against all of them), so compare shapes, not levels. "
+        f"Running mean over {_window(run)} steps."
     )
-    if window > 1:
-        caption += f" Running mean over {window} steps."
     path = _save(figure, folder / "divergence.png")
     return Picture(path, "Divergence between student and teacher", caption, True)
 
@@ -299,13 +297,8 @@ def _draw_length(run: Run, folder: Path) -> Picture | None:
     )
     figure, axes = _figure(800, 320, columns=2)
     handles: dict[str, Any] = {}
-    window = max(1, max(arm.last_step for arm in run.arms) // 40)
     for axis, (key, y_label) in zip(axes, panels, strict=True):
-        lines, _ = _draw_arms(
-            run,
-            axis,
-            lambda seed, key=key: _smooth(_curve(seed.metrics, ("step",), (key,)), window),
-        )
+        lines, _ = _draw_arms(run, axis, _training_curve(key, _window(run)))
         handles |= lines
         axis.set_xlim(left=0)
         axis.set_xlabel("optimizer steps")
@@ -317,10 +310,9 @@ def _draw_length(run: Run, folder: Path) -> Picture | None:
     _legend(figure, {arm.name: handles[arm.name] for arm in run.arms if arm.name in handles})
     caption = (
         "Training rollouts; an early-stopping arm cannot be longer than its window, "
-        "and what it cuts did not end by EOS."
+        "and what it cuts did not end by EOS. "
+        f"Running mean over {_window(run)} steps."
     )
-    if window > 1:
-        caption += f" Running mean over {window} steps."
     path = _save(figure, folder / "length_eos.png")
     return Picture(path, "Response length and EOS rate in training", caption, True)
 
@@ -344,7 +336,7 @@ def _draw_seconds(run: Run, summaries: list[ArmSummary], folder: Path) -> Pictur
             left += width
         text = f"{item.seconds_per_step:.3g} s"
         if item.name != run.baseline.name and not math.isnan(item.speedup_per_step):
-            text += f" (full / this: {item.speedup_per_step:.1f})"
+            text += f" ({run.baseline.name} takes {item.speedup_per_step:.1f} times as long)"
         axis.annotate(text, (left, place), xytext=(5, 0), textcoords="offset points", va="center")
     _bar_axis(axis, [item.name for item in rows], "seconds per optimizer step")
     _phase_legend(figure)
@@ -390,7 +382,7 @@ def _draw_memory(run: Run, summaries: list[ArmSummary], folder: Path) -> Picture
 
 
 def _bar_axis(axis: Any, names: list[str], x_label: str) -> None:
-    axis.set_yticks(range(len(names)), [_plain(name) for name in names])
+    axis.set_yticks(range(len(names)), [name for name in names])
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -407,7 +399,7 @@ def _draw_other(run: Run, metric: str, folder: Path) -> Picture | None:
         lines |= found
     if not lines:
         return None
-    axes[0].set_ylabel(_plain(label(metric)))
+    axes[0].set_ylabel(label(metric))
     _legend(figure, {arm.name: lines[arm.name] for arm in run.arms if arm.name in lines})
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", metric)
     path = _save(figure, folder / f"eval_{stem}.png")

@@ -43,15 +43,12 @@ class Seed:
 class Arm:
     name: str
     max_new_tokens: int
+    steps: int
     seeds: list[Seed]
 
-    @property
-    def last_step(self) -> int:
-        return max((seed.last_step for seed in self.seeds), default=0)
-
     def finished(self, seed: Seed) -> bool:
-        """Whether a seed got as far as the arm's longest one."""
-        return seed.last_step == self.last_step
+        """Whether a seed got through all its steps."""
+        return seed.last_step >= self.steps
 
 
 @dataclass(frozen=True)
@@ -261,12 +258,7 @@ def read_run(run_dir: Path) -> Run:
     config = _read_config(config_path)
     report = config["report"]
     notes: list[str] = []
-    specs = sorted(config["arms"], key=lambda arm: arm["max_new_tokens"])
-    arms = [_read_arm(run_dir, arm["name"], arm["max_new_tokens"], notes) for arm in specs]
-    most = max(len(arm.seeds) for arm in arms)
-    for arm in arms:
-        if 0 < len(arm.seeds) < most:
-            notes.append(f"{arm.name}: {len(arm.seeds)} of {most} seeds.")
+    arms = [_read_arm(run_dir, config, spec, notes) for spec in _by_length(config)]
     return Run(
         path=run_dir,
         config=config,
@@ -282,25 +274,42 @@ def read_run(run_dir: Path) -> Run:
 def _read_config(path: Path) -> Row:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     config = config if isinstance(config, dict) else {}
     arms, report = config.get("arms"), config.get("report")
-    named = isinstance(arms, list) and all(
-        isinstance(arm, dict)
-        and isinstance(arm.get("name"), str)
-        and isinstance(arm.get("max_new_tokens"), int)
-        for arm in arms
-    )
-    if not arms or not named:
-        raise ValueError(f"{path}: arms must be a list of {{name, max_new_tokens}}, got {arms!r}")
-    if (
-        not isinstance(report, dict)
-        or "metric" not in report
-        or not known([number(report, "threshold")])
-    ):
-        raise ValueError(f"{path}: report must have metric and threshold, got {report!r}")
+    if not isinstance(arms, list) or not arms:
+        raise ValueError(f"{path}: arms: expected a list of {{name, max_new_tokens}}, got {arms!r}")
+    for arm in arms:
+        if not isinstance(arm, dict) or not isinstance(arm.get("name"), str):
+            raise ValueError(f"{path}: arms: each needs a name, got {arm!r}")
+        if math.isnan(_max_new_tokens(config, arm)):
+            raise ValueError(f"{path}: arms: {arm['name']} has no max_new_tokens, got {arm!r}")
+    if not isinstance(report, dict) or not isinstance(report.get("metric"), str):
+        raise ValueError(f"{path}: report.metric: expected a name, got report: {report!r}")
+    if math.isnan(number(report, "threshold")):
+        raise ValueError(f"{path}: report.threshold: expected a number, got report: {report!r}")
     return config
+
+
+def _max_new_tokens(config: Row, arm: Row) -> float:
+    """An arm's own limit, in its short or its dotted spelling, else the configuration's."""
+    for key in ("max_new_tokens", "rollout.max_new_tokens"):
+        if key in arm:
+            return number(arm, key)
+    return number(config, "rollout", "max_new_tokens")
+
+
+def _by_length(config: Row) -> list[Row]:
+    """The arms from short to long rollouts; of equally long ones the full window comes last."""
+    return sorted(
+        config["arms"],
+        key=lambda arm: (
+            _max_new_tokens(config, arm),
+            "loss.window_tokens" not in arm,
+            arm["name"] == "full",
+        ),
+    )
 
 
 def _read_environment(path: Path, notes: list[str]) -> Row:
@@ -314,24 +323,36 @@ def _read_environment(path: Path, notes: list[str]) -> Row:
     return environment
 
 
-def _read_arm(run_dir: Path, name: str, max_new_tokens: int, notes: list[str]) -> Arm:
+def _read_arm(run_dir: Path, config: Row, spec: Row, notes: list[str]) -> Arm:
+    name = spec["name"]
     seeds = []
-    for folder in sorted((run_dir / "arms" / name).glob("seed*")):
+    for folder in (run_dir / "arms" / name).glob("seed*"):
         digits = folder.name.removeprefix("seed")
         if folder.is_dir() and digits.isdigit():
             metrics, evals = (
                 _by_step(_read_rows(folder / f"{kind}.jsonl", notes))
                 for kind in ("metrics", "evals")
             )
-            samples = [r for r in _read_rows(folder / "samples.jsonl", notes) if "step" in r]
+            samples = _read_rows(folder / "samples.jsonl", notes)
             seeds.append(Seed(int(digits), metrics, evals, samples))
-    arm = Arm(name, max_new_tokens, sorted(seeds, key=lambda seed: seed.number))
+    seeds.sort(key=lambda seed: seed.number)
+
+    steps = number(spec, "steps") if "steps" in spec else number(config, "steps")
+    if math.isnan(steps):
+        steps = max((seed.last_step for seed in seeds), default=0)
+    arm = Arm(name, int(_max_new_tokens(config, spec)), int(steps), seeds)
     if not any(seed.metrics or seed.evals for seed in seeds):
-        notes.append(f"{name}: no results yet.")
-    for seed in arm.seeds:
+        notes.append(f"{name}: no results.")
+        return arm
+    planned = config.get("seeds")
+    planned = planned if isinstance(planned, list) else []
+    missing = [str(k) for k in planned if k not in [seed.number for seed in seeds]]
+    if missing:
+        notes.append(f"{name}: no results for seed {', '.join(missing)}.")
+    for seed in seeds:
         if not arm.finished(seed):
             notes.append(
-                f"{name}, seed {seed.number}: stops at step {seed.last_step} of {arm.last_step}."
+                f"{name}, seed {seed.number}: stopped at step {seed.last_step} of {arm.steps}."
             )
     return arm
 

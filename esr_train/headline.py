@@ -1,0 +1,166 @@
+"""The outcome of a comparison in sentences, made from its numbers whichever way they point."""
+
+from __future__ import annotations
+
+import math
+
+from esr_train.results import ArmSummary, Run, Spread
+
+
+def headline(run: Run, summaries: list[ArmSummary]) -> str:
+    """One or two sentences on the early-stopping arm that reached the threshold soonest."""
+    base, others = summaries[-1], summaries[:-1]
+    if not others:
+        return f"{base.name} is the only arm, so there is nothing to compare it with."
+    best = min(others, key=lambda item: (_soonest(item), -item.max_new_tokens))
+    text = _sentence(run, best, base)
+    if len(others) > 1 and math.isfinite(_soonest(best)):
+        text = f"Of {len(others)} arms that stop early, {best.name} is the quickest: {text}"
+    return text
+
+
+def verdicts(run: Run, summaries: list[ArmSummary]) -> list[str]:
+    """A sentence for every arm but the baseline, from the shortest rollouts to the longest."""
+    return [_sentence(run, item, summaries[-1]) for item in summaries[:-1]]
+
+
+def target(run: Run) -> str:
+    """The threshold in words."""
+    direction = "" if run.higher_is_better else " or less"
+    return f"{run.metric.replace('_', ' ')} {run.threshold:g}{direction}"
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """A number with thousands separators and `digits` significant digits below 1000."""
+    if math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "not reached"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def ratio(value: float) -> str:
+    """A ratio, with two decimals where one would round a difference away."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2f}" if value < 2 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def between(spread: Spread) -> str:
+    """A mean with its extremes over seeds."""
+    if not spread.count:
+        return "-"
+    if spread.count == 1:
+        return plain(spread.middle)
+    return f"{plain(spread.middle)} ({plain(spread.low)} to {plain(spread.high)})"
+
+
+def times(value: float, less: str, more: str, same: str) -> str:
+    """ "4.1 times <less>" for baseline / arm = 4.1, "4.1 times <more>" for its inverse."""
+    if math.isnan(value):
+        return ""
+    if abs(value - 1) < 0.005:
+        return same
+    return f"{ratio(value)} times {less}" if value > 1 else f"{ratio(1 / value)} times {more}"
+
+
+def seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _soonest(item: ArmSummary) -> float:
+    """Median seconds to the threshold; infinity where unknown, so that it sorts last."""
+    value = item.to_threshold["seconds"]
+    return math.inf if math.isnan(value) else value
+
+
+def _sentence(run: Run, arm: ArmSummary, base: ArmSummary) -> str:
+    if not arm.evaluated:
+        return f"{arm.name} has no evaluation of {run.metric}, so nothing can be said about it."
+    if not base.evaluated:
+        return (
+            f"{arm.name} {_alone(run, arm)}; {base.name} has no evaluation of {run.metric}, so "
+            "there is nothing to compare it with."
+        )
+    arm_there = math.isfinite(arm.to_threshold["steps"])
+    base_there = math.isfinite(base.to_threshold["steps"])
+    if arm_there and base_there:
+        text = _both(run, arm, base)
+    elif arm_there:
+        text = f"{arm.name} {_alone(run, arm)}; {base.name} does not ({_end(base)})."
+    elif base_there:
+        text = f"{arm.name} does not reach {target(run)} ({_end(arm)}); {base.name} does: it "
+        text += f"{_alone(run, base)}."
+    else:
+        text = (
+            f"Neither {arm.name} ({_end(arm)}) nor {base.name} ({_end(base)}) reaches "
+            f"{target(run)}."
+        )
+    if not (arm_there and base_there):
+        text += _per_step(arm, base)
+    return f"{text} {_finals(run, arm, base)}"
+
+
+def _both(run: Run, arm: ArmSummary, base: ArmSummary) -> str:
+    if 0 in (arm.to_threshold["steps"], base.to_threshold["steps"]):
+        return (
+            f"The student meets {target(run)} before any training, so {arm.name} and {base.name} "
+            "cannot be told apart by the time they take to get there."
+        )
+    time = arm.ratios["seconds"]
+    speed = times(time.middle, "faster than", "slower than", "as fast as")
+    took = f"{plain(arm.to_threshold['seconds'])} s against {plain(base.to_threshold['seconds'])} s"
+    text = f"{arm.name} reaches {target(run)} {speed} {base.name} ({took} of training time), with "
+    parts = [
+        times(arm.ratios["tokens"].middle, "fewer", "more", "as many") + " generated tokens",
+        times(arm.ratios["steps"].middle, "fewer", "more", "as many") + " steps",
+    ]
+    if not math.isnan(arm.memory_ratio):
+        lower = times(arm.memory_ratio, "lower", "higher", "the same")
+        parts.append(f"{lower} peak memory")
+    text += f"{', '.join(parts[:-1])} and {parts[-1]}; "
+    if max(arm.evaluated, base.evaluated) == 1:
+        return text + "1 seed, so the spread is unknown."
+    text += f"median of {seeds(arm.evaluated)}"
+    if time.count > 1:
+        text += (
+            f", {base.name}'s time over {arm.name}'s from {ratio(time.low)} to {ratio(time.high)}"
+        )
+    if arm.reached < arm.evaluated or base.reached < base.evaluated:
+        text += (
+            f"; {arm.reached} of {arm.evaluated} ({arm.name}) and {base.reached} of "
+            f"{base.evaluated} ({base.name}) seeds got there"
+        )
+    return text + "."
+
+
+def _alone(run: Run, arm: ArmSummary) -> str:
+    """What one arm did about the threshold, as a predicate."""
+    if not math.isfinite(arm.to_threshold["steps"]):
+        return f"does not reach {target(run)} ({_end(arm)})"
+    return (
+        f"reaches {target(run)} after {plain(arm.to_threshold['seconds'])} s of training and "
+        f"{plain(arm.to_threshold['tokens'])} generated tokens "
+        f"({arm.reached} of {seeds(arm.evaluated)} got there)"
+    )
+
+
+def _end(arm: ArmSummary) -> str:
+    there = f", {arm.reached} of {seeds(arm.evaluated)} got there" if arm.reached else ""
+    return f"best {plain(arm.best.middle)}, final {plain(arm.final.middle)}{there}"
+
+
+def _per_step(arm: ArmSummary, base: ArmSummary) -> str:
+    step = times(arm.speedup_per_step, "faster than", "slower than", "as fast as")
+    if not step:
+        return ""
+    text = f" A step of {arm.name} is {step} one of {base.name}"
+    memory = times(arm.memory_ratio, "lower", "higher", "the same")
+    return text + (f", with {memory} peak memory." if memory else ".")
+
+
+def _finals(run: Run, arm: ArmSummary, base: ArmSummary) -> str:
+    return (
+        f"At the end of training, {run.metric.replace('_', ' ')} is {between(arm.final)} for "
+        f"{arm.name} and {between(base.final)} for {base.name}."
+    )
