@@ -1,13 +1,14 @@
 """The divergences between a teacher's and a student's next-token distributions.
 
-With p the student's and q the teacher's distribution over the classes, every divergence here is a
-sum over classes of a *summand* d(log p, log q), and its gradient with respect to the student's
-logits z has one shape:
+With p the student's and q the teacher's probability of a class, and gap = log q - log p, every
+divergence here is a sum over classes of a *summand* d(p, q, gap), and its gradient with respect to
+the student's logits z has one shape:
 
     dD/dz = u - p * sum(u)
 
-where the *pull* u(log p, log q) = p * dD/dp, up to multiples of p, which cancel. A new divergence
-is those two functions. Terms with zero probability contribute zero (0 log 0 = 0).
+where the *pull* u(p, q, gap) is p * dD/dp up to multiples of p, which cancel. A new divergence is
+those two functions. Writing them in the gap rather than in the two logarithms keeps the digits
+when student and teacher nearly agree, which is where on-policy distillation spends its time.
 """
 
 from __future__ import annotations
@@ -18,56 +19,71 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# exp(80) is finite in fp32, and of two probabilities e**80 apart the smaller one weighs nothing.
+_LARGEST_GAP = 80.0
+
 
 @dataclass(frozen=True)
 class Divergence:
     """Base of all divergences; an instance is hashable and carries its parameters."""
 
-    def summand(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """Elementwise d(log p, log q); the divergence is its sum over classes."""
+    @property
+    def kl_weights(self) -> tuple[float, float] | None:
+        """(a, b) where this is a KL(q||p) + b KL(p||q), else None.
+
+        Such a mix follows from the statistics of one pass over the row and its pull is
+        -a q - b p gap; it needs neither `summand` nor `pull`. All others take a second pass.
+        """
+        return None
+
+    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        """Elementwise d(p, q, gap); the divergence is its sum over classes."""
         raise TypeError("Divergence is abstract: use one of its subclasses")
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """Elementwise u(log p, log q); the gradient for the logits is u - p * sum(u)."""
+    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        """Elementwise u(p, q, gap); the gradient for the logits is u - p * sum(u)."""
         raise TypeError("Divergence is abstract: use one of its subclasses")
-
-
-def _weighted_gap(log_w: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """exp(log_w) * (log_a - log_b), and 0 where the weight is 0."""
-    w = log_w.exp()
-    return torch.where(w > 0, w * (log_a - log_b), torch.zeros_like(w))
-
-
-def _log_mixture(beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(beta * q + (1 - beta) * p), for 0 < beta < 1."""
-    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
 
 
 @dataclass(frozen=True)
-class ForwardKL(Divergence):
+class KLMix(Divergence):
+    """forward * KL(q || p) + reverse * KL(p || q), both weights non-negative."""
+
+    forward: float
+    reverse: float
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite(self.forward) and math.isfinite(self.reverse)
+        if not finite or min(self.forward, self.reverse) < 0 or self.forward + self.reverse == 0:
+            raise ValueError(
+                "KLMix weights must be finite, non-negative and not both 0, "
+                f"got forward={self.forward}, reverse={self.reverse}"
+            )
+
+    @property
+    def kl_weights(self) -> tuple[float, float]:
+        return self.forward, self.reverse
+
+
+@dataclass(frozen=True)
+class ForwardKL(KLMix):
     """KL(q || p) = sum q (log q - log p): mass-covering; gradient p - q."""
 
-    def summand(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return _weighted_gap(log_q, log_q, log_p)
-
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return -log_q.exp()
+    forward: float = 1.0
+    reverse: float = 0.0
 
 
 @dataclass(frozen=True)
-class ReverseKL(Divergence):
+class ReverseKL(KLMix):
     """KL(p || q) = sum p (log p - log q): mode-seeking; gradient p (log p - log q - KL)."""
 
-    def summand(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return _weighted_gap(log_p, log_p, log_q)
-
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return _weighted_gap(log_p, log_p, log_q)
+    forward: float = 0.0
+    reverse: float = 1.0
 
 
 @dataclass(frozen=True)
 class JSD(Divergence):
-    """Generalised Jensen-Shannon: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p.
+    """Generalised Jensen-Shannon: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1-beta) p.
 
     The convention of GKD (arXiv 2306.13649), TRL and Liger. Both ends of beta vanish identically,
     so 0 < beta < 1; say ForwardKL or ReverseKL for the limits that those libraries put there.
@@ -82,15 +98,17 @@ class JSD(Divergence):
                 "use ForwardKL() or ReverseKL() for the ends"
             )
 
-    def summand(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        log_m = _log_mixture(self.beta, log_p, log_q)
-        return self.beta * _weighted_gap(log_q, log_q, log_m) + (1 - self.beta) * _weighted_gap(
-            log_p, log_p, log_m
-        )
+    def _log_p_over_m(self, gap: Tensor) -> Tensor:
+        """log p - log m, from a clamped gap."""
+        return -torch.log1p(self.beta * torch.expm1(gap))
 
-    def pull(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        log_m = _log_mixture(self.beta, log_p, log_q)
-        return (1 - self.beta) * _weighted_gap(log_p, log_p, log_m)
+    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        gap = gap.clamp(-_LARGEST_GAP, _LARGEST_GAP)
+        log_p_over_m = self._log_p_over_m(gap)
+        return self.beta * q * (gap + log_p_over_m) + (1 - self.beta) * p * log_p_over_m
+
+    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        return (1 - self.beta) * p * self._log_p_over_m(gap.clamp(-_LARGEST_GAP, _LARGEST_GAP))
 
 
 _BY_NAME: dict[str, Divergence] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esr_kernels.divergences import JSD, Divergence, ForwardKL, ReverseKL, resolve_divergence
+from esr_kernels.divergences import JSD, Divergence, KLMix, resolve_divergence
 
 
 def transformed_logits(
@@ -42,10 +42,9 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def divergence_of_log_probs(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     """The divergence of each row, written from its textbook formula and nothing shared."""
-    if isinstance(divergence, ForwardKL):
-        return _kl(log_q, log_p)
-    if isinstance(divergence, ReverseKL):
-        return _kl(log_p, log_q)
+    if isinstance(divergence, KLMix):
+        forward = divergence.forward * _kl(log_q, log_p) if divergence.forward else 0.0
+        return forward + (divergence.reverse * _kl(log_p, log_q) if divergence.reverse else 0.0)
     if isinstance(divergence, JSD):
         beta = divergence.beta
         log_m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
@@ -116,6 +115,7 @@ def linear_divergence(
         "teacher_entropy": torch.where(live, _entropy(log_q), 0.0),
         "student_lse": torch.where(live, student_lse.detach(), 0.0),
         "teacher_lse": torch.where(live, teacher_lse, 0.0),
+        "agreement": torch.where(live, (log_p.argmax(-1) == log_q.argmax(-1)).to(dtype), 0.0),
     }
 
 
