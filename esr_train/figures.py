@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from esr_train.results import PHASES, Arm, ArmSummary, Run, Seed, known, number
+from esr_train.results import PHASES, Arm, ArmSummary, Run, Seed, known, number, shorten
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -161,12 +161,14 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _legend(figure: Any, handles: dict[str, Any]) -> None:
-    """Legend above the axes; the handles in the order of the arms."""
+    """Legend above the axes, in the given order, in as many columns as have room."""
+    names = [shorten(name, 40) for name in handles]
+    entry = 45 + 7 * max(len(name) for name in names)  # CSS pixels: line, gap, letters
     figure.legend(
         list(handles.values()),
-        [name for name in handles],
+        names,
         loc="outside upper left",
-        ncols=min(len(handles), 6),
+        ncols=max(1, int(figure.get_figwidth() * _CSS_DPI / entry)),
         columnspacing=1.4,
         handlelength=1.8,
     )
@@ -194,19 +196,13 @@ def _draw_arms(
     return lines, seen
 
 
-def _stretch(axis: Any, values: list[float], wanted: bool) -> bool:
-    """Make x logarithmic where its range asks for it; 0 stays visible at the left edge."""
+def _logarithmic(axis: Any, values: list[float]) -> bool:
+    """Make x logarithmic where its range asks for it; x = 0 then has no place on it."""
     positive = [value for value in values if value > 0]
-    if not wanted or not positive or max(positive) / min(positive) <= _LOG_RANGE:
-        axis.set_xlim(left=0)
+    if not positive or max(positive) / min(positive) <= _LOG_RANGE:
         return False
-    from matplotlib.ticker import LogLocator
-
-    # Below the first power of ten lies no data but the evaluation before training.
-    start = 10.0 ** math.floor(math.log10(min(positive)))
-    axis.set_xscale("symlog", linthresh=start, linscale=0.25)
-    axis.set_xlim(left=0)
-    axis.xaxis.set_minor_locator(LogLocator(subs=range(2, 10)))
+    axis.set_xscale("log", nonpositive="mask")
+    axis.set_xlim(left=0.8 * min(positive))
     return True
 
 
@@ -216,7 +212,8 @@ def _draw_curves(run: Run, axis: Any, metric: str, against: str) -> tuple[dict[s
 
     x, x_label = _AXES[against]
     lines, seen = _draw_arms(run, axis, lambda seed: _curve(seed.evals, (x,), ("metrics", metric)))
-    logarithmic = _stretch(axis, seen, wanted=against == "tokens")
+    axis.set_xlim(left=0)
+    logarithmic = against == "tokens" and _logarithmic(axis, seen)
     if against == "tokens":
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_xlabel(x_label + (" (log scale)" if logarithmic else ""))
@@ -231,12 +228,12 @@ def _draw_metric(run: Run, against: str, folder: Path) -> Picture | None:
         return None
     axis.axhline(run.threshold, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axis.annotate(
-        f"threshold {run.threshold:g}",
+        f"threshold\n{run.threshold:g}",
         (1, run.threshold),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
+        xytext=(5, 0),
         textcoords="offset points",
-        ha="right",
+        va="center",
         fontsize=8.5,
         color=_QUIET,
     )
@@ -245,9 +242,9 @@ def _draw_metric(run: Run, against: str, folder: Path) -> Picture | None:
     path = _save(figure, folder / f"metric_{against}.png")
     caption = f"Line: mean over seeds; band: lowest to highest seed. {_GRID_NOTE[against]}"
     if logarithmic:
-        caption += " The left edge is 0, before training."
-    title = f"{label(run.metric)} against {_AXES[against][1]}"
-    return Picture(path, title[:1].upper() + title[1:], caption, wide)
+        caption += " The evaluation before training, at 0 tokens, has no place on a log axis."
+    title = _title(f"{label(run.metric)} against {_AXES[against][1]}")
+    return Picture(path, title, caption, wide)
 
 
 _INTERPOLATED = (
@@ -266,12 +263,12 @@ def _draw_divergence(run: Run, folder: Path) -> Picture | None:
     lines, _ = _draw_arms(run, axis, _training_curve("divergence", _window(run)))
     if not lines:
         return None
-    low, high = _limits(lines)
-    if low > 0 and high / low > _LOG_RANGE:
+    values = np.concatenate([line.get_ydata() for line in lines.values()])
+    if values.min() > 0 and values.max() / values.min() > _LOG_RANGE:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
     else:
-        axis.set_ylim(bottom=min(0.0, low))
+        axis.set_ylim(bottom=min(0.0, values.min()))
     axis.set_xlim(left=0)
     axis.set_xlabel("optimizer steps")
     axis.set_ylabel("divergence (nats per trained token)")
@@ -283,11 +280,6 @@ def _draw_divergence(run: Run, folder: Path) -> Picture | None:
     )
     path = _save(figure, folder / "divergence.png")
     return Picture(path, "Divergence between student and teacher", caption, True)
-
-
-def _limits(lines: dict[str, Any]) -> tuple[float, float]:
-    values = np.concatenate([line.get_ydata() for line in lines.values()])
-    return float(values.min()), float(values.max())
 
 
 def _draw_length(run: Run, folder: Path) -> Picture | None:
@@ -336,14 +328,14 @@ def _draw_seconds(run: Run, summaries: list[ArmSummary], folder: Path) -> Pictur
             left += width
         text = f"{item.seconds_per_step:.3g} s"
         if item.name != run.baseline.name and not math.isnan(item.speedup_per_step):
-            text += f" ({run.baseline.name} takes {item.speedup_per_step:.1f} times as long)"
+            text += f" ({item.speedup_per_step:.1f}x)"
         axis.annotate(text, (left, place), xytext=(5, 0), textcoords="offset points", va="center")
     _bar_axis(axis, [item.name for item in rows], "seconds per optimizer step")
     _phase_legend(figure)
     path = _save(figure, folder / "phase_seconds.png")
     caption = (
         "Mean over steps and seeds. rollout: sampling; teacher: scoring; student: forward, loss, "
-        "backward and optimizer."
+        f"backward and optimizer. (4.0x): {run.baseline.name} takes four times as long."
     )
     return Picture(path, "Seconds a step, by phase", caption, True)
 
@@ -382,7 +374,7 @@ def _draw_memory(run: Run, summaries: list[ArmSummary], folder: Path) -> Picture
 
 
 def _bar_axis(axis: Any, names: list[str], x_label: str) -> None:
-    axis.set_yticks(range(len(names)), [name for name in names])
+    axis.set_yticks(range(len(names)), [shorten(name, 24) for name in names])
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -403,5 +395,8 @@ def _draw_other(run: Run, metric: str, folder: Path) -> Picture | None:
     _legend(figure, {arm.name: lines[arm.name] for arm in run.arms if arm.name in lines})
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", metric)
     path = _save(figure, folder / f"eval_{stem}.png")
-    title = f"{label(metric)} on held-out problems"
-    return Picture(path, title[:1].upper() + title[1:], "Mean over seeds and min-max band.", True)
+    return Picture(path, _title(label(metric)), "Held-out problems; mean and range of seeds.", True)
+
+
+def _title(text: str) -> str:
+    return text[:1].upper() + text[1:]

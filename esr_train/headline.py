@@ -8,11 +8,11 @@ from esr_train.results import ArmSummary, Run, Spread
 
 
 def headline(run: Run, summaries: list[ArmSummary]) -> str:
-    """One or two sentences on the early-stopping arm that reached the threshold soonest."""
+    """A few sentences on the early-stopping arm that reached the threshold soonest."""
     base, others = summaries[-1], summaries[:-1]
     if not others:
         return f"{base.name} is the only arm, so there is nothing to compare it with."
-    best = min(others, key=lambda item: (_soonest(item), -item.max_new_tokens))
+    best = _quickest(summaries)
     text = _sentence(run, best, base)
     if len(others) > 1 and math.isfinite(_soonest(best)):
         text = f"Of {len(others)} arms that stop early, {best.name} is the quickest: {text}"
@@ -20,8 +20,14 @@ def headline(run: Run, summaries: list[ArmSummary]) -> str:
 
 
 def verdicts(run: Run, summaries: list[ArmSummary]) -> list[str]:
-    """A sentence for every arm but the baseline, from the shortest rollouts to the longest."""
-    return [_sentence(run, item, summaries[-1]) for item in summaries[:-1]]
+    """The same for the other arms, from the shortest rollouts to the longest."""
+    told = _quickest(summaries) if len(summaries) > 1 else None
+    return [_sentence(run, item, summaries[-1]) for item in summaries[:-1] if item is not told]
+
+
+def _quickest(summaries: list[ArmSummary]) -> ArmSummary:
+    """The first arm at the threshold, the baseline aside; where none gets there, the longest."""
+    return min(summaries[:-1], key=lambda item: (_soonest(item), -item.max_new_tokens))
 
 
 def target(run: Run) -> str:
@@ -46,13 +52,16 @@ def ratio(value: float) -> str:
     return f"{value:.2f}" if value < 2 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
+def level(value: float) -> str:
+    """A value of the metric: three decimals, unless it is too small or too large for them."""
+    return f"{value:.3f}" if 0.01 <= abs(value) < 10 else plain(value)
+
+
 def between(spread: Spread) -> str:
     """A mean with its extremes over seeds."""
-    if not spread.count:
-        return "-"
-    if spread.count == 1:
-        return plain(spread.middle)
-    return f"{plain(spread.middle)} ({plain(spread.low)} to {plain(spread.high)})"
+    if spread.count < 2:
+        return level(spread.middle)
+    return f"{level(spread.middle)} ({level(spread.low)} to {level(spread.high)})"
 
 
 def times(value: float, less: str, more: str, same: str) -> str:
@@ -110,7 +119,7 @@ def _both(run: Run, arm: ArmSummary, base: ArmSummary) -> str:
     time = arm.ratios["seconds"]
     speed = times(time.middle, "faster than", "slower than", "as fast as")
     took = f"{plain(arm.to_threshold['seconds'])} s against {plain(base.to_threshold['seconds'])} s"
-    text = f"{arm.name} reaches {target(run)} {speed} {base.name} ({took} of training time), with "
+    text = f"{arm.name} is {speed} {base.name} to {target(run)} ({took} of training time), with "
     parts = [
         times(arm.ratios["tokens"].middle, "fewer", "more", "as many") + " generated tokens",
         times(arm.ratios["steps"].middle, "fewer", "more", "as many") + " steps",
@@ -147,7 +156,7 @@ def _alone(run: Run, arm: ArmSummary) -> str:
 
 def _end(arm: ArmSummary) -> str:
     there = f", {arm.reached} of {seeds(arm.evaluated)} got there" if arm.reached else ""
-    return f"best {plain(arm.best.middle)}, final {plain(arm.final.middle)}{there}"
+    return f"best {level(arm.best.middle)}, final {level(arm.final.middle)}{there}"
 
 
 def _per_step(arm: ArmSummary, base: ArmSummary) -> str:

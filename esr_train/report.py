@@ -28,6 +28,7 @@ from esr_train.results import (
     Run,
     number,
     read_run,
+    shorten,
     summarise,
 )
 
@@ -62,15 +63,15 @@ def write_report(run_dir: Path) -> Path:
 
 
 def summary_table(run_dir: Path) -> str:
-    """The headline and the two tables as plain text, at most 100 columns wide."""
+    """The headline and the tables as plain text, at most 100 columns wide."""
     run = read_run(run_dir)
     summaries = summarise(run)
     blocks = [
         textwrap.fill(headline(run, summaries), WIDTH),
-        f"To {target(run)}"[:WIDTH],
-        _columns(_goal_table(run, summaries)),
-        "A step",
-        _columns(_step_table(summaries)),
+        *(
+            f"{title[:WIDTH].capitalize()}\n\n{_columns(table)}"
+            for title, table in _tables(run, summaries)
+        ),
         textwrap.fill(_TABLE_NOTE, WIDTH),
         *(textwrap.fill(f"Note: {note}", WIDTH) for note in run.notes),
     ]
@@ -79,39 +80,58 @@ def summary_table(run_dir: Path) -> str:
 
 _TABLE_NOTE = (
     "In brackets after a cost: the cost of full rollouts divided by it, so (4.0x) means four times "
-    "less. Costs are medians over seeds of the first evaluation at or past the threshold, where a "
-    "seed that never gets there counts as infinite. Metrics are means, lowest to highest seed."
+    "less. Costs to the threshold are medians over seeds, read off the first evaluation at or past "
+    "it; a seed that never gets there counts as infinite. Metrics are means (lowest to highest "
+    "seed). A step's seconds and tokens are means over steps and seeds, its peak memory is the "
+    "highest."
 )
 
 
-def _goal_table(run: Run, summaries: list[ArmSummary]) -> Table:
-    """Metric and cost of the threshold, an arm a row."""
-    table = [["arm", "final", "best", "seeds there", "seconds", "tokens", "steps"]]
+def _level_table(summaries: list[ArmSummary]) -> Table:
+    """The metric at the end and at its best, an arm a row."""
+    table = [["arm", "final", "best", "seeds"]]
     for item in summaries:
-        costs = []
-        for cost in COSTS:
-            text = plain(item.to_threshold[cost])
-            share = ratio(item.ratios[cost].middle)
-            costs.append(text if item is summaries[-1] or share == "-" else f"{text} ({share}x)")
-        there = f"{item.reached} of {item.evaluated}"
-        table.append([item.name, between(item.final), between(item.best), there, *costs])
+        table.append([item.name, between(item.final), between(item.best), str(item.evaluated)])
     return table
+
+
+def _goal_table(summaries: list[ArmSummary]) -> Table:
+    """What it costs to get to the threshold, an arm a row."""
+    table = [["arm", "seeds there", "seconds", "generated tokens", "steps"]]
+    for item in summaries:
+        row = [item.name, f"{item.reached} of {item.evaluated}"]
+        for cost in COSTS:
+            share = math.nan if item is summaries[-1] else item.ratios[cost].middle
+            row.append(_with_ratio(plain(item.to_threshold[cost]), share))
+        table.append(row)
+    return table
+
+
+def _with_ratio(text: str, share: float) -> str:
+    return text if math.isnan(share) else f"{text} ({ratio(share)}x)"
 
 
 def _step_table(summaries: list[ArmSummary]) -> Table:
     """What a step costs, an arm a row."""
-    table = [["arm", *(f"{phase} s" for phase in PHASES), "step s", "tokens", "peak memory"]]
+    table = [["arm", *(f"{phase} s" for phase in PHASES), "all s", "tokens", "peak memory"]]
     for item in summaries:
         is_base = item is summaries[-1]
         row = [item.name, *(plain(item.step_seconds[phase]) for phase in PHASES)]
-        for text, share in (
-            (plain(item.seconds_per_step), item.speedup_per_step),
-            (plain(item.tokens_per_step), math.nan),
-            (size(item.peak), item.memory_ratio),
-        ):
-            row.append(text if is_base or math.isnan(share) else f"{text} ({ratio(share)}x)")
+        speedup = math.nan if is_base else item.speedup_per_step
+        memory = math.nan if is_base else item.memory_ratio
+        row.append(_with_ratio(plain(item.seconds_per_step), speedup))
+        row.append(plain(item.tokens_per_step))
+        row.append(_with_ratio(size(item.peak), memory))
         table.append(row)
     return table
+
+
+def _tables(run: Run, summaries: list[ArmSummary]) -> list[tuple[str, Table]]:
+    return [
+        (run.metric.replace("_", " "), _level_table(summaries)),
+        (f"to {target(run)}", _goal_table(summaries)),
+        ("a step", _step_table(summaries)),
+    ]
 
 
 def size(count: float) -> str:
@@ -123,7 +143,7 @@ def size(count: float) -> str:
 
 def _columns(table: Table) -> str:
     """Aligned columns; long names of arms are cut."""
-    cut = [[_shorten(row[0]), *row[1:]] for row in table]
+    cut = [[shorten(row[0], _NAME_WIDTH), *row[1:]] for row in table]
     widths = [max(len(row[i]) for row in cut) for i in range(len(cut[0]))]
     lines = []
     for row in cut:
@@ -131,10 +151,6 @@ def _columns(table: Table) -> str:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip()[:WIDTH])
     return "\n".join(lines)
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 3] + "..."
 
 
 def _printable(text: str) -> str:
@@ -228,8 +244,9 @@ def _markdown(run: Run, summaries: list[ArmSummary], pictures: list[Picture]) ->
     parts = [f"# {run.path.resolve().name}", f"**{headline(run, summaries)}**"]
     parts += [f"> {note}" for note in run.notes]
     parts.append("\n".join(f"- {text}" for text in verdicts(run, summaries)))
-    parts += [f"## To {target(run)}", _pipes(_goal_table(run, summaries))]
-    parts += ["## A step", _pipes(_step_table(summaries)), _TABLE_NOTE]
+    for title, table in _tables(run, summaries):
+        parts += [f"## {title.capitalize()}", _pipes(table)]
+    parts.append(_TABLE_NOTE)
     for picture in pictures:
         link = f"![{picture.title}](figures/{picture.path.name})"
         parts += [f"## {picture.title}", link, picture.caption]
@@ -264,9 +281,11 @@ def _html(run: Run, summaries: list[ArmSummary], pictures: list[Picture]) -> str
     bullets = "".join(f"<li>{esc(text)}</li>" for text in verdicts(run, summaries))
     body = [
         f"<h1>{title}</h1><p class=lead>{esc(headline(run, summaries))}</p>{notes}",
-        f"<ul>{bullets}</ul>" if len(summaries) > 2 else "",
-        f"<h2>To {esc(target(run))}</h2>{_html_table(_goal_table(run, summaries))}",
-        f"<h2>A step</h2>{_html_table(_step_table(summaries))}",
+        f"<ul>{bullets}</ul>" if bullets else "",
+        *(
+            f"<h2>{esc(title.capitalize())}</h2>{_html_table(table)}"
+            for title, table in _tables(run, summaries)
+        ),
         f"<p class=quiet>{esc(_TABLE_NOTE)}</p>",
         "<h2>Figures</h2><div class=figures>",
         *(_html_picture(picture) for picture in pictures),

@@ -134,6 +134,11 @@ def mean(values: Iterable[float]) -> float:
     return statistics.fmean(kept) if kept else math.nan
 
 
+def shorten(name: str, width: int) -> str:
+    """A name cut to `width` characters, marked by dots."""
+    return name if len(name) <= width else name[: width - 3] + "..."
+
+
 def _spread(middle: float, values: list[float]) -> Spread:
     if not values:
         return Spread(math.nan, math.nan, math.nan, 0)
