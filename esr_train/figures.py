@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from esr_train.results import PHASES, Arm, ArmSummary, Run, Seed, known, number, shorten
+from esr_train.results import PHASES, Arm, ArmSummary, Run, Seed, known, label, number, shorten
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -139,11 +139,6 @@ def _colour(run: Run, arm: Arm) -> tuple[str, str]:
         return _BASELINE_COLOUR, "-"
     turn, place = divmod(index, len(_ARM_COLOURS))
     return _ARM_COLOURS[place], _LINE_STYLES[turn % len(_LINE_STYLES)]
-
-
-def label(name: str) -> str:
-    """A metric's name as people read it."""
-    return name.replace("_", " ")
 
 
 def _figure(width: int, height: int, columns: int = 1) -> tuple[Any, list[Any]]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 
-from esr_train.results import ArmSummary, Run, Spread
+from esr_train.results import ArmSummary, Run, Spread, label
 
 
 def headline(run: Run, summaries: list[ArmSummary]) -> str:
     """A few sentences on the early-stopping arm that reached the threshold soonest."""
     base, others = summaries[-1], summaries[:-1]
     if not others:
-        return f"{base.name} is the only arm, so there is nothing to compare it with."
+        if not base.evaluated:
+            return f"{base.name} has no evaluation of {run.metric}."
+        return f"{base.name} {_alone(run, base)}; it ends at {between(base.final)}."
     best = _quickest(summaries)
     text = _sentence(run, best, base)
     if len(others) > 1 and math.isfinite(_soonest(best)):
-        text = f"Of {len(others)} arms that stop early, {best.name} is the quickest: {text}"
+        text = f"Of {len(others)} arms beside {base.name}, {best.name} is the quickest: {text}"
     return text
 
 
@@ -33,7 +35,7 @@ def _quickest(summaries: list[ArmSummary]) -> ArmSummary:
 def target(run: Run) -> str:
     """The threshold in words."""
     direction = "" if run.higher_is_better else " or less"
-    return f"{run.metric.replace('_', ' ')} {run.threshold:g}{direction}"
+    return f"{label(run.metric)} {run.threshold:g}{direction}"
 
 
 def plain(value: float, digits: int = 3) -> str:
@@ -170,6 +172,6 @@ def _per_step(arm: ArmSummary, base: ArmSummary) -> str:
 
 def _finals(run: Run, arm: ArmSummary, base: ArmSummary) -> str:
     return (
-        f"At the end of training, {run.metric.replace('_', ' ')} is {between(arm.final)} for "
+        f"At the end of training, {label(run.metric)} is {between(arm.final)} for "
         f"{arm.name} and {between(base.final)} for {base.name}."
     )

@@ -26,6 +26,7 @@ from esr_train.results import (
     ArmSummary,
     Row,
     Run,
+    label,
     number,
     read_run,
     shorten,
@@ -128,7 +129,7 @@ def _step_table(summaries: list[ArmSummary]) -> Table:
 
 def _tables(run: Run, summaries: list[ArmSummary]) -> list[tuple[str, Table]]:
     return [
-        (run.metric.replace("_", " "), _level_table(summaries)),
+        (label(run.metric), _level_table(summaries)),
         (f"to {target(run)}", _goal_table(summaries)),
         ("a step", _step_table(summaries)),
     ]
@@ -183,12 +184,20 @@ def _strict(value: Any) -> Any:
     return value
 
 
+def _title(run: Run) -> str:
+    name = run.path.resolve().name
+    return f"{name}: early stopping against full rollouts" if len(run.arms) > 1 else name
+
+
 def _reading(run: Run) -> list[str]:
     """How to read this: what was held equal, what was measured, what it does not show."""
-    text = [
+    arms = [
         "All arms start from the same student and see the same prompts in the same order with the "
         "same seeds, sampled by the same engine; they differ only in what the configuration's "
         f"arms list. {run.baseline.name} is the baseline, the arm with the longest rollouts.",
+    ]
+    text = [
+        *(arms if len(run.arms) > 1 else []),
         "Training time is the sum of the timed phases (rollout, teacher, student); evaluation, "
         "loading and saving are outside of it. The cost of reaching the threshold is read off the "
         "first evaluation at or past it, without interpolation, so it is no finer than the "
@@ -233,7 +242,7 @@ def _verdict(row: Row) -> str:
 
 
 def _facts(environment: Row) -> Table:
-    return [[str(k), v if isinstance(v, str) else json.dumps(v)] for k, v in environment.items()]
+    return [[str(key), _text(environment, key) or "none"] for key in environment]
 
 
 def _config_text(run: Run) -> str:
@@ -241,7 +250,7 @@ def _config_text(run: Run) -> str:
 
 
 def _markdown(run: Run, summaries: list[ArmSummary], pictures: list[Picture]) -> str:
-    parts = [f"# {run.path.resolve().name}", f"**{headline(run, summaries)}**"]
+    parts = [f"# {_title(run)}", f"**{headline(run, summaries)}**"]
     parts += [f"> {note}" for note in run.notes]
     parts.append("\n".join(f"- {text}" for text in verdicts(run, summaries)))
     for title, table in _tables(run, summaries):
@@ -276,7 +285,7 @@ def _fence(text: str, language: str = "") -> str:
 
 def _html(run: Run, summaries: list[ArmSummary], pictures: list[Picture]) -> str:
     esc = html.escape
-    title = esc(f"{run.path.resolve().name}: early stopping against full rollouts")
+    title = esc(_title(run))
     notes = "".join(f"<p class=note>{esc(note)}</p>" for note in run.notes)
     bullets = "".join(f"<li>{esc(text)}</li>" for text in verdicts(run, summaries))
     body = [
@@ -363,7 +372,10 @@ th, .facts td:first-child { white-space: nowrap; color: var(--quiet); font-weigh
 .facts td { overflow-wrap: anywhere; }
 .figures { display: flex; flex-wrap: wrap; gap: 28px 0; justify-content: space-between; }
 figure { margin: 0; width: calc(50% - 8px); } figure.wide { width: 100%; }
-@media (max-width: 640px) { figure { width: 100%; } }
+@media (max-width: 640px) {
+  figure { width: 100%; } ul { padding-left: 1.2em; }
+  table { font-size: .8rem; } .numbers :is(th, td):not(:first-child) { padding: .35em .45em; }
+}
 img { display: block; width: 100%; height: auto; margin: 6px 0; border-radius: 6px; }
 pre { background: var(--soft); padding: .8em; border-radius: 6px; font-size: .82rem;
       line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -134,6 +134,11 @@ def mean(values: Iterable[float]) -> float:
     return statistics.fmean(kept) if kept else math.nan
 
 
+def label(name: str) -> str:
+    """A metric's name as people read it."""
+    return name.replace("_", " ")
+
+
 def shorten(name: str, width: int) -> str:
     """A name cut to `width` characters, marked by dots."""
     return name if len(name) <= width else name[: width - 3] + "..."

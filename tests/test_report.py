@@ -310,6 +310,14 @@ def test_missing_baseline_is_said(tmp_path: Path) -> None:
     assert "full has no evaluation" in text
 
 
+def test_single_arm_is_reported_without_a_comparison(tmp_path: Path) -> None:
+    write_config(tmp_path, {"train": 100})
+    write_seed(tmp_path, "train", 0, [(0, 0, 0, 0.1), (20, 9, 90, 0.95)])
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "train reaches greedy accuracy 0.9 after 9 s" in page
+    assert "against full" not in page and "All arms" not in page
+
+
 def test_missing_directory_is_one_clear_error(tmp_path: Path) -> None:
     for call in (write_report, summary_table):
         with pytest.raises(FileNotFoundError, match=r"run directory .*nowhere: no config.yaml"):
