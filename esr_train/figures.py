@@ -159,11 +159,13 @@ def _legend(figure: Any, handles: dict[str, Any]) -> None:
     """Legend above the axes, in the given order, in as many columns as have room."""
     names = [shorten(name, 40) for name in handles]
     entry = 45 + 7 * max(len(name) for name in names)  # CSS pixels: line, gap, letters
+    columns = max(1, int(figure.get_figwidth() * _CSS_DPI / entry))
+    figure.set_figheight(figure.get_figheight() + 0.18 * ((len(names) - 1) // columns))
     figure.legend(
         list(handles.values()),
         names,
         loc="outside upper left",
-        ncols=max(1, int(figure.get_figwidth() * _CSS_DPI / entry)),
+        ncols=columns,
         columnspacing=1.4,
         handlelength=1.8,
     )
