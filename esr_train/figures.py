@@ -184,7 +184,7 @@ def _draw_arms(
             continue
         grid, middle, low, high = band([curve for curve, _ in pairs], [done for _, done in pairs])
         colour, style = _colour(run, arm)
-        marker = "o" if len(grid) == 1 else None
+        marker = "o" if len(grid) < 4 else None  # one point alone makes no line
         (line,) = axis.plot(grid, middle, color=colour, linestyle=style, marker=marker)
         if len(pairs) > 1:
             axis.fill_between(grid, low, high, color=colour, alpha=0.16, linewidth=0)
