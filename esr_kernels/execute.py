@@ -57,17 +57,33 @@ def _buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor
     return torch.empty(rows, columns, dtype=dtype, device=like.device)
 
 
+def _gradient_scale(dtype: torch.dtype) -> float:
+    """Power of two that dz is kept multiplied by: fp16 would lose entries below 6e-8, and the
+    probabilities of a large vocabulary are down there."""
+    return 32.0 if dtype == torch.float16 else 1.0
+
+
+def _scaled(row_weight: Tensor | None, scale: float, like: Tensor) -> Tensor | None:
+    if scale == 1.0:
+        return row_weight
+    if row_weight is None:
+        return torch.full((like.shape[0],), scale, dtype=torch.float32, device=like.device)
+    return row_weight * scale
+
+
 def stash(
-    heads: Heads, row_weight: Tensor | None, call: Call, gradients: Gradients
+    heads: Heads, row_weight: Tensor | None, factor: float, call: Call, gradients: Gradients
 ) -> tuple[Tensor, RowStats]:
     """Divergence and statistics of every row.
 
-    Fills the gradients of sum(row_weight * divergence).
+    Fills the gradients of factor * sum(row_weight * divergence).
     """
     hidden_grad, weight_grad, bias_grad = gradients
     plan, dtype = call.plan, gemm.logits_dtype(heads.student_hidden.dtype)
     tokens, classes = heads.student_hidden.shape[0], call.classes
     in_place = plan.problem.in_place
+    scale = _gradient_scale(heads.student_hidden.dtype)
+    row_weight, factor = _scaled(row_weight, scale, heads.student_hidden), factor / scale
     dz_dtype = dtype if in_place else heads.student_hidden.dtype
     dz_buffer = _buffer(heads.student_hidden, min(plan.token_chunk, tokens), classes, dz_dtype)
     teacher_buffer = _buffer(heads.student_hidden, min(plan.logit_chunk, tokens), classes, dtype)
@@ -99,17 +115,19 @@ def stash(
                 call.spec,
                 heads.student_bias,
                 heads.teacher_bias,
-                dz[inside],
+                s if in_place else dz[inside],
             )
             values.append(value)
             parts.append(stats)
         if hidden_grad is not None:
-            gemm.hidden_gradient(dz, heads.student_weight, hidden_grad[chunk], accumulate=False)
+            gemm.hidden_gradient(
+                dz, heads.student_weight, hidden_grad[chunk], alpha=factor, accumulate=False
+            )
         if accumulator is not None:
-            gemm.weight_gradient(dz, hidden, accumulator, accumulate=start > 0)
+            gemm.weight_gradient(dz, hidden, accumulator, alpha=factor, accumulate=start > 0)
         if bias_grad is not None:
-            bias_grad.add_(dz.sum(0, dtype=dtype))
-    if weight_grad is not None and accumulator is not weight_grad:
+            bias_grad.add_(dz.sum(0, dtype=dtype), alpha=factor)
+    if weight_grad is not None and accumulator is not None and accumulator is not weight_grad:
         weight_grad.copy_(accumulator)
     if not values:
         for gradient in (hidden_grad, weight_grad):
@@ -196,6 +214,8 @@ def recompute_gradients(
 ) -> None:
     """Fill the gradients of sum(row_weight * divergence), walking the classes outside."""
     hidden_grad, weight_grad, bias_grad = gradients
+    scale = _gradient_scale(heads.student_hidden.dtype)
+    row_weight, factor = row_weight * scale, 1.0 / scale
     buffers = _TileBuffers(heads, call)
     accumulator = hidden_grad
     if hidden_grad is not None and hidden_grad.dtype.itemsize < 4:
@@ -219,10 +239,14 @@ def recompute_gradients(
             dz,
         )
         if accumulator is not None:
-            gemm.hidden_gradient(dz, tile.student_weight, accumulator, accumulate=classes.start > 0)
+            gemm.hidden_gradient(
+                dz, tile.student_weight, accumulator, alpha=factor, accumulate=classes.start > 0
+            )
         if weight_grad is not None:
-            gemm.weight_gradient(dz, tile.student_hidden, weight_grad[classes], accumulate=False)
+            gemm.weight_gradient(
+                dz, tile.student_hidden, weight_grad[classes], alpha=factor, accumulate=False
+            )
         if bias_grad is not None:
-            bias_grad[classes] = dz.sum(0, dtype=s.dtype)
-    if hidden_grad is not None and accumulator is not hidden_grad:
+            bias_grad[classes] = dz.sum(0, dtype=s.dtype) * factor
+    if hidden_grad is not None and accumulator is not None and accumulator is not hidden_grad:
         hidden_grad.copy_(accumulator)

@@ -37,42 +37,42 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def hidden_gradient(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out (+)= dz @ weight, [n, V] x [V, D] -> [n, D]."""
+def hidden_gradient(
+    dz: Tensor, weight: Tensor, out: Tensor, *, alpha: float, accumulate: bool
+) -> None:
+    """out (+)= alpha * dz @ weight, [n, V] x [V, D] -> [n, D]."""
     if dz.dtype == weight.dtype:
-        _mm(dz, weight, out, accumulate)
+        _mm(dz, weight, out, alpha, accumulate)
         return
     strips = _strips(*weight.shape)
     total = torch.zeros(out.shape, dtype=dz.dtype, device=out.device)
     for start in strips:
         strip = slice(start, start + strips.step)
-        total.addmm_(dz[:, strip], weight[strip].to(dz.dtype))
+        total.addmm_(dz[:, strip], weight[strip].to(dz.dtype), alpha=alpha)
     out.copy_(total + out if accumulate else total)
 
 
-def weight_gradient(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out (+)= dz.T @ hidden, [n, V] x [n, D] -> [V, D]."""
+def weight_gradient(
+    dz: Tensor, hidden: Tensor, out: Tensor, *, alpha: float, accumulate: bool
+) -> None:
+    """out (+)= alpha * dz.T @ hidden, [n, V] x [n, D] -> [V, D]."""
     if dz.dtype == hidden.dtype:
-        _mm(dz.T, hidden, out, accumulate)
+        _mm(dz.T, hidden, out, alpha, accumulate)
         return
     hidden = hidden.to(dz.dtype)
     strips = _strips(*out.shape)
     for start in strips:
         strip = slice(start, start + strips.step)
-        _mm(dz[:, strip].T, hidden, out[strip], accumulate)
+        _mm(dz[:, strip].T, hidden, out[strip], alpha, accumulate)
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
+    """out = alpha * a @ b + accumulate * out, rounded once, to the dtype of `out`."""
+    beta = 1.0 if accumulate else 0.0
     if a.dtype == out.dtype:
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
+        torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)
     elif a.is_cuda:
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, alpha=alpha, beta=beta, out_dtype=out.dtype, out=out)
     else:
-        product = torch.mm(a, b)
+        product = torch.mm(a.float(), b.float()).mul_(alpha)
         out.copy_(out + product if accumulate else product)

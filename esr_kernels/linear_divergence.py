@@ -34,10 +34,9 @@ class LinearDivergence(NamedTuple):
 
 
 def _new_gradients(
-    ctx: torch.autograd.function.FunctionCtx, heads: Heads, whole_weight: Tensor
+    wanted: tuple[bool, ...], heads: Heads, whole_weight: Tensor
 ) -> tuple[Gradients, Gradients]:
     """Buffers for the gradients of the first three inputs: whole, and over the shared classes."""
-    wanted = ctx.needs_input_grad[:3]
     dtype = gemm.logits_dtype(heads.student_hidden.dtype)
     classes = heads.student_weight.shape[0]
     hidden = torch.empty_like(heads.student_hidden) if wanted[0] else None
@@ -51,23 +50,25 @@ def _new_gradients(
     return [hidden, weight, bias], shared
 
 
-def _weighted_loss(
-    values: Tensor, row_weight: Tensor | None, reduction: str
-) -> tuple[Tensor, Tensor | float]:
-    """(loss, normaliser): loss = sum(w * value) / normaliser, or the rows of it."""
-    weighted = (
-        values if row_weight is None else torch.where(row_weight != 0, row_weight * values, 0)
-    )
-    if reduction == "none":
-        return weighted, 1.0
-    if reduction == "sum":
-        return weighted.sum(), 1.0
+def _normalised(
+    row_weight: Tensor | None, tokens: int, reduction: str
+) -> tuple[Tensor | None, float]:
+    """(row weights or None for 1, common factor): the loss is factor * sum(weight * divergence).
+
+    Scaling dz before it is rounded, rather than the gradients afterwards, spares them a rounding.
+    """
+    if reduction != "mean":
+        return row_weight, 1.0
     if row_weight is None:
-        total: Tensor | float = float(max(values.shape[0], 1))
-    else:
-        total = row_weight.sum()
-        total = torch.where(total == 0, torch.ones_like(total), total)
-    return weighted.sum() / total, total
+        return None, 1.0 / max(tokens, 1)
+    total = row_weight.sum()
+    return row_weight / torch.where(total == 0, torch.ones_like(total), total), 1.0
+
+
+def _loss(values: Tensor, row_weight: Tensor | None, factor: float, reduction: str) -> Tensor:
+    if row_weight is not None:
+        values = torch.where(row_weight != 0, row_weight * values, 0)
+    return values if reduction == "none" else values.sum() * factor
 
 
 class _StashFunction(torch.autograd.Function):
@@ -76,11 +77,11 @@ class _StashFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, t_hidden, t_weight, t_bias, row_weight, call):  # type: ignore[no-untyped-def]
         heads = Heads(hidden, weight, bias, t_hidden, t_weight, t_bias).over(slice(call.classes))
-        whole, shared = _new_gradients(ctx, heads, weight)
-        values, stats = stash(heads, row_weight, call, shared)
-        loss, normaliser = _weighted_loss(values, row_weight, call.reduction)
+        whole, shared = _new_gradients(ctx.needs_input_grad, heads, weight)
+        row_weight, factor = _normalised(row_weight, hidden.shape[0], call.reduction)
+        values, stats = stash(heads, row_weight, factor * call.spec.student.slope, call, shared)
+        loss = _loss(values, row_weight, factor, call.reduction)
         ctx.save_for_backward(*whole)
-        ctx.factor = call.spec.student.slope / normaliser
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.spent = False
         outputs = _detached(values, stats)
@@ -100,12 +101,11 @@ class _StashFunction(torch.autograd.Function):
             )
         ctx.spent = True
         gradients = ctx.saved_tensors
-        factor = upstream * ctx.factor
         # Reading the factor would stall a GPU; on CPU it spares a pass over the weight gradient.
-        if factor.is_cuda or factor.item() != 1.0:
+        if upstream.is_cuda or upstream.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(factor)
+                    gradient.mul_(upstream)
         hidden, weight, bias = gradients
         return hidden, weight, None if bias is None else bias.to(ctx.bias_dtype), *(None,) * 5
 
@@ -117,7 +117,8 @@ class _RecomputeFunction(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, t_hidden, t_weight, t_bias, row_weight, call):  # type: ignore[no-untyped-def]
         heads = Heads(hidden, weight, bias, t_hidden, t_weight, t_bias).over(slice(call.classes))
         values, stats, pull_sum = forward_only(heads, call)
-        loss, normaliser = _weighted_loss(values, row_weight, call.reduction)
+        row_weight, factor = _normalised(row_weight, hidden.shape[0], call.reduction)
+        loss = _loss(values, row_weight, factor, call.reduction)
         ctx.save_for_backward(
             hidden,
             weight,
@@ -130,7 +131,7 @@ class _RecomputeFunction(torch.autograd.Function):
             stats.teacher_lse,
             pull_sum,
         )
-        ctx.factor, ctx.call = call.spec.student.slope / normaliser, call
+        ctx.factor, ctx.call = factor * call.spec.student.slope, call
         outputs = _detached(values, stats)
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
@@ -147,7 +148,7 @@ class _RecomputeFunction(torch.autograd.Function):
         factor = (upstream * ctx.factor).to(student_lse.dtype).expand_as(student_lse)
         if row_weight is not None:
             factor = factor * row_weight
-        whole, shared = _new_gradients(ctx, heads, whole_weight)
+        whole, shared = _new_gradients(ctx.needs_input_grad, heads, whole_weight)
         recompute_gradients(
             heads, ctx.call, student_lse, teacher_lse, pull_sum, factor.contiguous(), shared
         )
@@ -296,6 +297,7 @@ def linear_divergence(
         hidden, t_hidden = hidden[on_device], t_hidden[on_device]
         row_weight = None if row_weight is None else row_weight[on_device]
     spec = RowSpec(resolved, inputs.student_transform, inputs.teacher_transform)
+    rows = _rows_module(impl, hidden.device)
     if not isinstance(plan, Plan):
         trains = torch.is_grad_enabled()
         problem = Problem(
@@ -305,16 +307,16 @@ def linear_divergence(
             teacher_dim=t_hidden.shape[1],
             hidden_dtype=hidden.dtype,
             weight_dtype=inputs.student_weight.dtype,
-            device=hidden.device.type,
+            device="cpu" if rows is rows_torch and hidden.device.type == "cpu" else "cuda",
             train_hidden=trains and hidden.requires_grad,
             train_weight=trains and inputs.student_weight.requires_grad,
             two_pass=resolved.kl_weights is None,
             per_token_gradient=reduction == "none",
         )
         plan = make_plan(problem, plan, memory_budget)
-    call = Call(spec, plan, _rows_module(impl, hidden.device), inputs.classes, reduction)
+    call = Call(spec, plan, rows, inputs.classes, reduction)
     function = _StashFunction if plan.kind == "stash" else _RecomputeFunction
-    loss, *rows = function.apply(
+    loss, *per_token = function.apply(
         hidden,
         inputs.student_weight,
         inputs.student_bias,
@@ -326,10 +328,10 @@ def linear_divergence(
     )
     if active is not None:
         tokens = student_hidden.shape[0]
-        rows = [_scatter(row, on_device, tokens) for row in rows]
+        per_token = [_scatter(row, on_device, tokens) for row in per_token]
         if reduction == "none":
             loss = _scatter(loss, on_device, tokens)
-    return LinearDivergence(loss, *rows)
+    return LinearDivergence(loss, *per_token)
 
 
 def _reference(inputs: Inputs, divergence: Divergence, reduction: str) -> LinearDivergence:

@@ -43,8 +43,15 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 def divergence_of_log_probs(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     """The divergence of each row, written from its textbook formula and nothing shared."""
     if isinstance(divergence, KLMix):
-        forward = divergence.forward * _kl(log_q, log_p) if divergence.forward else 0.0
-        return forward + (divergence.reverse * _kl(log_p, log_q) if divergence.reverse else 0.0)
+        terms = [
+            weight * _kl(*pair)
+            for weight, pair in (
+                (divergence.forward, (log_q, log_p)),
+                (divergence.reverse, (log_p, log_q)),
+            )
+            if weight
+        ]
+        return torch.stack(terms).sum(0)
     if isinstance(divergence, JSD):
         beta = divergence.beta
         log_m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
