@@ -1,7 +1,6 @@
 """Tasks: disjoint repeatable splits, answers judged rightly, and built-in models that behave."""
 
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -147,9 +146,7 @@ def test_teacher_is_right_and_student_starts_out_guessing(one_thread):
 
 
 def test_build_script_writes_loadable_models(tmp_path, capsys, one_thread):
-    started = time.perf_counter()
     assert main(["--out", str(tmp_path), "--quick", "--threads", "1"]) == 0
-    assert time.perf_counter() - started < 60
     assert "teacher  step 4/4" in capsys.readouterr().out
     for name in ("teacher", "student"):
         assert AutoTokenizer.from_pretrained(tmp_path / name)("1+2=").input_ids
