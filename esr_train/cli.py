@@ -1,0 +1,242 @@
+"""The command line.
+
+    esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
+    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--dry-run]
+    esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
+    esr-train report   RUN_DIR
+    esr-train fetch    smollm2
+
+Exit codes: 0 done, 2 an error that is told in one line, 130 stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import logging as transformers_logging
+
+from esr_train.checkpoint import CheckpointError, Interrupt
+from esr_train.compare import Interrupted, compare
+from esr_train.config import Config, ConfigError, ModelConfig, arm_config, load_config, to_yaml
+from esr_train.evaluate import Evaluator
+from esr_train.experiment import (
+    Experiment,
+    check_continues,
+    load_experiment,
+    progress_bar,
+    progress_text,
+    write_run_files,
+)
+from esr_train.fetch import FetchError, fetch_smollm2
+from esr_train.models import ModelError
+from esr_train.report import summary_table, write_report
+from esr_train.rollout import ContextError, RolloutBatch
+from esr_train.train import Trainer, TrainingError
+
+ERRORS = (
+    CheckpointError,
+    ConfigError,
+    ContextError,
+    FetchError,
+    ModelError,
+    TrainingError,
+    OSError,
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parse(arguments)
+    transformers_logging.disable_progress_bar()  # ours is the only one on the screen
+    try:
+        with Interrupt():
+            options.run(options)
+    except ERRORS as error:
+        print(f"esr-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        first = str(error).split(". ")[0]
+        print(
+            f"esr-train: error: {first}. Set optim.micro_batch, or lower rollout.prompts",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"esr-train: {error or 'interrupted'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse a command line in which key=value may stand anywhere."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [text for text in rest if text.startswith("-") or "overrides" not in options]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="esr-train", description="On-policy distillation with early stopping rollouts."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for run, summary in (
+        (_train, "distil a teacher into a student; goes on where it stopped"),
+        (_compare, "train with several rollout lengths and write a report"),
+        (_evaluate, "measure a student on held-out problems"),
+    ):
+        command = commands.add_parser(run.__name__[1:], help=summary, description=summary)
+        command.set_defaults(run=run)
+        command.add_argument("config", type=Path, help="YAML file, see configs/")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-4")
+        command.add_argument(
+            "--dry-run", action="store_true", help="print the resolved config and estimates, stop"
+        )
+        if run is _evaluate:
+            command.add_argument("--model", help="evaluate this model instead of the student")
+        else:
+            command.add_argument("--out", type=Path, help="run directory; default runs/CONFIG...")
+        if run is _compare:
+            command.add_argument("--steps", type=_positive, help="at most so many steps an arm")
+    summary = "write report.html and the rest again from the files of a run"
+    command = commands.add_parser("report", help=summary, description=summary)
+    command.set_defaults(run=_report)
+    command.add_argument("run_dir", type=Path)
+    summary = "download, verify and cache the weights of a model"
+    command = commands.add_parser("fetch", help=summary, description=summary)
+    command.set_defaults(run=_fetch)
+    command.add_argument("model", choices=["smollm2"])
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    seed = config.seeds[0]
+    # A run of `train` is a comparison with one arm, so that reports can be made of it.
+    arm = {"name": "train", "max_new_tokens": config.rollout.max_new_tokens}
+    config = dataclasses.replace(config, seeds=[seed], arms=[arm])
+    if options.dry_run:
+        return _print_plan(config)
+    run_dir = options.out or Path("runs") / options.config.stem
+    check_continues(run_dir, config)
+    experiment = load_experiment(config)
+    with progress_bar(config.steps) as bar:
+
+        def on_step(row: dict, metrics: dict[str, float]) -> None:
+            bar.n = row["step"]
+            bar.set_postfix_str(progress_text(row, metrics, config.report.metric))
+
+        trainer = Trainer(
+            config,
+            experiment.student,
+            experiment.teacher,
+            experiment.tokenizer,
+            experiment.task,
+            experiment.evaluator,
+            run_dir / "arms" / "train" / f"seed{seed}",
+            seed,
+            on_step=on_step,
+            on_first_rollout=lambda batch: bar.write(_decoded(experiment, batch)),
+        )
+        write_run_files(run_dir, config)
+        try:
+            trainer.run()
+        except KeyboardInterrupt as error:
+            step = trainer.state["step"]
+            raise Interrupted(
+                f"interrupted: step {step} of {config.steps} is saved in {trainer.directory}; "
+                "the same command goes on from there"
+            ) from error
+    print(f"model: {trainer.directory / 'checkpoints' / f'step_{config.steps:06d}' / 'model'}")
+    print(write_report(run_dir))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        return _print_plan(config)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    compare(config, options.out or Path("runs") / f"{options.config.stem}-{stamp}", options.steps)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    if options.model:
+        config = dataclasses.replace(config, student=ModelConfig(model=options.model))
+    if options.dry_run:
+        return _print_plan(config)
+    experiment = load_experiment(config)
+    evaluator = experiment.evaluator or Evaluator(
+        config, experiment.teacher, experiment.tokenizer, experiment.task
+    )
+    metrics, samples = evaluator.evaluate(experiment.student)
+    print(json.dumps({"metrics": metrics, "samples": samples}, indent=2, ensure_ascii=False))
+
+
+def _report(options: argparse.Namespace) -> None:
+    try:
+        path = write_report(options.run_dir)
+        print(summary_table(options.run_dir))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(path)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    print(fetch_smollm2())
+
+
+def _print_plan(config: Config) -> None:
+    """The resolved config, and upper bounds of what each arm samples and trains on."""
+    print(to_yaml(config))
+    for arm in config.arms or [{"name": "train"}]:
+        resolved = arm_config(config, arm)
+        rollout, steps = resolved.rollout, resolved.steps
+        responses = rollout.prompts * rollout.samples
+        sampled = responses * rollout.max_new_tokens
+        window = resolved.loss.window_tokens or rollout.max_new_tokens
+        trained = responses * min(window, rollout.max_new_tokens)
+        runs = f" x {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
+        print(
+            f"{arm['name']}: {steps} steps{runs}; a step samples at most {sampled:,} tokens "
+            f"({responses} responses x {rollout.max_new_tokens}) and trains on at most "
+            f"{trained:,}; at most {sampled * steps:,} sampled in a run"
+        )
+    if config.eval.every:
+        print(
+            f"evaluation every {config.eval.every} steps: {config.eval.problems} problems, answers "
+            f"of at most {config.eval.max_new_tokens} tokens, {config.eval.teacher_text} tokens "
+            "of teacher text each"
+        )
+
+
+def _decoded(experiment: Experiment, batch: RolloutBatch) -> str:
+    """The first prompt and response with special tokens, through both tokenizers."""
+    lines = []
+    for who, tokenizer in (
+        ("student", experiment.tokenizer),
+        ("teacher", experiment.teacher_tokenizer),
+    ):
+        prompt, response = (
+            tokenizer.decode(ids, skip_special_tokens=False)
+            for ids in (batch.prompts[0], batch.response(0))
+        )
+        lines.append(f"first prompt, to the {who}: {prompt!r}\nfirst response: {response!r}")
+    return "\n".join(lines)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, must be at least 1")
+    return value

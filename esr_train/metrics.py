@@ -1,0 +1,100 @@
+"""What a run writes down: JSON lines, and seconds and peak memory of each phase of a step."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class JsonLines:
+    """A file of one JSON object a line, flushed at every write; rows past `last_step` are cut."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        kept = [row for row in read_rows(path) if row["step"] <= last_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self.steps = {row["step"] for row in kept}
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.steps.add(row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a JSON lines file; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+class Spans:
+    """Seconds and peak bytes of named phases; entered twice, they add up and keep the maximum."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int | None] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        peaks = [p for p in (self.peak_bytes.get(name), peak_memory()) if p is not None]
+        self.peak_bytes[name] = max(peaks, default=None)
+
+
+def reset_peak_memory() -> None:
+    """Start a new high-water mark: of CUDA's allocator, or on Linux of the resident set."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        # Memory that was freed but not given back would count for the next phase.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
+        with contextlib.suppress(OSError):  # refused in some containers: peak_memory() says None
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int | None:
+    """Bytes at the high-water mark since `reset_peak_memory`; None where that is unknown."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if not _CAN_RESET:
+        return None
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _can_reset() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+_CAN_RESET = _can_reset()

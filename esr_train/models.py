@@ -1,0 +1,203 @@
+"""Loading causal language models, and reaching their decoder and output head separately.
+
+The loss works on hidden states and head weights, so that [tokens, vocab] logits never exist. `Head`
+holds all that stands between the two: weight, bias, soft-cap and scale. A model whose logits are
+anything else is refused by `check_head` rather than trained on another distribution than its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from esr_train.config import ModelConfig, RuntimeConfig
+from esr_train.fetch import fetch_smollm2
+from esr_train.tasks import BUILTIN_MODELS, builtin_model_path
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be found, loaded or used; the message says what was tried."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    scale: float
+
+    def first(self, classes: int) -> Head:
+        """The head of the first `classes` tokens of the vocabulary."""
+        bias = None if self.bias is None else self.bias[:classes]
+        return replace(self, weight=self.weight[:classes], bias=bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] in fp32."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def device() -> torch.device:
+    """CUDA where there is one (CUDA_VISIBLE_DEVICES="" hides it), else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
+    """The tokenizer that belongs to a model."""
+    source = _source(spec.model)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=runtime.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_loaded(spec.model, source, "tokenizer", error)) from error
+
+
+def load_model(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
+    """Load a causal language model in eval mode (no dropout) on `device()`."""
+    source = _source(spec.model)
+    on_cuda = device().type == "cuda"
+    dtype = runtime.dtype if runtime.dtype != "auto" else "bfloat16" if on_cuda else "float32"
+    attention = runtime.attention
+    if attention == "auto":
+        flash = on_cuda and dtype != "float32" and importlib.util.find_spec("flash_attn")
+        attention = "flash_attention_2" if flash else "sdpa"
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            trust_remote_code=runtime.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_not_loaded(spec.model, source, "model", error)) from error
+    if spec.drop_layers:
+        drop_layers(model, spec.drop_layers)
+    model.to(device()).eval()
+    if on_cuda and runtime.liger == "auto" and importlib.util.find_spec("liger_kernel"):
+        _use_liger_layers(model)
+    check_head(model)
+    return model
+
+
+def decoder(model: Any) -> nn.Module:
+    """The part of a causal model below its output head."""
+    inner: nn.Module = model.get_decoder()
+    return inner
+
+
+def head(model: Any) -> Head:
+    """The output head of a causal model, read from its weights and config."""
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config(decoder=True)
+    scale = getattr(config, "logit_scale", None)  # Cohere multiplies by it
+    divisor = getattr(config, "logits_scaling", None)  # Granite divides by it
+    return Head(
+        weight=layer.weight,
+        bias=getattr(layer, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=(1.0 if scale is None else scale) / (1.0 if divisor is None else divisor),
+    )
+
+
+def max_positions(model: Any) -> int | None:
+    """The context length that the model declares, or None."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token id that ends an answer, by the tokenizer, the generation config or the config."""
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for owner in (tokenizer, generation, model.config):
+        ids = getattr(owner, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return sorted(found)
+
+
+def check_head(model: Any) -> None:
+    """Raise ModelError unless decoder and `Head` together give the model's own logits."""
+    weight = head(model).weight
+    ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
+    with torch.no_grad():
+        own = model(input_ids=ids).logits.float()
+        ours = head(model).logits(decoder(model)(input_ids=ids).last_hidden_state)
+    # bf16 logits are rounded on one side only
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2
+    if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+        raise ModelError(
+            f"{type(model).__name__}: its logits are not scale, bias and soft-cap on a linear head "
+            f"(difference {float((own - ours).abs().max()):.3g}), so the loss from hidden states "
+            "would train another distribution; this architecture is not supported"
+        )
+
+
+def drop_layers(model: Any, layers: list[int]) -> None:
+    """Remove decoder layers in place, and from the config, so that the model saves and loads."""
+    inner: Any = decoder(model)
+    count = len(inner.layers)
+    bad = sorted({layer for layer in layers if not 0 <= layer < count})
+    if bad or len(set(layers)) >= count:
+        raise ModelError(
+            f"drop_layers: got {layers}, must be layers 0 to {count - 1}, and not all of them"
+        )
+    kept = [index for index in range(count) if index not in set(layers)]
+    inner.layers = nn.ModuleList([inner.layers[index] for index in kept])
+    for position, layer in enumerate(inner.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # the slot in the KV cache
+                module.layer_idx = position
+    config = model.config.get_text_config(decoder=True)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
+
+
+def _source(model: str) -> str:
+    """Where `from_pretrained` finds a model: a directory or a hub id."""
+    if model == "smollm2":
+        return str(fetch_smollm2())
+    if model.startswith("builtin:"):
+        name = model.removeprefix("builtin:")
+        try:
+            path = builtin_model_path(name)
+        except ValueError as error:
+            raise ModelError(
+                f"model {model!r}: no such built-in model, there are "
+                + ", ".join(f"builtin:{known}" for known in BUILTIN_MODELS)
+            ) from error
+        return str(path)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"model {model!r}: no such directory")
+    return model
+
+
+def _not_loaded(model: str, source: str, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    if Path(source).is_dir():
+        return f"{what} {model!r}: {source} could not be loaded: {reason}"
+    return (
+        f"{what} {model!r}: not a local directory and not to be had from the Hugging Face hub "
+        f"({type(error).__name__}: {reason}). Give builtin:NAME, smollm2, the path of a model "
+        "directory, or a hub id that this machine can reach"
+    )
+
+
+def _use_liger_layers(model: Any) -> None:
+    """liger-kernel's rotary embedding, norm and MLP on this instance; not its losses."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(
+        model=model, cross_entropy=False, fused_linear_cross_entropy=False
+    )

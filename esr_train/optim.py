@@ -1,0 +1,88 @@
+"""AdamW with fp32 moments and weights whatever the model is in, and the learning-rate schedule.
+
+A bf16 weight has 8 bits of mantissa: an update smaller than 1/256 of it is rounded away, and at the
+learning rates of distillation most are. So low-precision weights get an fp32 master copy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esr_train.config import OptimConfig
+
+GRAD_CLIP = 1.0  # L2 norm of the whole gradient
+_MASTER, _STATE = "master/", "adamw/"
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The rate of step 1 .. steps: linear warm-up, then constant, or cosine that would end at 0."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - 1 - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Optimizer:
+    """AdamW without weight decay over a model's trainable parameters."""
+
+    def __init__(self, model: Any) -> None:
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.masters = {
+            name: p if p.dtype == torch.float32 else p.detach().float()
+            for name, p in self.parameters.items()
+        }
+        on_cuda = next(iter(self.masters.values())).is_cuda
+        # The fused kernel is the fast one on a GPU; on the CPU the plain one is as fast.
+        self.adamw = torch.optim.AdamW(
+            self.masters.values(), weight_decay=0.0, fused=on_cuda, foreach=None
+        )
+
+    def step(self, lr: float) -> None:
+        """One update from the gradients of the model's parameters, which are cleared."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter and parameter.grad is not None:
+                self.masters[name].grad = parameter.grad.float()
+        self.adamw.step()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+        self.zero_grad()
+
+    def clip(self) -> Tensor:
+        """Scale the gradient down to norm GRAD_CLIP; returns the norm before, a 0-d tensor."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), GRAD_CLIP)
+
+    def zero_grad(self) -> None:
+        for parameter in (*self.parameters.values(), *self.masters.values()):
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by parameter name."""
+        tensors = {}
+        for name, master in self.masters.items():
+            for key, value in self.adamw.state.get(master, {}).items():
+                tensors[f"{_STATE}{key}/{name}"] = value
+            if master is not self.parameters[name]:
+                tensors[_MASTER + name] = master
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state_tensors` gave; the parameters must be the same ones."""
+        for full_name, tensor in tensors.items():
+            if full_name.startswith(_MASTER):
+                self.masters[full_name.removeprefix(_MASTER)].data.copy_(tensor)
+                continue
+            key, name = full_name.removeprefix(_STATE).split("/", 1)
+            master = self.masters[name]
+            # AdamW keeps its step counter where it was created, its moments beside the weights.
+            device = tensor.device if key == "step" and not master.is_cuda else master.device
+            self.adamw.state[master][key] = tensor.to(device).clone()

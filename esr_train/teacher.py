@@ -1,0 +1,81 @@
+"""Reading hidden states at response positions, of teacher and student alike.
+
+Row t of a response is the state that predicts its token t: the last prompt position for the first
+token, and so on. Only these rows leave the decoder: nothing is projected that is not trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esr_train.models import ModelError, decoder, head
+from esr_train.rollout import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts and responses as right-padded model input, and where their trained rows are."""
+
+    ids: Tensor  # [B, L] int64
+    mask: Tensor  # [B, L]
+    rows: Tensor  # [T] int64 into the flattened [B * L] positions
+    weights: Tensor  # [T] fp32, the weight of each row's token in the loss
+
+
+def sequences(batch: RolloutBatch, weights: Tensor, device: torch.device) -> Sequences:
+    """Lay out a batch; only tokens with a non-zero weight in `weights` [B, N] become rows."""
+    starts = [len(prompt) for prompt in batch.prompts]
+    width = max(start + int(n) for start, n in zip(starts, batch.lengths, strict=True))
+    ids = torch.zeros(len(starts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(batch.prompts):
+        sequence = prompt + batch.response(row)
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    response, token = weights.nonzero(as_tuple=True)
+    rows = response * width + torch.tensor(starts)[response] - 1 + token
+    return Sequences(
+        ids.to(device), mask.to(device), rows.to(device), weights[response, token].to(device)
+    )
+
+
+def hidden_rows(model: Any, batch: Sequences) -> Tensor:
+    """The model's hidden states [T, D] at the rows of a batch, differentiable."""
+    # Right padding: causal attention never reaches it, and positions count from 0 by themselves.
+    output = decoder(model)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)[batch.rows]
+
+
+class Teacher:
+    """A frozen model in the same process."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.requires_grad_(False)
+        self.head = head(model)
+
+    @torch.no_grad()
+    def hidden_rows(self, batch: Sequences) -> Tensor:
+        """Hidden states [T, D] at the rows of a batch."""
+        return hidden_rows(self.model, batch)
+
+
+def check_same_tokenizer(student: Any, teacher: Any, classes: int) -> None:
+    """Raise ModelError unless both tokenizers agree on the meaning of every id below `classes`."""
+    names = [
+        {index: token for token, index in tokenizer.get_vocab().items() if index < classes}
+        for tokenizer in (student, teacher)
+    ]
+    if names[0] == names[1]:
+        return
+    different = min(
+        i for i in names[0].keys() | names[1].keys() if names[0].get(i) != names[1].get(i)
+    )
+    raise ModelError(
+        "student and teacher must share a tokenizer: token id "
+        f"{different} is {names[0].get(different)!r} to the student "
+        f"and {names[1].get(different)!r} to the teacher"
+    )

@@ -1,0 +1,228 @@
+"""The training loop: sample, score, loss, step, log, save.
+
+    trainer = Trainer(config, student, teacher, tokenizer, task, evaluator, directory, seed)
+    trainer.run()
+
+`train` and every arm of `compare` run this. What a step does is a function of the weights, the
+configuration, the seed and the step's number: runs repeat, and resume, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esr_train import checkpoint
+from esr_train.config import Config
+from esr_train.data import PromptStream
+from esr_train.evaluate import Evaluator
+from esr_train.loss import divergence_from_hidden, token_weights
+from esr_train.metrics import JsonLines, Spans
+from esr_train.models import head
+from esr_train.optim import Optimizer, learning_rate
+from esr_train.rollout import Rollout, RolloutBatch
+from esr_train.tasks import Task
+from esr_train.teacher import Teacher, hidden_rows, sequences
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+
+class Trainer:
+    """Distils `teacher` into `student` (changed in place), writing all it does to `directory`."""
+
+    def __init__(
+        self,
+        config: Config,
+        student: Any,
+        teacher: Teacher,
+        tokenizer: Any,
+        task: Task,
+        evaluator: Evaluator | None,
+        directory: Path,
+        seed: int,
+        save: bool = True,
+        on_step: Callable[[dict[str, Any], dict[str, float]], None] | None = None,
+        on_first_rollout: Callable[[RolloutBatch], None] | None = None,
+    ) -> None:
+        self.config, self.seed, self.directory = config, seed, directory
+        self.student, self.teacher, self.tokenizer = student, teacher, tokenizer
+        self.evaluator, self.save = evaluator, save
+        self.on_step, self.on_first_rollout = on_step, on_first_rollout
+        classes = min(head(student).weight.shape[0], teacher.head.weight.shape[0])
+        self.rollout = Rollout(student, tokenizer, classes)
+        self.prompts = PromptStream(task, tokenizer, config.rollout.prompts, seed)
+        self.optimizer = Optimizer(student)
+        self.device = head(student).weight.device
+        # What has been done, as it is saved in checkpoints.
+        self.state: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "tokens": 0}
+        self.saved_step = -1
+        self.latest_metrics: dict[str, float] = {}
+        self._check_context()
+
+    def run(self) -> None:
+        """Train to config.steps, from the newest checkpoint where there is one.
+
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint of the last whole step is saved.
+            TrainingError: loss or gradient is not finite; likewise.
+            CheckpointError: a checkpoint could not be written or read.
+        """
+        self._resume()
+        step = self.state["step"]
+        self.metrics = JsonLines(self.directory / "metrics.jsonl", step)
+        self.evals = JsonLines(self.directory / "evals.jsonl", step)
+        self.samples = JsonLines(self.directory / "samples.jsonl", step)
+        try:
+            with checkpoint.Interrupt() as interrupt:
+                self._loop(interrupt)
+        finally:
+            for file in (self.metrics, self.evals, self.samples):
+                file.close()
+
+    def _loop(self, interrupt: checkpoint.Interrupt) -> None:
+        every = self.config.checkpoint.every
+        try:
+            self._evaluate()
+            while self.state["step"] < self.config.steps:
+                row = self.step(self.state["step"] + 1, interrupt)
+                self._evaluate()
+                if self.on_step:
+                    self.on_step(row, self.latest_metrics)
+                if every and row["step"] % every == 0:
+                    self._save()
+        finally:
+            # After the last step, a signal or an error: the weights are those of state["step"].
+            # Where the last update itself broke them, an older checkpoint is the better one.
+            if all(bool(p.isfinite().all()) for p in self.student.parameters()):
+                self._save()
+
+    def step(self, step: int, interrupt: checkpoint.Interrupt) -> dict[str, Any]:
+        """One optimizer step; returns the row that it wrote to metrics.jsonl."""
+        config, spans = self.config, Spans()
+        with spans("rollout"):
+            batch = self.rollout.generate(
+                self.prompts.prompts_for(step),
+                config.rollout.samples,
+                config.rollout.max_new_tokens,
+                config.rollout.temperature,
+                (self.seed, "rollout", step),
+            )
+        if self.on_first_rollout:
+            self.on_first_rollout(batch)
+            self.on_first_rollout = None
+        sums = self._gradient(step, batch, spans)
+        with spans("student"):
+            norm = float(self.optimizer.clip())
+        if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
+            self.optimizer.zero_grad()
+            raise TrainingError(
+                f"step {step}: loss {sums['loss']}, gradient norm {norm}; the weights are still "
+                f"those of step {step - 1}. Try a lower optim.lr or a longer optim.warmup_steps"
+            )
+        rate = learning_rate(config.optim, step, config.steps)
+        with interrupt.hold():
+            with spans("student"):
+                self.optimizer.step(rate)
+            trained = max(1, int(sums["trained_tokens"]))
+            tokens = int(batch.lengths.sum())
+            row = {
+                "step": step,
+                "loss": sums["loss"],
+                **{key: sums[key] / trained for key in _PER_TOKEN},
+                "response_length": tokens / len(batch.prompts),
+                "eos_rate": float(batch.finished_by_eos.double().mean()),
+                "tokens": tokens,
+                "trained_tokens": int(sums["trained_tokens"]),
+                "lr": rate,
+                "grad_norm": norm,
+                "seconds": spans.seconds,
+                "peak_bytes": spans.peak_bytes,
+            }
+            self.state["step"] = step
+            self.state["train_seconds"] += sum(spans.seconds.values())
+            self.state["tokens"] += tokens
+            self.metrics.write(row)
+        return row
+
+    def _gradient(self, step: int, batch: RolloutBatch, spans: Spans) -> dict[str, float]:
+        """Accumulate the gradient of the batch; returns its loss, and sums over its tokens."""
+        config = self.config
+        weights = token_weights(batch, config.loss, (self.seed, "window", step))
+        sums = torch.zeros(2 + len(_PER_TOKEN), dtype=torch.float64, device=self.device)
+        size = config.optim.micro_batch or len(batch.prompts)
+        # By length, so that the padding of a micro-batch is short.
+        for part in batch.lengths.argsort(stable=True).split(size):
+            laid_out = sequences(batch.select(part), weights[part], self.device)
+            if len(laid_out.rows) == 0:
+                continue
+            with spans("teacher"):
+                teacher_hidden = self.teacher.hidden_rows(laid_out)
+            with spans("student"):
+                out = divergence_from_hidden(
+                    hidden_rows(self.student, laid_out),
+                    head(self.student),
+                    teacher_hidden,
+                    self.teacher.head,
+                    laid_out.weights,
+                    config.loss,
+                )
+                out.loss.backward()
+            rows = (out.per_token, out.student_entropy, out.teacher_entropy, out.agreement)
+            sums[0] += out.loss.detach()
+            sums[1] += len(laid_out.rows)
+            sums[2:] += torch.stack([row.double().sum() for row in rows])
+        return dict(zip(("loss", "trained_tokens", *_PER_TOKEN), sums.tolist(), strict=True))
+
+    def _evaluate(self) -> None:
+        """Evaluate where it is due and has not been done; the clock of the phases stands still."""
+        every, step = self.config.eval.every, self.state["step"]
+        due = every and (step % every == 0 or step == self.config.steps)
+        if self.evaluator is None or not due or step in self.evals.steps:
+            return
+        self.latest_metrics, samples = self.evaluator.evaluate(self.student)
+        for sample in samples:
+            self.samples.write({"step": step, **sample})
+        self.evals.write(
+            {
+                "step": step,
+                "train_seconds": self.state["train_seconds"],
+                "tokens": self.state["tokens"],
+                "metrics": self.latest_metrics,
+            }
+        )
+
+    def _check_context(self) -> None:
+        """Refuse prompts that do not fit before any work, rather than at the step they come up."""
+        length = self.config.rollout.max_new_tokens
+        for model in (self.rollout, Rollout(self.teacher.model, self.tokenizer)):
+            for step in range(1, self.config.steps + 1):
+                model.check_fits(self.prompts.prompts_for(step), length)
+                if step * self.prompts.per_step >= len(self.prompts.problems):
+                    break  # every prompt has been seen
+
+    def _resume(self) -> None:
+        path = checkpoint.latest(self.directory / "checkpoints")
+        if not self.save or path is None:
+            return
+        if self.config.checkpoint.resume == "never":
+            raise checkpoint.CheckpointError(
+                f"{path.parent} holds checkpoints and checkpoint.resume is never; "
+                "choose another --out, or remove them"
+            )
+        self.state = checkpoint.load(path, self.student, self.optimizer)
+        self.saved_step = self.state["step"]
+
+    def _save(self) -> None:
+        if self.save and self.saved_step != self.state["step"]:
+            directory = self.directory / "checkpoints"
+            checkpoint.save(directory, self.state, self.student, self.tokenizer, self.optimizer)
+            self.saved_step = self.state["step"]
+
+
+_PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
