@@ -119,10 +119,8 @@ def test_tokenizer_gives_back_every_prompt_and_answer():
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_built_in_models_differ_in_width_and_fit_the_size_limit():
+def test_built_in_models_are_fp32_with_their_own_eos_and_fit_the_size_limit():
     models = {name: _load(name)[0] for name in ("sums-teacher", "sums-student")}
-    widths = {name: model.config.hidden_size for name, model in models.items()}
-    assert widths == {"sums-teacher": 160, "sums-student": 128}
     for name, model in models.items():
         config, generation = model.config, model.generation_config
         assert (builtin_model_path(name) / "model.safetensors").stat().st_size < 4_000_000
@@ -158,6 +156,12 @@ def test_build_script_refuses_a_model_that_misses_its_target(tmp_path, capsys, m
     monkeypatch.setattr("esr_train.tasks.build_sums.train", lambda *_: None)
     assert main(["--out", str(tmp_path), "--only", "teacher", "--threads", "1"]) == 1
     assert "outside its target" in capsys.readouterr().err
+
+
+def test_build_script_wants_the_teacher_before_the_student(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--only", "student"])
+    assert "teacher, which is missing" in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused_with_the_allowed_ones():

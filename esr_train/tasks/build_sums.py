@@ -3,10 +3,11 @@
     python -m esr_train.tasks.build_sums --out DIR            # writes DIR/teacher, DIR/student
     python -m esr_train.tasks.build_sums --out DIR --quick    # seconds; targets not checked
 
-Both are Llama models trained from scratch by supervised learning on the train split. The teacher
-sees only the step-by-step habit. The student sees it first too, since arithmetic is slow to learn
-and filler is not, and then a mixture in which most answers are guesses. Exits with status 1 if a
-model misses its accuracy targets.
+Both are Llama models of one size, trained by supervised learning on the train split. The teacher
+starts from scratch and sees only the step-by-step habit. The student starts from the trained
+teacher, since arithmetic is slow to learn and filler is not, and sees a mixture in which most
+answers are guesses: it is a teacher that was taught a bad habit. Exits with status 1 if a model
+misses its accuracy targets.
 """
 
 from __future__ import annotations
@@ -33,25 +34,24 @@ IGNORED = -100  # label of prompt and padding positions
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model: its size, its training, and the accuracies (low, high) it has to reach."""
+    """One model: its origin, its training, and the accuracies (low, high) it has to reach."""
 
     name: str
-    hidden: int
-    intermediate: int
+    starts_from: str | None  # the model whose weights it begins with; None: random ones
     steps: int
-    guess_share: float  # of the answers, in the second phase
-    guess_from: float  # share of the steps after which the second phase starts
+    guess_share: float  # of the answers
+    learning_rate: float
     greedy: tuple[float, float]
     sampled: tuple[float, float]
-    learning_rate: float = 2e-3
     batch: int = 32
 
 
-# Only greedy accuracy makes the teacher fit for its job. The floor of its sampled accuracy was set after
-# the first build had measured 0.90 (one slip in ten answers at temperature 1): it catches a regression.
+# Only greedy accuracy makes the teacher fit for its job. The floor of its sampled accuracy was set
+# after the first build had measured 0.90 (one slip in ten answers at temperature 1), so it guards
+# against a regression and says nothing about whether 0.90 is good.
 RECIPES = (
-    Recipe("teacher", 160, 280, 500, 0.0, 1.0, greedy=(0.98, 1.0), sampled=(0.85, 1.0)),
-    Recipe("student", 128, 352, 800, 0.62, 0.7, greedy=(0.0, 0.15), sampled=(0.30, 0.55)),
+    Recipe("teacher", None, 500, 0.0, 2e-3, greedy=(0.98, 1.0), sampled=(0.85, 1.0)),
+    Recipe("student", "teacher", 200, 0.62, 1e-3, greedy=(0.0, 0.15), sampled=(0.30, 0.55)),
 )
 
 
@@ -75,15 +75,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """An untrained four-layer Llama with heads of 32, fp32, tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.intermediate,
+        hidden_size=160,
+        intermediate_size=280,
         num_hidden_layers=4,
-        num_attention_heads=recipe.hidden // 32,
-        num_key_value_heads=recipe.hidden // 32,
+        num_attention_heads=5,
+        num_key_value_heads=5,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -163,6 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few steps, targets not checked")
     options = parser.parse_args(arguments)
 
+    if options.only == "student" and not (options.out / "teacher").is_dir():
+        parser.error(f"--only student: it starts from {options.out / 'teacher'}, which is missing")
     torch.set_num_threads(options.threads)
     missed = False
     for recipe in RECIPES:
@@ -172,7 +174,10 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = replace(recipe, steps=4, batch=4)
         torch.manual_seed(options.seed)
         tokenizer = build_tokenizer()
-        model = build_model(recipe, tokenizer)
+        if recipe.starts_from is None:
+            model = build_model(tokenizer)
+        else:
+            model = LlamaForCausalLM.from_pretrained(options.out / recipe.starts_from)
         train(model, tokenizer, recipe, options.seed)
         model.eval()
         model.save_pretrained(options.out / recipe.name)
@@ -196,13 +201,12 @@ def _batches(
     """Endless (ids, labels), both int64 [batch, longest]; labels are IGNORED off the answer."""
     rng = random.Random(f"{recipe.name}:{seed}")
     problems = iter(SumsTask().problems("train", recipe.steps * recipe.batch, seed))
-    for step in range(recipe.steps):
-        guess_share = recipe.guess_share if step >= recipe.guess_from * recipe.steps else 0.0
+    for _ in range(recipe.steps):
         prompts, answers = [], []
         for _ in range(recipe.batch):
             problem = next(problems)
             summands = summands_of(problem)
-            guess = rng.random() < guess_share
+            guess = rng.random() < recipe.guess_share
             prompts.append(tokenizer(problem.prompt).input_ids)
             text = wordy_guess(summands, rng) if guess else step_by_step(summands)
             answer = tokenizer(text, add_special_tokens=False).input_ids
