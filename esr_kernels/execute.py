@@ -57,18 +57,34 @@ def _buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor
     return torch.empty(rows, columns, dtype=dtype, device=like.device)
 
 
-def _gradient_scale(dtype: torch.dtype) -> float:
-    """Power of two that dz is kept multiplied by: fp16 would lose entries below 6e-8, and the
-    probabilities of a large vocabulary are down there."""
-    return 32.0 if dtype == torch.float16 else 1.0
+def _into_fp16_range(row_weight: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(row weights for dz, what restores the gradients), for fp16 operands.
 
-
-def _scaled(row_weight: Tensor | None, scale: float, like: Tensor) -> Tensor | None:
-    if scale == 1.0:
-        return row_weight
+    fp16 has no numbers below 6e-8, and the probabilities of a large vocabulary times the weight of
+    one token among many are down there: dz is kept with weights of about 32, a power of two times
+    the true ones, and the gradients, summed in fp32, are scaled back before they are rounded.
+    """
     if row_weight is None:
-        return torch.full((like.shape[0],), scale, dtype=torch.float32, device=like.device)
-    return row_weight * scale
+        row_weight = torch.ones(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    largest = torch.cat([row_weight.abs(), row_weight.new_full((1,), 2.0**-100)]).amax()
+    power = torch.exp2(torch.floor(torch.log2(largest)))
+    return row_weight * (32.0 / power), power / 32.0
+
+
+def _accumulator(gradient: Tensor | None, wide: bool) -> Tensor | None:
+    """Where a gradient is summed: in fp32 if `wide`, else in place."""
+    if gradient is None or not wide or gradient.dtype.itemsize >= 4:
+        return gradient
+    return torch.empty_like(gradient, dtype=torch.float32)
+
+
+def _finish(gradient: Tensor | None, accumulator: Tensor | None, restore: Tensor | None) -> None:
+    if gradient is None or accumulator is None:
+        return
+    if restore is not None:
+        accumulator.mul_(restore)
+    if accumulator is not gradient:
+        gradient.copy_(accumulator)
 
 
 def stash(
@@ -82,15 +98,15 @@ def stash(
     plan, dtype = call.plan, gemm.logits_dtype(heads.student_hidden.dtype)
     tokens, classes = heads.student_hidden.shape[0], call.classes
     in_place = plan.problem.in_place
-    scale = _gradient_scale(heads.student_hidden.dtype)
-    row_weight, factor = _scaled(row_weight, scale, heads.student_hidden), factor / scale
+    restore = None
+    if heads.student_hidden.dtype == torch.float16:
+        row_weight, restore = _into_fp16_range(row_weight, heads.student_hidden)
     dz_dtype = dtype if in_place else heads.student_hidden.dtype
     dz_buffer = _buffer(heads.student_hidden, min(plan.token_chunk, tokens), classes, dz_dtype)
     teacher_buffer = _buffer(heads.student_hidden, min(plan.logit_chunk, tokens), classes, dtype)
     student_buffer = None if in_place else torch.empty_like(teacher_buffer)
-    accumulator = weight_grad
-    if weight_grad is not None and plan.token_chunk < tokens and weight_grad.dtype.itemsize < 4:
-        accumulator = torch.empty_like(weight_grad, dtype=torch.float32)
+    hidden_sum = _accumulator(hidden_grad, restore is not None)
+    weight_sum = _accumulator(weight_grad, restore is not None or plan.token_chunk < tokens)
     values, parts = [], []
     for start in range(0, tokens, plan.token_chunk):
         chunk = slice(start, min(start + plan.token_chunk, tokens))
@@ -119,20 +135,19 @@ def stash(
             )
             values.append(value)
             parts.append(stats)
-        if hidden_grad is not None:
+        if hidden_sum is not None:
             gemm.hidden_gradient(
-                dz, heads.student_weight, hidden_grad[chunk], alpha=factor, accumulate=False
+                dz, heads.student_weight, hidden_sum[chunk], alpha=factor, accumulate=False
             )
-        if accumulator is not None:
-            gemm.weight_gradient(dz, hidden, accumulator, alpha=factor, accumulate=start > 0)
+        if weight_sum is not None:
+            gemm.weight_gradient(dz, hidden, weight_sum, alpha=factor, accumulate=start > 0)
         if bias_grad is not None:
             bias_grad.add_(dz.sum(0, dtype=dtype), alpha=factor)
-    if weight_grad is not None and accumulator is not None and accumulator is not weight_grad:
-        weight_grad.copy_(accumulator)
-    if not values:
-        for gradient in (hidden_grad, weight_grad):
-            if gradient is not None:
-                gradient.zero_()
+    if not values and weight_sum is not None:
+        weight_sum.zero_()
+    _finish(hidden_grad, hidden_sum, restore)
+    _finish(weight_grad, weight_sum, restore)
+    _finish(bias_grad, bias_grad, restore)
     return _concatenate(values, parts, heads.student_hidden, dtype)
 
 
@@ -141,7 +156,7 @@ def _concatenate(
 ) -> tuple[Tensor, RowStats]:
     if not values:
         empty = torch.empty(0, dtype=dtype, device=like.device)
-        return empty, RowStats(*[empty] * 7)
+        return empty, RowStats(*[empty] * 8)
     fields = RowStats.__dataclass_fields__
     return torch.cat(values), RowStats(
         *(torch.cat([getattr(part, name) for part in stats]) for name in fields)
@@ -196,6 +211,7 @@ def forward_only(heads: Heads, call: Call) -> tuple[Tensor, RowStats, Tensor]:
             t,
             stats.student_lse,
             stats.teacher_lse,
+            stats.lse_gap,
             call.spec,
             tile.student_bias,
             tile.teacher_bias,
@@ -208,18 +224,19 @@ def recompute_gradients(
     call: Call,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    lse_gap: Tensor,
     pull_sum: Tensor,
     row_weight: Tensor,
     gradients: Gradients,
 ) -> None:
     """Fill the gradients of sum(row_weight * divergence), walking the classes outside."""
     hidden_grad, weight_grad, bias_grad = gradients
-    scale = _gradient_scale(heads.student_hidden.dtype)
-    row_weight, factor = row_weight * scale, 1.0 / scale
+    weights: Tensor | None = row_weight
+    restore = None
+    if heads.student_hidden.dtype == torch.float16:
+        weights, restore = _into_fp16_range(row_weight, heads.student_hidden)
     buffers = _TileBuffers(heads, call)
-    accumulator = hidden_grad
-    if hidden_grad is not None and hidden_grad.dtype.itemsize < 4:
-        accumulator = torch.empty_like(hidden_grad, dtype=torch.float32)
+    hidden_sum = _accumulator(hidden_grad, wide=True)
     for classes in _tiles(call):
         tile = heads.over(classes)
         s, t = buffers.project(tile)
@@ -231,22 +248,26 @@ def recompute_gradients(
             t,
             student_lse,
             teacher_lse,
+            lse_gap,
             pull_sum,
-            row_weight,
+            weights,
             call.spec,
             tile.student_bias,
             tile.teacher_bias,
             dz,
         )
-        if accumulator is not None:
+        if hidden_sum is not None:
             gemm.hidden_gradient(
-                dz, tile.student_weight, accumulator, alpha=factor, accumulate=classes.start > 0
+                dz, tile.student_weight, hidden_sum, alpha=1.0, accumulate=classes.start > 0
             )
         if weight_grad is not None:
-            gemm.weight_gradient(
-                dz, tile.student_hidden, weight_grad[classes], alpha=factor, accumulate=False
-            )
+            weight_tile = weight_grad[classes]
+            weight_sum = weight_tile
+            if restore is not None:
+                weight_sum = torch.empty_like(weight_tile, dtype=torch.float32)
+            gemm.weight_gradient(dz, tile.student_hidden, weight_sum, alpha=1.0, accumulate=False)
+            _finish(weight_tile, weight_sum, restore)
         if bias_grad is not None:
-            bias_grad[classes] = dz.sum(0, dtype=s.dtype) * factor
-    if hidden_grad is not None and accumulator is not None and accumulator is not hidden_grad:
-        hidden_grad.copy_(accumulator)
+            bias_grad[classes] = dz.sum(0, dtype=s.dtype)
+    _finish(hidden_grad, hidden_sum, restore)
+    _finish(bias_grad, bias_grad, restore)

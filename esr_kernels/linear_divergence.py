@@ -129,6 +129,7 @@ class _RecomputeFunction(torch.autograd.Function):
             row_weight,
             stats.student_lse,
             stats.teacher_lse,
+            stats.lse_gap,
             pull_sum,
         )
         ctx.factor, ctx.call = factor * call.spec.student.slope, call
@@ -142,7 +143,7 @@ class _RecomputeFunction(torch.autograd.Function):
     def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
         if upstream is None:
             return (None,) * 8
-        *operands, row_weight, student_lse, teacher_lse, pull_sum = ctx.saved_tensors
+        *operands, row_weight, student_lse, teacher_lse, lse_gap, pull_sum = ctx.saved_tensors
         whole_weight, bias = operands[1], operands[2]
         heads = Heads(*operands).over(slice(ctx.call.classes))
         factor = (upstream * ctx.factor).to(student_lse.dtype).expand_as(student_lse)
@@ -150,7 +151,14 @@ class _RecomputeFunction(torch.autograd.Function):
             factor = factor * row_weight
         whole, shared = _new_gradients(ctx.needs_input_grad, heads, whole_weight)
         recompute_gradients(
-            heads, ctx.call, student_lse, teacher_lse, pull_sum, factor.contiguous(), shared
+            heads,
+            ctx.call,
+            student_lse,
+            teacher_lse,
+            lse_gap,
+            pull_sum,
+            factor.contiguous(),
+            shared,
         )
         if whole[2] is not None:
             whole[2] = whole[2].to(bias.dtype)

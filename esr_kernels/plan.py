@@ -95,8 +95,10 @@ class Plan:
     def _accumulator_bytes(self) -> int:
         p = self.problem
         if self.kind == "stash":
-            chunked = self.token_chunk < p.tokens and p.weight_dtype.itemsize < 4
-            return p.classes * p.student_dim * 4 if p.train_weight and chunked else 0
+            fp16 = p.hidden_dtype == torch.float16
+            wide = fp16 or (self.token_chunk < p.tokens and p.weight_dtype.itemsize < 4)
+            weight = p.classes * p.student_dim * 4 if p.train_weight and wide else 0
+            return weight + (p.tokens * p.student_dim * 4 if p.train_hidden and fp16 else 0)
         narrow = p.hidden_dtype.itemsize < 4
         return p.tokens * p.student_dim * 4 if p.train_hidden and narrow else 0
 

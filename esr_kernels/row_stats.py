@@ -1,8 +1,10 @@
 """Statistics of one token's row of logits, and how parts of a row merge into the whole.
 
 A *part* is a range of classes: a vocabulary tile, a split of a row over GPU programs, or another
-rank's shard. Each part reports its own softmax-weighted means, so that parts merge by weighing
-them with exp(lse_part - lse): a fixed-order sum, no atomics, the same on every device.
+rank's shard. Each part reports its maximum, the log of its sum relative to that maximum, and its
+own softmax-weighted means; parts merge by weighing the means with their share of the row: a sum in
+a fixed order, no atomics. Maximum and log-sum stay apart because the divergence of two models that
+nearly agree is the difference of their log-sum-exps, which adding the maximum would round away.
 """
 
 from __future__ import annotations
@@ -14,17 +16,13 @@ from torch import Tensor
 
 from esr_kernels.divergences import Divergence
 
-# Columns of a part's statistics, all fp32. s, t: transformed student and teacher logits.
-STUDENT_LSE = 0  # log sum exp(s)
-TEACHER_LSE = 1  # log sum exp(t)
-GAP_UNDER_STUDENT = 2  # sum softmax(s) * (t - s)
-GAP_UNDER_TEACHER = 3  # sum softmax(t) * (t - s)
-LOGIT_UNDER_STUDENT = 4  # sum softmax(s) * s
-LOGIT_UNDER_TEACHER = 5  # sum softmax(t) * t
-STUDENT_MAX = 6  # max s
-STUDENT_ARGMAX = 7  # its class, exact as a float below 2**24
-TEACHER_MAX = 8
-TEACHER_ARGMAX = 9
+# Columns of a part's statistics, all fp32, in pairs (student, teacher). s, t: transformed logits;
+# p, q: their softmax within the part.
+MAX = slice(0, 2)  # max s, max t
+LOG_SUM = slice(2, 4)  # log sum exp(s - max s), ...
+GAP = slice(4, 6)  # sum p (t - s), sum q (t - s)
+CENTRED = slice(6, 8)  # sum p (s - max s), sum q (t - max t)
+ARGMAX = slice(8, 10)  # first class of the maximum, exact as a float below 2**24
 COLUMNS = 10
 
 
@@ -57,41 +55,39 @@ class RowStats:
 
     student_lse: Tensor
     teacher_lse: Tensor
+    lse_gap: Tensor  # student_lse - teacher_lse: what turns t - s into log q - log p
     gap_under_student: Tensor
     gap_under_teacher: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
 
-    @property
-    def lse_gap(self) -> Tensor:
-        """What turns t - s into log q - log p."""
-        return self.student_lse - self.teacher_lse
-
 
 def merge_parts(parts: Tensor) -> RowStats:
     """Merge [T, parts, COLUMNS] into the statistics of T whole rows."""
-    lse = parts[:, :, :2].logsumexp(dim=1)  # [T, 2]
-    if parts.shape[1] == 1:
-        means = parts[:, 0, 2:6]
-        student_argmax, teacher_argmax = parts[:, 0, STUDENT_ARGMAX], parts[:, 0, TEACHER_ARGMAX]
-    else:
-        # A part with no class alive has lse -inf and weighs 0.
-        weight = (parts[:, :, :2] - lse[:, None, :]).exp()
-        means = (parts[:, :, 2:6] * torch.cat([weight, weight], dim=2)).sum(dim=1)
-        student_argmax, teacher_argmax = (
-            parts[:, :, top + 1].gather(1, parts[:, :, top].argmax(1, keepdim=True))[:, 0]
-            for top in (STUDENT_MAX, TEACHER_MAX)
-        )
-    student_lse, teacher_lse = lse.unbind(1)
+    maxima = parts[:, :, MAX]
+    top, winner = maxima.max(dim=1)  # [T, 2]
+    # A part with no class alive has maximum and log-sum -inf, and weighs 0.
+    below_top = maxima - top[:, None]
+    mass = (below_top + parts[:, :, LOG_SUM]).exp()
+    total = mass.sum(dim=1)
+    log_sum = total.log()
+    weight = mass / total[:, None]
+    centred = torch.where(weight == 0, 0.0, parts[:, :, CENTRED] + below_top)
+    entropy = log_sum - (weight * centred).sum(dim=1)
+    gap = (weight * parts[:, :, GAP]).sum(dim=1)
+    argmax = parts[:, :, ARGMAX].gather(1, winner[:, None])[:, 0]
+    difference = (top[:, 0] - top[:, 1]) + (log_sum[:, 0] - log_sum[:, 1])
+    student_lse, teacher_lse = (top + log_sum).T.contiguous()
     return RowStats(
         student_lse=student_lse,
         teacher_lse=teacher_lse,
-        gap_under_student=means[:, 0],
-        gap_under_teacher=means[:, 1],
-        student_entropy=student_lse - means[:, 2],
-        teacher_entropy=teacher_lse - means[:, 3],
-        agreement=(student_argmax == teacher_argmax).to(lse.dtype),
+        lse_gap=difference,
+        gap_under_student=gap[:, 0],
+        gap_under_teacher=gap[:, 1],
+        student_entropy=entropy[:, 0],
+        teacher_entropy=entropy[:, 1],
+        agreement=(argmax[:, 0] == argmax[:, 1]).to(parts.dtype),
     )
 
 

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from esr_kernels.row_stats import (
+    ARGMAX,
+    CENTRED,
     COLUMNS,
+    GAP,
+    LOG_SUM,
+    MAX,
     LogitTransform,
     RowSpec,
     RowStats,
@@ -63,22 +68,24 @@ def _argmax(z: Tensor) -> tuple[Tensor, Tensor]:
     return top, strip * _ARGMAX_WIDTH + offset
 
 
-def _block_statistics(s: Tensor, t: Tensor, p: Tensor, q: Tensor, parts: Tensor) -> Tensor:
+def _block_statistics(
+    s: Tensor, t: Tensor, p: Tensor, q: Tensor, scratch: Tensor, parts: Tensor
+) -> Tensor:
     """Fill `parts` [n, COLUMNS] from a block of transformed logits and their softmaxes.
 
     Returns the gap t - s, written over `t`.
     """
-    s_max, s_argmax = _argmax(s)
-    t_max, t_argmax = _argmax(t)
-    parts[:, 0] = s_max - p.amax(1).log()
-    parts[:, 1] = t_max - q.amax(1).log()
-    parts[:, 4] = _weighted_sum(p, s)
-    parts[:, 5] = _weighted_sum(q, t)
-    t.sub_(s)
-    parts[:, 2] = _weighted_sum(p, t)
-    parts[:, 3] = _weighted_sum(q, t)
-    parts[:, 6], parts[:, 7], parts[:, 8], parts[:, 9] = s_max, s_argmax, t_max, t_argmax
-    return t
+    for column, z, probability in ((0, s, p), (1, t, q)):
+        top, argmax = _argmax(z)
+        parts[:, MAX][:, column] = top
+        parts[:, ARGMAX][:, column] = argmax
+        parts[:, LOG_SUM][:, column] = probability.amax(1).log().neg()
+        centred = torch.sub(z, top[:, None], out=scratch)
+        parts[:, CENTRED][:, column] = _weighted_sum(probability, centred)
+    gap = t.sub_(s)
+    parts[:, GAP][:, 0] = _weighted_sum(p, gap)
+    parts[:, GAP][:, 1] = _weighted_sum(q, gap)
+    return gap
 
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
@@ -104,9 +111,8 @@ def tile_stats(
         _apply_transform_(s_rows, student_bias, spec.student)
         _apply_transform_(t_rows, teacher_bias, spec.teacher)
         p, q = s_rows.softmax(1), t_rows.softmax(1)
-        _block_statistics(s_rows, t_rows, p, q, parts[rows, 0])
-    parts[:, 0, 7] += first_class
-    parts[:, 0, 9] += first_class
+        _block_statistics(s_rows, t_rows, p, q, torch.empty_like(p), parts[rows, 0])
+    parts[:, 0, ARGMAX] += first_class
     return parts
 
 
@@ -121,6 +127,7 @@ def tile_pull_sums(
     t: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    lse_gap: Tensor,
     spec: RowSpec,
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
@@ -133,7 +140,7 @@ def tile_pull_sums(
         _apply_transform_(t_rows, teacher_bias, spec.teacher)
         p = torch.sub(s_rows, student_lse[rows, None]).exp_()
         q = torch.sub(t_rows, teacher_lse[rows, None]).exp_()
-        gap = _normalised_gap_(t_rows.sub_(s_rows), p, q, student_lse[rows] - teacher_lse[rows])
+        gap = _normalised_gap_(t_rows.sub_(s_rows), p, q, lse_gap[rows])
         sums[rows, 0] = spec.divergence.summand(p, q, gap).sum(1)
         sums[rows, 1] = spec.divergence.pull(p, q, gap).sum(1)
     return sums
@@ -144,6 +151,7 @@ def tile_gradient_(
     t: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    lse_gap: Tensor,
     pull_sum: Tensor,
     row_weight: Tensor | None,
     spec: RowSpec,
@@ -153,7 +161,6 @@ def tile_gradient_(
 ) -> None:
     """Write dz [n, V] of a tile whose rows' statistics are known; `dz` may be `s`."""
     infinite = student_bias is not None or teacher_bias is not None
-    lse_gap = student_lse - teacher_lse
     for rows in _row_blocks(*s.shape):
         s_rows, t_rows = s[rows], t[rows]
         _apply_transform_(s_rows, student_bias, spec.student)
@@ -185,17 +192,17 @@ def stash_rows_(
     parts = torch.empty(n, 1, COLUMNS, dtype=s.dtype)
     values = torch.empty(n, dtype=s.dtype)
     mix = spec.divergence.kl_weights
-    scratch: tuple[Tensor, Tensor] | None = None
+    scratch: list[Tensor] = []
     for rows in _row_blocks(n, classes):
         s_rows, t_rows = s[rows], t[rows]
-        if scratch is None:
-            scratch = torch.empty_like(s_rows), torch.empty_like(s_rows)
-        p, q = (block[: s_rows.shape[0]] for block in scratch)
+        if not scratch:
+            scratch = [torch.empty_like(s_rows) for _ in range(3)]
+        p, q, spare = (block[: s_rows.shape[0]] for block in scratch)
         _apply_transform_(s_rows, student_bias, spec.student)
         _apply_transform_(t_rows, teacher_bias, spec.teacher)
         torch.softmax(s_rows, 1, out=p)
         torch.softmax(t_rows, 1, out=q)
-        gap = _block_statistics(s_rows, t_rows, p, q, parts[rows, 0])
+        gap = _block_statistics(s_rows, t_rows, p, q, spare, parts[rows, 0])
         stats = merge_parts(parts[rows])
         if mix is not None:
             values[rows], pull_sum = mixed_kl(stats, *mix)
@@ -245,8 +252,8 @@ def _gradient_(
         forward, reverse = mix
         gap.sub_(((pull_sum + forward) / -reverse)[:, None])
         if infinite:
-            # Keeps 0 * inf out where the student cannot produce a class.
-            gap.clamp_(max=80.0)
+            # A class that the student cannot produce pulls nothing, whatever the gap there.
+            gap.masked_fill_(p == 0, 0.0)
         torch.mul(gap, p, out=s)
         s.mul_(-reverse)
         if forward:

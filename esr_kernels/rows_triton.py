@@ -102,8 +102,8 @@ def _row_statistics_kernel(
     t_sum = tl.zeros([BLOCK], tl.float32)
     s_gap = tl.zeros([BLOCK], tl.float32)
     t_gap = tl.zeros([BLOCK], tl.float32)
-    s_logit = tl.zeros([BLOCK], tl.float32)
-    t_logit = tl.zeros([BLOCK], tl.float32)
+    s_centred = tl.zeros([BLOCK], tl.float32)
+    t_centred = tl.zeros([BLOCK], tl.float32)
     s_best = tl.full([BLOCK], -float("inf"), tl.float32)
     t_best = tl.full([BLOCK], -float("inf"), tl.float32)
     s_where = tl.zeros([BLOCK], tl.int32)
@@ -142,33 +142,41 @@ def _row_statistics_kernel(
         s_base = tl.where(s_new == -float("inf"), 0.0, s_new)
         t_base = tl.where(t_new == -float("inf"), 0.0, t_new)
         s_decay, t_decay = tl.exp(s_max - s_base), tl.exp(t_max - t_base)
+        # What the sums of p * (s - max) owe for the maximum that moved.
+        s_shift = tl.where(s_max == -float("inf"), 0.0, s_max - s_base)
+        t_shift = tl.where(t_max == -float("inf"), 0.0, t_max - t_base)
         s_max, t_max = s_new, t_new
         p, q = tl.exp(s - s_base), tl.exp(t - t_base)
         gap = t - s
         # 0 * inf: a class of probability 0 weighs nothing whatever its logit.
+        s_centred = (s_centred + s_shift * s_sum) * s_decay + tl.where(
+            p == 0, 0.0, p * (s - s_base)
+        )
+        t_centred = (t_centred + t_shift * t_sum) * t_decay + tl.where(
+            q == 0, 0.0, q * (t - t_base)
+        )
         s_sum = s_sum * s_decay + p
         t_sum = t_sum * t_decay + q
         s_gap = s_gap * s_decay + tl.where(p == 0, 0.0, p * gap)
         t_gap = t_gap * t_decay + tl.where(q == 0, 0.0, q * gap)
-        s_logit = s_logit * s_decay + tl.where(p == 0, 0.0, p * s)
-        t_logit = t_logit * t_decay + tl.where(q == 0, 0.0, q * t)
 
     s_total, t_total = tl.sum(s_sum, 0), tl.sum(t_sum, 0)
     s_norm = tl.where(s_total == 0, 1.0, s_total)
     t_norm = tl.where(t_total == 0, 1.0, t_total)
-    out = parts_ptr + (row * tl.num_programs(1) + split) * N_STATS
-    tl.store(out + 0, s_max + tl.log(s_total))
-    tl.store(out + 1, t_max + tl.log(t_total))
-    tl.store(out + 2, tl.sum(s_gap, 0) / s_norm)
-    tl.store(out + 3, tl.sum(t_gap, 0) / t_norm)
-    tl.store(out + 4, tl.sum(s_logit, 0) / s_norm)
-    tl.store(out + 5, tl.sum(t_logit, 0) / t_norm)
     # The first class that attains the maximum, as torch.argmax on CPU has it.
     s_first = tl.min(tl.where(s_best == s_max, s_where, n_cols), 0)
     t_first = tl.min(tl.where(t_best == t_max, t_where, n_cols), 0)
-    tl.store(out + 6, s_max)
-    tl.store(out + 7, (s_first + first_class).to(tl.float32))
-    tl.store(out + 8, t_max)
+    # The order of row_stats' columns.
+    out = parts_ptr + (row * tl.num_programs(1) + split) * N_STATS
+    tl.store(out + 0, s_max)
+    tl.store(out + 1, t_max)
+    tl.store(out + 2, tl.log(s_total))
+    tl.store(out + 3, tl.log(t_total))
+    tl.store(out + 4, tl.sum(s_gap, 0) / s_norm)
+    tl.store(out + 5, tl.sum(t_gap, 0) / t_norm)
+    tl.store(out + 6, tl.sum(s_centred, 0) / s_norm)
+    tl.store(out + 7, tl.sum(t_centred, 0) / t_norm)
+    tl.store(out + 8, (s_first + first_class).to(tl.float32))
     tl.store(out + 9, (t_first + first_class).to(tl.float32))
 
 
@@ -193,6 +201,7 @@ def _pull_sums_kernel(
     t_bias_ptr,
     s_lse_ptr,
     t_lse_ptr,
+    lse_gap_ptr,
     sums_ptr,
     n_cols,
     split_cols,
@@ -213,6 +222,7 @@ def _pull_sums_kernel(
     split = tl.program_id(1)
     s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
     s_lse, t_lse = tl.load(s_lse_ptr + row), tl.load(t_lse_ptr + row)
+    lse_gap = tl.load(lse_gap_ptr + row)
     start = split * split_cols
     stop = tl.minimum(start + split_cols, n_cols)
     lane = tl.arange(0, BLOCK)
@@ -243,7 +253,7 @@ def _pull_sums_kernel(
             T_SOFTCAP,
         )
         p, q = tl.exp(s - s_lse), tl.exp(t - t_lse)
-        gap = _clamped_gap(s, t, s_lse - t_lse, p, q)
+        gap = _clamped_gap(s, t, lse_gap, p, q)
         log_p_over_m = _log_p_over_m(gap, beta)
         mine = (1.0 - beta) * p * log_p_over_m
         pull += mine
@@ -265,6 +275,7 @@ def _gradient_kernel(
     t_bias_ptr,
     s_lse_ptr,
     t_lse_ptr,
+    lse_gap_ptr,
     pull_sum_ptr,
     weight_ptr,
     n_cols,
@@ -322,7 +333,7 @@ def _gradient_kernel(
             dz -= forward * tl.exp(t - t_lse)
     else:  # JSD(beta)
         q = tl.exp(t - t_lse)
-        gap = _clamped_gap(s, t, s_lse - t_lse, p, q)
+        gap = _clamped_gap(s, t, tl.load(lse_gap_ptr + row), p, q)
         dz = p * ((1.0 - beta) * _log_p_over_m(gap, beta) - pull_sum)
     if S_SOFTCAP:
         dz *= 1.0 - capped * capped
@@ -403,6 +414,7 @@ def tile_pull_sums(
     t: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    lse_gap: Tensor,
     spec: RowSpec,
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
@@ -420,6 +432,7 @@ def tile_pull_sums(
             t.stride(0),
             s_lse_ptr=student_lse.contiguous(),
             t_lse_ptr=teacher_lse.contiguous(),
+            lse_gap_ptr=lse_gap.contiguous(),
             sums_ptr=sums,
             n_cols=classes,
             split_cols=columns,
@@ -436,6 +449,7 @@ def tile_gradient_(
     t: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    lse_gap: Tensor,
     pull_sum: Tensor,
     row_weight: Tensor | None,
     spec: RowSpec,
@@ -458,6 +472,7 @@ def tile_gradient_(
             dz.stride(0),
             s_lse_ptr=student_lse.contiguous(),
             t_lse_ptr=teacher_lse.contiguous(),
+            lse_gap_ptr=lse_gap.contiguous(),
             pull_sum_ptr=pull_sum.contiguous(),
             weight_ptr=row_weight,
             n_cols=classes,
@@ -486,7 +501,7 @@ def stash_rows_(
     """(divergence [n], statistics) of whole rows; writes their dz [n, V], which may be `s`."""
     biases = student_bias, teacher_bias
     stats = merge_parts(tile_stats(s, t, spec, *biases))
-    lse = stats.student_lse, stats.teacher_lse
+    lse = stats.student_lse, stats.teacher_lse, stats.lse_gap
     mix = spec.divergence.kl_weights
     if mix is not None:
         value, pull_sum = mixed_kl(stats, *mix)

@@ -1,0 +1,267 @@
+"""Pairs of student and teacher that make a divergence hard, and the errors of an implementation.
+
+The oracle is the reference in fp64 on the same (already rounded) operands. The yardstick is plain
+PyTorch with fp32 logits and autograd: an implementation may err at most 1.5 times as much. No
+absolute tolerance appears, so a gradient of zeros, or half of one, fails.
+
+For 16-bit operands there are two yardsticks. On CPU nothing is rounded but the final gradient. On a
+GPU the two gradient products run on the operands' dtype, in ours as in `torch.mm(..., out_dtype=)`:
+the gradient of the logits is rounded once before them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esr_kernels import linear_divergence
+from esr_kernels import reference as oracle_module
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALLOWED_RATIO = 1.5
+# Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this.
+STATISTICS_ULPS = 4.0
+
+
+@dataclass
+class Case:
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+    upstream: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight
+
+
+def _pair(
+    tokens: int,
+    classes: int,
+    dims: tuple[int, int],
+    std: tuple[float, float],
+    dtype: torch.dtype,
+    extra_classes: tuple[int, int] = (0, 0),
+    seed: int = 0,
+) -> Case:
+    """Logits of standard deviation `std`, from hidden states of variance 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hidden = [normal(tokens, dim) for dim in dims]
+    weight = [
+        normal(classes + extra, dim) * (s / dim**0.5)
+        for extra, dim, s in zip(extra_classes, dims, std, strict=True)
+    ]
+    tensors = (hidden[0], weight[0], hidden[1], weight[1])
+    return Case(*(tensor.to(dtype).to(DEVICE) for tensor in tensors))
+
+
+def random_pair(dtype: torch.dtype) -> Case:
+    return _pair(23, 1003, (24, 40), (1.0, 1.5), dtype)
+
+
+def peaked(dtype: torch.dtype) -> Case:
+    return _pair(23, 1003, (24, 40), (10.0, 30.0), dtype)
+
+
+def nearly_equal(dtype: torch.dtype) -> Case:
+    case = _pair(23, 1003, (24, 24), (3.0, 3.0), torch.float32)
+    noise = torch.randn(case.student_hidden.shape, generator=torch.Generator().manual_seed(7))
+    return Case(
+        case.student_hidden.to(dtype),
+        case.student_weight.to(dtype),
+        (case.student_hidden + 0.02 * noise.to(DEVICE)).to(dtype),
+        case.student_weight.to(dtype),
+    )
+
+
+def identical(dtype: torch.dtype) -> Case:
+    case = _pair(23, 1003, (24, 24), (3.0, 3.0), dtype)
+    return replace(
+        case, teacher_hidden=case.student_hidden.clone(), teacher_weight=case.student_weight.clone()
+    )
+
+
+def minus_infinity(dtype: torch.dtype) -> Case:
+    """Some classes removed from both models by a bias of -inf, some from one only."""
+    case = _pair(23, 1003, (24, 40), (2.0, 2.0), dtype)
+    bias = torch.zeros(1003, dtype=dtype, device=DEVICE)
+    bias[5:40] = -torch.inf
+    bias[-1] = -torch.inf
+    case.options = {"student_bias": bias, "teacher_bias": bias.clone()}
+    return case
+
+
+def unequal_vocabularies(dtype: torch.dtype) -> Case:
+    return _pair(23, 1003, (24, 40), (2.0, 2.0), dtype, extra_classes=(0, 29))
+
+
+def one_token(dtype: torch.dtype) -> Case:
+    return _pair(1, 1003, (24, 40), (2.0, 2.0), dtype)
+
+
+def odd_options(dtype: torch.dtype) -> Case:
+    """Every transform of the logits at once, weights with zeros, an upstream gradient of 1/4."""
+    case = _pair(23, 1003, (24, 40), (4.0, 4.0), dtype, extra_classes=(3, 0))
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.rand(23, generator=generator)
+    weights[::5] = 0
+    case.options = {
+        "token_weights": weights,
+        "student_bias": torch.randn(1006, generator=generator).to(dtype).to(DEVICE),
+        "temperature": 0.7,
+        "teacher_temperature": 1.3,
+        "student_softcap": 5.0,
+        "teacher_softcap": 7.0,
+        "student_logit_scale": 1.7,
+        "teacher_logit_scale": 0.6,
+        "num_classes": 998,
+        "reduction": "mean",
+    }
+    case.upstream = 0.25
+    return case
+
+
+CASES = {
+    make.__name__: make
+    for make in (
+        random_pair,
+        peaked,
+        nearly_equal,
+        minus_infinity,
+        unequal_vocabularies,
+        one_token,
+        odd_options,
+    )
+}
+
+
+def _results(case: Case, leaves: dict[str, Tensor], output: Any) -> dict[str, Tensor]:
+    (output["loss"].sum() * case.upstream).backward()
+    gradients = {f"d {name}": leaf.grad for name, leaf in leaves.items()}
+    return {**{k: v.detach() for k, v in output.items()}, **gradients}
+
+
+def _leaves(case: Case, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    convert = (lambda x: x.detach().clone()) if dtype is None else (lambda x: x.detach().to(dtype))
+    leaves = {
+        "student_hidden": convert(case.student_hidden).requires_grad_(),
+        "student_weight": convert(case.student_weight).requires_grad_(),
+    }
+    options = dict(case.options)
+    if "student_bias" in options:
+        leaves["student_bias"] = convert(options["student_bias"]).requires_grad_()
+        options["student_bias"] = leaves["student_bias"]
+    if "token_weights" in options:
+        options["token_weights"] = options["token_weights"].to(DEVICE)
+    return leaves, options
+
+
+def oracle(case: Case, divergence: Any) -> dict[str, Tensor]:
+    leaves, options = _leaves(case, torch.float64)
+    output = oracle_module.linear_divergence(
+        leaves["student_hidden"],
+        leaves["student_weight"],
+        case.teacher_hidden,
+        case.teacher_weight,
+        divergence,
+        **options,
+    )
+    return _results(case, leaves, output)
+
+
+class _RoundGradient(torch.autograd.Function):
+    """Identity whose gradient is rounded to a dtype and back, as in front of a 16-bit GEMM."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # fp16 underflows; whoever trains with it scales the loss.
+        scale = 2.0**12 if ctx.dtype == torch.float16 else 1.0
+        return (gradient * scale).to(ctx.dtype).to(gradient.dtype) / scale, None
+
+
+def plain(case: Case, divergence: Any, rounds_dz: bool = False) -> dict[str, Tensor]:
+    """Plain PyTorch: fp32 logits, autograd, gradients rounded to the operands' dtype once.
+
+    `rounds_dz`: the products of the backward run on 16-bit operands, as a GPU has them.
+    """
+    leaves, options = _leaves(case, None)
+    hidden, weight = leaves["student_hidden"], leaves["student_weight"]
+    bias = options.get("student_bias")
+    if rounds_dz and hidden.dtype.itemsize < 4:
+        logits = hidden.float() @ weight.float().T
+        if bias is not None:
+            logits = logits + bias.float()
+        # The rounded logits enter the reference as hidden states in front of an identity head.
+        hidden = _RoundGradient.apply(logits, hidden.dtype)
+        weight = torch.eye(logits.shape[1], device=DEVICE)
+        options = {**options, "student_bias": None}
+    output = oracle_module.linear_divergence(
+        hidden,
+        weight,
+        case.teacher_hidden,
+        case.teacher_weight,
+        divergence,
+        dtype=torch.float32,
+        **options,
+    )
+    return _results(case, leaves, output)
+
+
+def ours(case: Case, divergence: Any, **how: Any) -> dict[str, Tensor]:
+    leaves, options = _leaves(case, None)
+    options["token_weights"] = case.options.get("token_weights")
+    output = linear_divergence(
+        leaves["student_hidden"],
+        leaves["student_weight"],
+        case.teacher_hidden,
+        case.teacher_weight,
+        divergence,
+        **{**options, **how},
+    )
+    return _results(case, leaves, output._asdict())
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """|value - truth| / |truth| in L2, and inf where the two disagree about finiteness."""
+    value, truth = value.double().flatten(), truth.double().flatten()
+    norm = truth.norm()
+    difference = (value - truth).norm()
+    if not torch.isfinite(difference):
+        return float("inf")
+    return float(difference / norm) if norm > 0 else float(difference)
+
+
+def assert_as_good_as_plain(
+    result: dict[str, Tensor], baseline: dict[str, Tensor], truth: dict[str, Tensor]
+) -> None:
+    """Gradients against the yardstick; prints both errors so that a run shows the margin."""
+    failures = []
+    for name, exact in truth.items():
+        error = relative_error(result[name], exact)
+        allowed = relative_error(baseline[name], exact)
+        print(f"{name:>16}: ours {error:.2e}  plain {allowed:.2e}")
+        limit = ALLOWED_RATIO * allowed
+        if name == "loss":
+            # One number may be right by luck; the rows it sums up say how well it is known.
+            limit = ALLOWED_RATIO * max(
+                allowed, relative_error(baseline["per_token"], truth["per_token"])
+            )
+        if not name.startswith("d "):
+            limit = max(limit, STATISTICS_ULPS * torch.finfo(torch.float32).eps)
+        if not error <= limit:
+            failures.append(f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}")
+    assert not failures, "; ".join(failures)
