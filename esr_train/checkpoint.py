@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +85,7 @@ def load(path: Path, model: Any, optimizer: Optimizer) -> dict[str, Any]:
         model.load_state_dict(stored.state_dict())
         optimizer.load_state_tensors(load_file(path / "optimizer.safetensors"))
         state: dict[str, Any] = json.loads((path / "trainer_state.json").read_text())
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be resumed from: {error}") from error
     return state
 

@@ -31,13 +31,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: bf16 on CUDA, else fp32
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 on CUDA, else fp32
     attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa
-    liger: Literal["auto", "off"] = (
-        "auto"  # auto: liger-kernel's fused layers on CUDA where installed
-    )
+    liger: Literal["auto", "off"] = "auto"  # auto: its layers on CUDA where installed
     trust_remote_code: bool = False  # run model code that comes with a hub repository
 
 
@@ -55,9 +51,7 @@ class LossConfig:
     divergence: str = "reverse_kl"  # reverse_kl, forward_kl, jsd
     denominator: Literal["token", "trajectory", "fixed"] = "token"  # what the sum is divided by
     fixed_length: int | None = None  # "fixed" divides by responses x fixed_length
-    window: Literal["first", "last", "middle", "random"] = (
-        "first"  # part of each response trained on
-    )
+    window: Literal["first", "last", "middle", "random"] = "first"  # part that is trained on
     window_tokens: int | None = None  # length of the window; null = the whole response
     temperature: float = 1.0  # both models' logits are divided by this
     train_on_eos: bool = True  # the EOS token is part of the answer
@@ -83,9 +77,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 0  # steps between checkpoints; 0 = only at the end
-    resume: Literal["auto", "never"] = (
-        "auto"  # auto: go on from the newest one in the run directory
-    )
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest one
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +21,7 @@ from esr_train.config import ModelConfig, RuntimeConfig
 from esr_train.fetch import fetch_smollm2
 from esr_train.tasks import BUILTIN_MODELS, builtin_model_path
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ModelError(RuntimeError):
@@ -77,7 +78,7 @@ def load_model(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
             attn_implementation=attention,
             trust_remote_code=runtime.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(_not_loaded(spec.model, source, "model", error)) from error
     if spec.drop_layers:
         drop_layers(model, spec.drop_layers)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from esr_train import compare as compare_module
+from esr_train.compare import Interrupted, compare, run_order
+from esr_train.config import Config, ConfigError
+from esr_train.metrics import read_rows
+from esr_train.rollout import ContextError
+from esr_train.train import Trainer
+
+MakeConfig = Callable[..., Config]
+ARMS = [
+    {"name": "esr-3", "max_new_tokens": 3},
+    {"name": "mask-3", "max_new_tokens": 9, "loss.window_tokens": 3, "steps": 2},
+    {"name": "full", "max_new_tokens": 9},
+]
+
+
+@pytest.fixture
+def config(make_config: MakeConfig) -> Config:
+    return make_config(arms=ARMS, seeds=[0, 1], eval__every=3)
+
+
+def rows(run_dir: Path, arm: str, seed: int, name: str = "metrics") -> list[dict[str, Any]]:
+    return read_rows(run_dir / "arms" / arm / f"seed{seed}" / f"{name}.jsonl")
+
+
+def test_a_comparison_writes_everything(config: Config, tmp_path: Path) -> None:
+    said: list[str] = []
+    run_dir = tmp_path / "run"
+    report = compare(config, run_dir, say=said.append)
+    assert said[-1] == str(report) and "esr-3" in said[0] and "full" in said[0]
+    assert report == run_dir / "report.html" and report.stat().st_size > 10_000
+    for name in ("report.md", "summary.json", "config.yaml", "environment.json"):
+        assert (run_dir / name).is_file()
+    assert list((run_dir / "figures").glob("*.png"))
+    assert "torch" in json.loads((run_dir / "environment.json").read_text())
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["arms"] == ARMS
+    for arm, steps in (("esr-3", 3), ("mask-3", 2), ("full", 3)):
+        for seed in (0, 1):
+            assert [row["step"] for row in rows(run_dir, arm, seed)] == list(range(1, steps + 1))
+            assert [row["step"] for row in rows(run_dir, arm, seed, "evals")] == [0, steps]
+            assert rows(run_dir, arm, seed, "samples")
+    # The arms start equal: the same evaluation at step 0, and the same rollouts where N is equal.
+    starts = [rows(run_dir, a["name"], s, "evals")[0]["metrics"] for a in ARMS for s in (0, 1)]
+    assert all(start == starts[0] for start in starts)
+    masked, full = (rows(run_dir, arm, 0)[0] for arm in ("mask-3", "full"))
+    assert masked["tokens"] == full["tokens"] and masked["trained_tokens"] < full["trained_tokens"]
+    # Shorter rollouts are beginnings of long ones: at the first step, mask and cut are one.
+    assert rows(run_dir, "esr-3", 0)[0]["loss"] == pytest.approx(masked["loss"], rel=1e-4)
+    assert rows(run_dir, "full", 0)[0]["loss"] != rows(run_dir, "full", 1)[0]["loss"]
+
+
+def test_arms_do_not_depend_on_their_neighbours(config: Config, tmp_path: Path) -> None:
+    compare(config, tmp_path / "all", say=lambda text: None)
+    alone = compare_module.check(
+        compare_module.dataclasses.replace(config, arms=ARMS[2:], seeds=[1])
+    )
+    compare(alone, tmp_path / "one", say=lambda text: None)
+    losses = [[r["loss"] for r in rows(tmp_path / d, "full", 1)] for d in ("all", "one")]
+    assert losses[0] == losses[1]
+
+
+def test_the_first_arm_rotates() -> None:
+    assert run_order(["a", "b", "c"], [7, 8]) == [
+        ("a", 7), ("b", 7), ("c", 7), ("b", 8), ("c", 8), ("a", 8),
+    ]  # fmt: skip
+
+
+def test_max_steps_caps_every_arm(config: Config, tmp_path: Path) -> None:
+    compare(config, tmp_path, max_steps=1, say=lambda text: None)
+    assert all(len(rows(tmp_path, arm["name"], 0)) == 1 for arm in ARMS)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["arms"][1]["steps"] == 1
+
+
+def test_an_interrupt_leaves_the_finished_runs_and_says_so(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer.step
+
+    def step(self: Trainer, number: int, *rest: Any) -> dict[str, Any]:
+        if "mask-3" in str(self.directory) and number == 2:
+            raise KeyboardInterrupt
+        return real(self, number, *rest)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(Interrupted, match=r"finished runs: esr-3 seed 0, of 6; their files"):
+        compare(config, tmp_path)
+    assert len(rows(tmp_path, "esr-3", 0)) == 3
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_second_comparison_replaces_the_first_and_nothing_else(
+    config: Config, tmp_path: Path
+) -> None:
+    compare(config, tmp_path / "run", max_steps=1, say=lambda text: None)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    one = compare_module.dataclasses.replace(config, arms=ARMS[1:])
+    compare(one, tmp_path / "run", max_steps=1, say=lambda text: None)
+    assert sorted(p.name for p in (tmp_path / "run" / "arms").iterdir()) == ["full", "mask-3"]
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty and holds no earlier comparison"):
+        compare(config, tmp_path / "other")
+
+
+def test_an_arm_that_does_not_fit_is_refused_before_any_trains(
+    config: Config, tmp_path: Path
+) -> None:
+    arms = [*ARMS, {"name": "huge", "max_new_tokens": 500}]
+    with pytest.raises(ContextError, match="context overflow"):
+        compare(compare_module.dataclasses.replace(config, arms=arms), tmp_path)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_arms_are_needed(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compare needs a list"):
+        compare(make_config(), tmp_path)
