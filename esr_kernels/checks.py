@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from esr_kernels.gemm import KERNELS_ON_CPU
 from esr_kernels.row_stats import LogitTransform
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -183,9 +186,6 @@ def _transform(
 def _triton_runs_on_cpu() -> bool:
     """Whether kernels run without a GPU: in Triton's interpreter, or under a sanitizer that has
     taken the place of the launcher."""
-    import importlib.util
-    import os
-
     if importlib.util.find_spec("triton") is None:
         return False
-    return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ESR_TRITON_ON_CPU") == "1"
+    return os.environ.get("TRITON_INTERPRET") == "1" or KERNELS_ON_CPU

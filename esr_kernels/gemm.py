@@ -8,15 +8,25 @@ the operands are converted instead, the weight in strips so that no fp32 copy of
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
+# Set where a sanitizer executes the GPU's code path on CPU memory: PyTorch's products stay the
+# CPU's there, whatever device the tensors claim.
+KERNELS_ON_CPU = os.environ.get("ESR_TRITON_ON_CPU") == "1"
 _STRIP_ELEMENTS = 1 << 22
 
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     """What logits of `dtype` operands are held in: fp32, or fp64 for fp64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _widens(operand: Tensor) -> bool:
+    """Whether products of 16-bit operands can be had with fp32 output."""
+    return operand.device.type == "cuda" and not KERNELS_ON_CPU
 
 
 def _strips(rows: int, columns: int) -> range:
@@ -27,7 +37,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out = hidden @ weight.T, [n, D] x [V, D] -> [n, V], fp32 out of any operands."""
     if hidden.dtype == weight.dtype == out.dtype:
         return torch.mm(hidden, weight.T, out=out)
-    if hidden.is_cuda and hidden.dtype == weight.dtype:
+    if _widens(hidden) and hidden.dtype == weight.dtype:
         return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     hidden = hidden.to(out.dtype)
     strips = _strips(*weight.shape)
@@ -71,7 +81,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> No
     beta = 1.0 if accumulate else 0.0
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)
-    elif a.is_cuda:
+    elif _widens(a):
         torch.addmm(out, a, b, alpha=alpha, beta=beta, out_dtype=out.dtype, out=out)
     else:
         product = torch.mm(a.float(), b.float()).mul_(alpha)

@@ -21,7 +21,7 @@ from esr_kernels.row_stats import RowSpec, RowStats
 class LinearDivergence(NamedTuple):
     """What `linear_divergence` returns. All but `loss` are [T], fp32 and detached.
 
-    Rows of weight 0 are not computed; their entries are 0.
+    The entries of rows of weight 0 are 0.
     """
 
     loss: Tensor  # scalar, or [T] with reduction="none"; differentiable
@@ -84,7 +84,7 @@ class _StashFunction(torch.autograd.Function):
         ctx.save_for_backward(*whole)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.spent = False
-        outputs = _detached(values, stats)
+        outputs = _detached(values, stats, row_weight)
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
         return loss, *outputs
@@ -102,7 +102,7 @@ class _StashFunction(torch.autograd.Function):
         ctx.spent = True
         gradients = ctx.saved_tensors
         # Reading the factor would stall a GPU; on CPU it spares a pass over the weight gradient.
-        if upstream.is_cuda or upstream.item() != 1.0:
+        if upstream.device.type == "cuda" or upstream.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(upstream)
@@ -133,7 +133,7 @@ class _RecomputeFunction(torch.autograd.Function):
             pull_sum,
         )
         ctx.factor, ctx.call = factor * call.spec.student.slope, call
-        outputs = _detached(values, stats)
+        outputs = _detached(values, stats, row_weight)
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
         return loss, *outputs
@@ -165,15 +165,19 @@ class _RecomputeFunction(torch.autograd.Function):
         return *whole, *(None,) * 5
 
 
-def _detached(values: Tensor, stats: RowStats) -> tuple[Tensor, ...]:
-    return (
-        values.clone(),  # the loss with reduction="none" may be `values` itself
+def _detached(values: Tensor, stats: RowStats, row_weight: Tensor | None) -> tuple[Tensor, ...]:
+    outputs = (
+        values,
         stats.student_entropy,
         stats.teacher_entropy,
         stats.student_lse,
         stats.teacher_lse,
         stats.agreement,
     )
+    if row_weight is None:
+        # The loss with reduction="none" may be `values` itself.
+        return values.clone(), *outputs[1:]
+    return tuple(torch.where(row_weight != 0, output, 0) for output in outputs)
 
 
 def _rows_module(impl: str, device: torch.device) -> ModuleType:
