@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from esr_kernels import gemm, reference, rows_torch
 from esr_kernels.checks import Inputs, check_inputs
@@ -71,6 +70,20 @@ def _loss(values: Tensor, row_weight: Tensor | None, factor: float, reduction: s
     return values if reduction == "none" else values.sum() * factor
 
 
+def _refuse_double_backward() -> None:
+    # Autograd turns gradients on in a backward only for create_graph=True.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_divergence has no double backward (create_graph=True); "
+            "use impl='reference' for second derivatives"
+        )
+
+
+def _plain_precision(like: Tensor) -> torch.autocast:
+    """Autocast off: the operands were cast at the boundary, and logits stay fp32 from there on."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 class _StashFunction(torch.autograd.Function):
     """Gradient in the forward pass; the backward scales it by the upstream scalar."""
 
@@ -79,7 +92,8 @@ class _StashFunction(torch.autograd.Function):
         heads = Heads(hidden, weight, bias, t_hidden, t_weight, t_bias).over(slice(call.classes))
         whole, shared = _new_gradients(ctx.needs_input_grad, heads, weight)
         row_weight, factor = _normalised(row_weight, hidden.shape[0], call.reduction)
-        values, stats = stash(heads, row_weight, factor * call.spec.student.slope, call, shared)
+        with _plain_precision(hidden):
+            values, stats = stash(heads, row_weight, factor * call.spec.student.slope, call, shared)
         loss = _loss(values, row_weight, factor, call.reduction)
         ctx.save_for_backward(*whole)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -90,10 +104,10 @@ class _StashFunction(torch.autograd.Function):
         return loss, *outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
         if upstream is None:
             return (None,) * 8
+        _refuse_double_backward()
         if ctx.spent:
             raise RuntimeError(
                 "linear_divergence with plan='stash' supports one backward pass: its gradient was "
@@ -116,7 +130,8 @@ class _RecomputeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, t_hidden, t_weight, t_bias, row_weight, call):  # type: ignore[no-untyped-def]
         heads = Heads(hidden, weight, bias, t_hidden, t_weight, t_bias).over(slice(call.classes))
-        values, stats, pull_sum = forward_only(heads, call)
+        with _plain_precision(hidden):
+            values, stats, pull_sum = forward_only(heads, call)
         row_weight, factor = _normalised(row_weight, hidden.shape[0], call.reduction)
         loss = _loss(values, row_weight, factor, call.reduction)
         ctx.save_for_backward(
@@ -139,10 +154,10 @@ class _RecomputeFunction(torch.autograd.Function):
         return loss, *outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
         if upstream is None:
             return (None,) * 8
+        _refuse_double_backward()
         *operands, row_weight, student_lse, teacher_lse, lse_gap, pull_sum = ctx.saved_tensors
         whole_weight, bias = operands[1], operands[2]
         heads = Heads(*operands).over(slice(ctx.call.classes))
@@ -150,16 +165,17 @@ class _RecomputeFunction(torch.autograd.Function):
         if row_weight is not None:
             factor = factor * row_weight
         whole, shared = _new_gradients(ctx.needs_input_grad, heads, whole_weight)
-        recompute_gradients(
-            heads,
-            ctx.call,
-            student_lse,
-            teacher_lse,
-            lse_gap,
-            pull_sum,
-            factor.contiguous(),
-            shared,
-        )
+        with _plain_precision(whole_weight):
+            recompute_gradients(
+                heads,
+                ctx.call,
+                student_lse,
+                teacher_lse,
+                lse_gap,
+                pull_sum,
+                factor.contiguous(),
+                shared,
+            )
         if whole[2] is not None:
             whole[2] = whole[2].to(bias.dtype)
         return *whole, *(None,) * 5

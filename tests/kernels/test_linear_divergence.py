@@ -1,0 +1,385 @@
+"""What `linear_divergence` promises besides its numbers: edges, errors, autograd, determinism."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from esr_kernels import JSD, KLMix, linear_divergence, plan_linear_divergence
+from esr_kernels.plan import Problem, make_plan
+from tests.kernels import cases
+from tests.kernels.cases import DEVICE
+
+IMPLS = ["torch", "triton"]
+
+
+def _case(dtype=torch.float32):
+    case = cases.random_pair(dtype)
+    case.student_hidden.requires_grad_()
+    case.student_weight.requires_grad_()
+    return case
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_empty_batch_gives_zero_loss_and_zero_gradients(plan, reduction, impl):
+    case = _case()
+    out = linear_divergence(
+        case.student_hidden[:0],
+        case.student_weight,
+        case.teacher_hidden[:0],
+        case.teacher_weight,
+        plan=plan,
+        reduction=reduction,
+        impl=impl,
+    )
+    out.loss.backward()
+    assert out.loss.item() == 0 and out.per_token.shape == (0,)
+    assert torch.equal(case.student_weight.grad, torch.zeros_like(case.student_weight))
+    assert torch.equal(case.student_hidden.grad, torch.zeros_like(case.student_hidden))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("compact", [None, False])
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+def test_all_masked_gives_zero_loss_and_a_connected_graph(plan, compact, impl):
+    case = _case()
+    out = linear_divergence(
+        *case.tensors,
+        token_weights=torch.zeros(23, device=DEVICE),
+        reduction="mean",
+        plan=plan,
+        compact=compact,
+        impl=impl,
+    )
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert case.student_hidden.grad.abs().max() == 0
+    assert case.student_weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", ["reverse_kl", JSD(0.5)], ids=str)
+def test_one_class_has_no_divergence(divergence, impl):
+    hidden, weight = torch.randn(5, 4, device=DEVICE), torch.randn(1, 4, device=DEVICE)
+    hidden.requires_grad_()
+    out = linear_divergence(hidden, weight, hidden, weight + 1, divergence, impl=impl)
+    out.loss.backward()
+    assert out.per_token.abs().max() == 0 and hidden.grad.abs().max() == 0
+    assert out.agreement.eq(1).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("compact", [None, True, False])
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+def test_a_row_of_weight_0_is_as_if_it_were_absent_even_if_nan(plan, compact, impl):
+    case = _case()
+    weights = torch.rand(23, device=DEVICE) + 0.5
+    weights[[2, 9]] = 0
+    hidden = case.student_hidden.detach().clone()
+    hidden[2] = torch.nan
+    hidden.requires_grad_()
+    kept = weights != 0
+    absent = linear_divergence(
+        case.student_hidden[kept],
+        case.student_weight,
+        case.teacher_hidden[kept],
+        case.teacher_weight,
+        token_weights=weights[kept],
+        plan=plan,
+        impl=impl,
+    )
+    absent.loss.backward()
+    expected = case.student_weight.grad
+    case.student_weight.grad = None
+    if compact is False:
+        # Its dz is 0, but 0 * NaN reaches the weight gradient: only dropping the row avoids that.
+        hidden = case.student_hidden.detach().requires_grad_()
+    out = linear_divergence(
+        hidden,
+        *case.tensors[1:],
+        token_weights=weights,
+        plan=plan,
+        compact=compact,
+        impl=impl,
+    )
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, absent.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(case.student_weight.grad, expected, rtol=1e-4, atol=1e-6)
+    assert hidden.grad[[2, 9]].abs().max() == 0
+    assert out.per_token[[2, 9]].abs().max() == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+def test_nan_stays_in_its_row(plan, impl):
+    case = _case()
+    hidden = case.student_hidden.detach().clone()
+    hidden[4] = torch.nan
+    hidden.requires_grad_()
+    out = linear_divergence(hidden, *case.tensors[1:], plan=plan, impl=impl)
+    clean = linear_divergence(*case.tensors, plan=plan, impl=impl)
+    out.loss.backward()
+    clean.loss.backward()
+    others = torch.arange(23, device=DEVICE) != 4
+    assert out.per_token[4].isnan() and hidden.grad[4].isnan().all()
+    assert torch.equal(out.per_token[others], clean.per_token[others])
+    torch.testing.assert_close(hidden.grad[others], case.student_hidden.grad[others])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reduction_none_takes_any_upstream_gradient(impl):
+    case = _case()
+    upstream = torch.randn(23, device=DEVICE)
+    out = linear_divergence(*case.tensors, reduction="none", impl=impl)
+    (out.loss * upstream).sum().backward()
+    per_token = case.student_weight.grad
+    case.student_weight.grad = None
+    linear_divergence(
+        *case.tensors, token_weights=upstream, plan="stash", impl=impl
+    ).loss.backward()
+    torch.testing.assert_close(per_token, case.student_weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+def test_an_upstream_gradient_scales_the_gradients(plan, dtype):
+    """Not a power of two, so a stash rounds 16-bit gradients once more: by half an ulp at most."""
+    case = _case(dtype)
+    (linear_divergence(*case.tensors, plan=plan).loss * 2.5).backward()
+    scaled = case.student_weight.grad
+    case.student_weight.grad = None
+    linear_divergence(*case.tensors, plan=plan).loss.backward()
+    expected = 2.5 * case.student_weight.grad.float()
+    assert cases.relative_error(scaled, expected) <= 2 * torch.finfo(dtype).eps
+
+
+def test_second_backward_is_refused_by_stash_and_served_by_recompute():
+    case = _case()
+    stash = linear_divergence(*case.tensors, plan="stash").loss
+    stash.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass.*recompute"):
+        stash.backward()
+    case.student_weight.grad = None
+    recompute = linear_divergence(*case.tensors, plan="recompute").loss
+    recompute.backward(retain_graph=True)
+    once = case.student_weight.grad.clone()
+    recompute.backward()
+    assert torch.equal(case.student_weight.grad, 2 * once)
+
+
+def test_double_backward_is_refused():
+    case = _case()
+    loss = linear_divergence(*case.tensors, plan="recompute").loss
+    with pytest.raises(RuntimeError, match="no double backward.*impl='reference'"):
+        torch.autograd.grad(loss, case.student_hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+def test_frozen_head_and_frozen_hidden(plan):
+    case = _case()
+    full = linear_divergence(*case.tensors, plan=plan)
+    full.loss.backward()
+    hidden_grad, weight_grad = case.student_hidden.grad, case.student_weight.grad
+    case.student_hidden.grad = case.student_weight.grad = None
+    frozen = case.student_weight.detach()
+    linear_divergence(case.student_hidden, frozen, *case.tensors[2:], plan=plan).loss.backward()
+    torch.testing.assert_close(case.student_hidden.grad, hidden_grad)
+    detached = case.student_hidden.detach()
+    linear_divergence(detached, *case.tensors[1:], plan=plan).loss.backward()
+    torch.testing.assert_close(case.student_weight.grad, weight_grad)
+
+
+def test_the_teacher_gets_no_gradient_and_no_grad_needs_no_stash():
+    case = _case()
+    teacher_hidden = case.teacher_hidden.clone().requires_grad_()
+    out = linear_divergence(*case.tensors[:2], teacher_hidden, case.teacher_weight)
+    out.loss.backward()
+    assert teacher_hidden.grad is None
+    with torch.no_grad():
+        quiet = linear_divergence(*case.tensors)
+    assert not quiet.loss.requires_grad
+    torch.testing.assert_close(quiet.loss, out.loss.detach())
+
+
+def test_repeated_calls_agree_bit_for_bit():
+    case = _case()
+    gradients = []
+    for _ in range(2):
+        case.student_weight.grad = None
+        linear_divergence(*case.tensors).loss.backward()
+        gradients.append(case.student_weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_non_contiguous_inputs():
+    case = _case()
+    transposed = case.student_hidden.detach().T.contiguous().T.requires_grad_()
+    assert not transposed.is_contiguous()
+    expected = linear_divergence(*case.tensors).loss
+    loss = linear_divergence(transposed, *case.tensors[1:]).loss
+    loss.backward()
+    assert torch.equal(loss, expected) and transposed.grad is not None
+
+
+def test_autocast_takes_fp32_parameters_and_returns_fp32_gradients():
+    case = _case()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = linear_divergence(*case.tensors)
+    out.loss.backward()
+    rounded = replace(
+        case,
+        student_hidden=case.student_hidden.detach().bfloat16(),
+        student_weight=case.student_weight.detach().bfloat16(),
+        teacher_hidden=case.teacher_hidden.bfloat16(),
+        teacher_weight=case.teacher_weight.bfloat16(),
+    )
+    expected = cases.ours(rounded, "reverse_kl")
+    assert case.student_weight.grad.dtype == torch.float32
+    assert torch.equal(out.loss.detach(), expected["loss"])
+    assert torch.equal(case.student_weight.grad, expected["d student_weight"].float())
+
+
+def test_gradcheck_in_fp64():
+    case = cases._pair(3, 11, (4, 5), (1.0, 1.0), torch.float64)
+    teacher = case.teacher_hidden, case.teacher_weight
+    for divergence in ("forward_kl", KLMix(0.5, 0.5), JSD(0.4)):
+        for plan in ("recompute",):
+            assert torch.autograd.gradcheck(
+                lambda h, w, d=divergence, p=plan: (
+                    linear_divergence(
+                        h,
+                        w,
+                        *teacher,
+                        d,
+                        plan=p,
+                        impl="torch",
+                        student_softcap=2.0,
+                        temperature=1.5,
+                    ).loss
+                ),
+                (case.student_hidden.requires_grad_(), case.student_weight.requires_grad_()),
+            )
+
+
+def _error_cases():
+    good = {
+        "student_hidden": torch.randn(4, 3),
+        "student_weight": torch.randn(7, 3),
+        "teacher_hidden": torch.randn(4, 5),
+        "teacher_weight": torch.randn(9, 5),
+    }
+    bad = {
+        "unknown divergence": ({"divergence": "kl"}, ValueError, "divergence must be one of.*'kl'"),
+        "token counts": (
+            {"teacher_hidden": torch.randn(5, 5)},
+            ValueError,
+            "same number of tokens, got 4 and 5",
+        ),
+        "hidden size": (
+            {"student_weight": torch.randn(7, 4)},
+            ValueError,
+            r"student_weight must have 3 columns.*\[7, 4\]",
+        ),
+        "vocabulary size": ({"num_classes": 8}, ValueError, "num_classes.*from 1 to 7.*got 8"),
+        "no classes": ({"num_classes": 0}, ValueError, "num_classes.*got 0"),
+        "three dimensions": (
+            {"student_hidden": torch.randn(2, 2, 3)},
+            ValueError,
+            r"student_hidden must have 2 dimensions, got shape \[2, 2, 3\]",
+        ),
+        "dtype": (
+            {"student_hidden": torch.ones(4, 3, dtype=torch.int64)},
+            TypeError,
+            "student_hidden must be one of.*int64",
+        ),
+        "mixed dtype": (
+            {"student_hidden": torch.randn(4, 3).bfloat16()},
+            TypeError,
+            "same dtype outside of autocast.*bfloat16.*float32",
+        ),
+        "not a tensor": ({"teacher_weight": None}, TypeError, "teacher_weight must be a torch.Ten"),
+        "device": (
+            {"teacher_hidden": torch.empty(4, 5, device="meta")},
+            ValueError,
+            "device",
+        ),
+        "weights": (
+            {"token_weights": torch.ones(3)},
+            ValueError,
+            r"token_weights must have shape \[4\], got \[3\]",
+        ),
+        "weights with gradient": (
+            {"token_weights": torch.ones(4, requires_grad=True)},
+            TypeError,
+            "token_weights.*detach",
+        ),
+        "bias": (
+            {"student_bias": torch.ones(6)},
+            ValueError,
+            r"student_bias must have shape \[7\]",
+        ),
+        "temperature": ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0"),
+        "scale": ({"student_logit_scale": 0.0}, ValueError, "student_logit_scale.*not 0, got 0.0"),
+        "softcap": (
+            {"teacher_softcap": -1.0},
+            ValueError,
+            "teacher_softcap must be None or finite",
+        ),
+        "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of.*'avg'"),
+        "plan": ({"plan": "magic"}, ValueError, "plan must be.*'magic'"),
+        "impl": ({"impl": "cuda"}, ValueError, "impl must be one of.*'cuda'"),
+        "stash per token": (
+            {"plan": "stash", "reduction": "none"},
+            ValueError,
+            "cannot serve reduction='none'",
+        ),
+        "budget": ({"memory_budget": 10}, ValueError, "memory_budget of 10 bytes is too small"),
+        "negative budget": ({"memory_budget": -1}, ValueError, "memory_budget must be a positive"),
+    }
+    return good, bad
+
+
+@pytest.mark.parametrize("name", _error_cases()[1])
+def test_bad_input_names_the_argument(name):
+    good, bad = _error_cases()
+    change, error, message = bad[name]
+    arguments = {**good, **change}
+    if arguments["student_hidden"].is_floating_point():
+        arguments["student_hidden"].requires_grad_()
+    with pytest.raises(error, match=message):
+        linear_divergence(**arguments)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, float("nan")])
+def test_jsd_refuses_the_ends_of_beta(beta):
+    with pytest.raises(ValueError, match="ForwardKL|strictly between"):
+        JSD(beta)
+
+
+@pytest.mark.parametrize("weights", [(-1.0, 1.0), (0.0, 0.0), (float("inf"), 1.0)])
+def test_a_mix_refuses_negative_or_empty_weights(weights):
+    with pytest.raises(ValueError, match="KLMix weights"):
+        KLMix(*weights)
+
+
+def test_more_than_2_31_logits_are_planned_in_chunks():
+    """T * V = 2.5e9: no buffer of a plan may hold them all."""
+    tokens, classes = 16_384, 151_936
+    for plan in ("stash", "recompute"):
+        chosen = plan_linear_divergence(tokens, classes, 1536, 3584, plan=plan)
+        assert chosen.extra_bytes <= 2 << 30
+        assert chosen.kind == plan
+    assert "GEMMs" in str(chosen)
+
+
+def test_a_tighter_budget_takes_less_memory_and_more_traffic():
+    problem = Problem(8192, 151_936, 1536, 3584)
+    roomy = make_plan(problem, "stash", 4 << 30)
+    tight = make_plan(problem, "stash", 1200 << 20)
+    assert tight.extra_bytes <= 1200 << 20 < roomy.extra_bytes <= 4 << 30
+    assert tight.bytes_moved > roomy.bytes_moved and tight.gemm_flops == roomy.gemm_flops
+    assert make_plan(problem, "auto", 300 << 20).kind == "recompute"
