@@ -1,0 +1,49 @@
+# Everything runs in a virtual environment that the first target to need it creates.
+#   make demo      the main job: early stopping rollouts against full rollouts, with a report
+#   make test      the tests
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint sanitize smollm2 bench clean
+
+demo: $(VENV)/.train
+	$(BIN)/esr-train compare configs/demo.yaml --out runs/demo
+
+test: $(VENV)/.train
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.train
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The GPU's code path without a GPU: compiled kernels executed on the CPU, with bounds and races
+# checked. ttsem declares Python 3.12, and works on 3.11.
+sanitize: $(VENV)/.train $(VENV)/.sanitize
+	ESR_TRITON_ON_CPU=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels -q -k "triton or sanitize"
+
+smollm2: $(VENV)/.train
+	$(BIN)/esr-train compare configs/smollm2.yaml --out runs/smollm2
+
+bench: $(VENV)/.train $(VENV)/.bench
+	$(BIN)/python -m pytest bench -q -s
+
+$(VENV)/.train: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); the first time takes a minute or two."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PIP) -e '.[train,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.train
+	$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.sanitize: $(VENV)/.train
+	$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
