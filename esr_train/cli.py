@@ -22,7 +22,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from esr_train.checkpoint import CheckpointError, Interrupt
-from esr_train.compare import Interrupted, compare
+from esr_train.compare import Interrupted, cap_steps, compare
 from esr_train.config import Config, ConfigError, ModelConfig, arm_config, load_config, to_yaml
 from esr_train.evaluate import Evaluator
 from esr_train.experiment import (
@@ -164,7 +164,7 @@ def _train(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if options.dry_run:
-        return _print_plan(config)
+        return _print_plan(cap_steps(config, options.steps))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     compare(config, options.out or Path("runs") / f"{options.config.stem}-{stamp}", options.steps)
 

@@ -33,7 +33,7 @@ def compare(
     Raises:
         Interrupted: SIGINT or SIGTERM; the runs that had finished are whole.
     """
-    config = _capped(config, max_steps)
+    config = cap_steps(config, max_steps)
     if not config.arms:
         raise ConfigError("arms: compare needs a list of {name, max_new_tokens}")
     arms = {arm["name"]: arm_config(config, arm) for arm in config.arms}
@@ -93,7 +93,8 @@ def run_order(names: list[str], seeds: list[int]) -> list[tuple[str, int]]:
     return order
 
 
-def _capped(config: Config, max_steps: int | None) -> Config:
+def cap_steps(config: Config, max_steps: int | None) -> Config:
+    """`config` with no arm above `max_steps`; None caps nothing."""
     if max_steps is None:
         return config
     arms = [

@@ -69,7 +69,8 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "load_experiment", None)
-    assert main([command, str(path), "steps=7", "--dry-run"]) == 0
+    cap = ["--steps", "7"] if command == "compare" else ["steps=7"]
+    assert main([command, str(path), "steps=9", *cap, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "steps: 7" in printed
     if command == "compare":
