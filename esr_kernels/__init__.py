@@ -1,18 +1,38 @@
 """Fused ops for on-policy distillation: exact two-model divergences from hidden states."""
 
-from esr_kernels.divergences import JSD, Divergence, ForwardKL, KLMix, ReverseKL
+from esr_kernels.divergences import (
+    JSD,
+    Divergence,
+    ForwardKL,
+    Jeffreys,
+    KLMix,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
 from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
 from esr_kernels.plan import Plan, default_memory_budget, plan_linear_divergence
+from esr_kernels.token_logprob import TokenLogprob, token_logprob
+from esr_kernels.topk import TopkDivergence, linear_topk_divergence
 
 __all__ = [
     "JSD",
     "Divergence",
     "ForwardKL",
+    "Jeffreys",
     "KLMix",
     "LinearDivergence",
     "Plan",
     "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TotalVariation",
+    "TokenLogprob",
+    "TopkDivergence",
     "default_memory_budget",
     "linear_divergence",
+    "linear_topk_divergence",
     "plan_linear_divergence",
+    "token_logprob",
 ]

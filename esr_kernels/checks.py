@@ -6,12 +6,13 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from esr_kernels.gemm import KERNELS_ON_CPU
-from esr_kernels.row_stats import LogitTransform
+from esr_kernels.row_stats import IGNORED_LABEL, LogitTransform
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 REDUCTIONS = ("sum", "mean", "none")
@@ -22,7 +23,10 @@ _MOST_CLASSES = 1 << 24
 
 @dataclass(frozen=True)
 class Inputs:
-    """Checked operands: one dtype per model, contiguous rows, weights in the logits' dtype."""
+    """Checked operands: one dtype per model, contiguous rows, weights in the logits' dtype.
+
+    Biases are cut or gathered to the shared classes.
+    """
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -30,6 +34,9 @@ class Inputs:
     teacher_hidden: Tensor
     teacher_weight: Tensor
     teacher_bias: Tensor | None
+    student_ids: Tensor | None
+    teacher_ids: Tensor | None
+    labels: Tensor | None
     row_weight: Tensor | None
     student_transform: LogitTransform
     teacher_transform: LogitTransform
@@ -52,7 +59,12 @@ def check_inputs(
     student_logit_scale: float,
     teacher_logit_scale: float,
     num_classes: int | None,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    labels: Tensor | None,
+    label_weight: float,
     reduction: str,
+    group: Any,
     impl: str,
 ) -> Inputs:
     """Raise on the first argument that cannot be used, else return the operands ready for use."""
@@ -70,7 +82,21 @@ def check_inputs(
         raise ValueError(
             f"teacher_hidden must be on the student's device {device}, got {teacher_hidden.device}"
         )
-    classes = _classes(num_classes, student_weight.shape[0], teacher_weight.shape[0])
+    if student_ids is None and teacher_ids is None:
+        classes = _classes(num_classes, student_weight.shape[0], teacher_weight.shape[0])
+    else:
+        student_ids, teacher_ids = _mapped_classes(
+            num_classes, student_ids, teacher_ids, student_weight, teacher_weight
+        )
+        classes = student_ids.shape[0]
+    if labels is not None:
+        labels = _labels(labels, tokens, classes, device, group is not None)
+    if not math.isfinite(label_weight):
+        raise ValueError(f"label_weight must be finite, got {label_weight}")
+    if label_weight and labels is None:
+        raise ValueError(f"label_weight is {label_weight} and there are no labels")
+    if group is not None and impl == "reference":
+        raise ValueError("impl='reference' does not shard the vocabulary: group must be None")
     logits_dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
     if (student_hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
         raise TypeError(
@@ -96,10 +122,13 @@ def check_inputs(
     return Inputs(
         student_hidden,
         student_weight,
-        student_bias,
+        _shared_bias(student_bias, student_ids, classes),
         teacher_hidden,
         teacher_weight,
-        teacher_bias,
+        _shared_bias(None if teacher_bias is None else teacher_bias.detach(), teacher_ids, classes),
+        student_ids,
+        teacher_ids,
+        labels,
         row_weight,
         _transform("student_", student_logit_scale, student_softcap, "temperature", temperature),
         _transform(
@@ -169,6 +198,71 @@ def _classes(num_classes: int | None, student: int, teacher: int) -> int:
     if classes >= _MOST_CLASSES:
         raise ValueError(f"num_classes must be below {_MOST_CLASSES}, got {classes}")
     return classes
+
+
+def _shared_bias(bias: Tensor | None, ids: Tensor | None, classes: int) -> Tensor | None:
+    if bias is None:
+        return None
+    return bias[:classes].contiguous() if ids is None else bias[ids]
+
+
+def _mapped_classes(
+    num_classes: int | None,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    student_weight: Tensor,
+    teacher_weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    if student_ids is None or teacher_ids is None:
+        raise ValueError("student_ids and teacher_ids must be given together")
+    if num_classes is not None:
+        raise ValueError(
+            f"num_classes must be None where student_ids are given, got {num_classes}: "
+            "the ids say which classes are shared"
+        )
+    for name, ids, rows in (
+        ("student_ids", student_ids, student_weight.shape[0]),
+        ("teacher_ids", teacher_ids, teacher_weight.shape[0]),
+    ):
+        if ids.dtype != torch.int64 or ids.dim() != 1 or ids.numel() == 0:
+            raise ValueError(
+                f"{name} must be a non-empty int64 vector, got {ids.dtype} {list(ids.shape)}"
+            )
+        # Looking at values on a GPU would stall the host.
+        if ids.device.type == "cpu":
+            if int(ids.min()) < 0 or int(ids.max()) >= rows:
+                raise ValueError(
+                    f"{name} must lie in [0, {rows}), the rows of the head, "
+                    f"got {int(ids.min())} to {int(ids.max())}"
+                )
+            if ids.unique().numel() != ids.numel():
+                raise ValueError(f"{name} must be distinct, got duplicates")
+    if student_ids.shape != teacher_ids.shape:
+        raise ValueError(
+            "student_ids and teacher_ids must have the same length, got "
+            f"{student_ids.shape[0]} and {teacher_ids.shape[0]}"
+        )
+    device = student_weight.device
+    return student_ids.to(device), teacher_ids.to(device)
+
+
+def _labels(
+    labels: Tensor, tokens: int, classes: int, device: torch.device, sharded: bool
+) -> Tensor:
+    if labels.dtype != torch.int64 or labels.shape != (tokens,):
+        raise ValueError(
+            f"labels must be int64 of shape [{tokens}], got {labels.dtype} {list(labels.shape)}"
+        )
+    if labels.device.type == "cpu" and tokens:
+        other_rank = -1 if sharded else IGNORED_LABEL
+        wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORED_LABEL))
+        wrong &= labels != other_rank
+        if bool(wrong.any()):
+            raise ValueError(
+                f"labels must lie in [0, {classes}) or be {IGNORED_LABEL}, "
+                f"got {int(labels[wrong][0])}"
+            )
+    return labels.to(device)
 
 
 def _transform(

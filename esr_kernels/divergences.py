@@ -6,9 +6,10 @@ the student's logits z has one shape:
 
     dD/dz = u - p * sum(u)
 
-where the *pull* u(p, q, gap) is p * dD/dp up to multiples of p, which cancel. A new divergence is
-those two functions. Writing them in the gap rather than in the two logarithms keeps the digits
-when student and teacher nearly agree, which is where on-policy distillation spends its time.
+where the *pull* u(p, q, gap) is p * dD/dp up to multiples of p, which cancel: choose the multiple
+that makes it small where p is large. A new divergence is those two functions. Writing them in the
+gap rather than in the two logarithms keeps the digits when student and teacher nearly agree, which
+is where on-policy distillation spends its time.
 """
 
 from __future__ import annotations
@@ -82,6 +83,28 @@ class ReverseKL(KLMix):
 
 
 @dataclass(frozen=True)
+class Jeffreys(KLMix):
+    """KL(q || p) + KL(p || q): symmetric in student and teacher."""
+
+    forward: float = 1.0
+    reverse: float = 1.0
+
+
+def _clamped(gap: Tensor) -> Tensor:
+    return gap.clamp(-_LARGEST_GAP, _LARGEST_GAP)
+
+
+def _log_mixture(gap: Tensor, teacher_share: float) -> Tensor:
+    """log(m / p) for m = teacher_share * q + (1 - teacher_share) * p, from a clamped gap."""
+    return torch.log1p(teacher_share * torch.expm1(gap))
+
+
+def _check_share(name: str, value: float, ends: str) -> None:
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, got {value}; {ends}")
+
+
+@dataclass(frozen=True)
 class JSD(Divergence):
     """Generalised Jensen-Shannon: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1-beta) p.
 
@@ -92,29 +115,77 @@ class JSD(Divergence):
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.beta < 1.0:
-            raise ValueError(
-                f"JSD beta must lie strictly between 0 and 1, got {self.beta}; "
-                "use ForwardKL() or ReverseKL() for the ends"
-            )
-
-    def _log_p_over_m(self, gap: Tensor) -> Tensor:
-        """log p - log m, from a clamped gap."""
-        return -torch.log1p(self.beta * torch.expm1(gap))
+        _check_share("JSD beta", self.beta, "use ForwardKL() or ReverseKL() for the ends")
 
     def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        gap = gap.clamp(-_LARGEST_GAP, _LARGEST_GAP)
-        log_p_over_m = self._log_p_over_m(gap)
-        return self.beta * q * (gap + log_p_over_m) + (1 - self.beta) * p * log_p_over_m
+        gap = _clamped(gap)
+        log_m = _log_mixture(gap, self.beta)
+        return self.beta * q * (gap - log_m) - (1 - self.beta) * p * log_m
 
     def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        return (1 - self.beta) * p * self._log_p_over_m(gap.clamp(-_LARGEST_GAP, _LARGEST_GAP))
+        return (self.beta - 1) * p * _log_mixture(_clamped(gap), self.beta)
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """KL(q || alpha q + (1 - alpha) p): forward KL that stays finite where p vanishes.
+
+    Skew KL of DistiLLM (arXiv 2402.03898); alpha -> 0 is ForwardKL.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_share("SkewForwardKL alpha", self.alpha, "use ForwardKL() for alpha 0")
+
+    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        gap = _clamped(gap)
+        return q * (gap - _log_mixture(gap, self.alpha))
+
+    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        # q p / m, with no multiple of p: q / m vanishes on most of p where the models differ.
+        return (self.alpha - 1) * q * torch.exp(-_log_mixture(_clamped(gap), self.alpha))
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(p || alpha p + (1 - alpha) q): reverse KL that stays finite where q vanishes.
+
+    Skew reverse KL of DistiLLM (arXiv 2402.03898); alpha -> 0 is ReverseKL.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_share("SkewReverseKL alpha", self.alpha, "use ReverseKL() for alpha 0")
+
+    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        return -p * _log_mixture(_clamped(gap), 1 - self.alpha)
+
+    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        log_m = _log_mixture(_clamped(gap), 1 - self.alpha)
+        return -p * (log_m + self.alpha * torch.expm1(-log_m))
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """sum |p - q| / 2, in [0, 1]; the gradient takes sign(0) = 0."""
+
+    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        return 0.5 * (p - q).abs()
+
+    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+        return -0.5 * p * torch.sign(gap)
 
 
 _BY_NAME: dict[str, Divergence] = {
     "forward_kl": ForwardKL(),
     "reverse_kl": ReverseKL(),
+    "jeffreys": Jeffreys(),
     "jsd": JSD(),
+    "skew_forward_kl": SkewForwardKL(),
+    "skew_reverse_kl": SkewReverseKL(),
+    "total_variation": TotalVariation(),
 }
 
 

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from esr_kernels import gemm
 from esr_kernels.plan import Plan
-from esr_kernels.row_stats import RowSpec, RowStats, merge_parts, mixed_kl
-
-# Buffers for the gradients of hidden [T, D], weight [V, D] and bias [V]; None where not wanted.
-Gradients = list[Tensor | None]
+from esr_kernels.row_stats import (
+    ARGMAX,
+    RowsKnown,
+    RowSpec,
+    RowStats,
+    Tile,
+    from_pull_sums,
+    known_rows,
+    merge_parts,
+    merge_to_part,
+    mixed_kl,
+)
 
 
 @dataclass(frozen=True)
@@ -27,34 +36,52 @@ class Call:
 
     spec: RowSpec
     plan: Plan
-    rows: ModuleType
-    classes: int
+    rows: ModuleType  # rows_torch or rows_triton
+    classes: int  # that both models have, on this rank
     reduction: str
+    group: Any = None  # torch.distributed group over whose ranks the classes are sharded
 
 
-class Heads(NamedTuple):
-    """Operands over the shared classes and the active rows."""
+class Operands(NamedTuple):
+    """Both models over the active rows. Biases are over the shared classes already."""
 
-    student_hidden: Tensor
-    student_weight: Tensor
-    student_bias: Tensor | None
+    student_hidden: Tensor  # [T, Ds]
+    student_weight: Tensor  # [Vs, Ds]
+    student_bias: Tensor | None  # [V]
+    student_ids: Tensor | None  # [V] rows of the head, None for the first V
     teacher_hidden: Tensor
     teacher_weight: Tensor
     teacher_bias: Tensor | None
+    teacher_ids: Tensor | None
+    labels: Tensor | None  # [T] class numbers, negative for none
 
-    def over(self, classes: slice) -> Heads:
-        return Heads(
+    def over(self, classes: slice) -> Operands:
+        """The operands of a tile of classes; heads of mapped vocabularies are copied tile-wise."""
+        student_weight, student_ids = _select(self.student_weight, self.student_ids, classes)
+        teacher_weight, teacher_ids = _select(self.teacher_weight, self.teacher_ids, classes)
+        return Operands(
             self.student_hidden,
-            self.student_weight[classes],
+            student_weight,
             None if self.student_bias is None else self.student_bias[classes],
+            student_ids,
             self.teacher_hidden,
-            self.teacher_weight[classes],
+            teacher_weight,
             None if self.teacher_bias is None else self.teacher_bias[classes],
+            teacher_ids,
+            None if self.labels is None else self.labels - classes.start,
         )
 
 
-def _buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(rows, columns, dtype=dtype, device=like.device)
+def _select(weight: Tensor, ids: Tensor | None, classes: slice) -> tuple[Tensor, Tensor | None]:
+    return (weight[classes], None) if ids is None else (weight, ids[classes])
+
+
+class Gradients(NamedTuple):
+    """Buffers for the gradients of hidden [T, D], weight [Vs, D], bias [V]; None if not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 def _into_fp16_range(row_weight: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -75,7 +102,7 @@ def _accumulator(gradient: Tensor | None, wide: bool) -> Tensor | None:
     """Where a gradient is summed: in fp32 if `wide`, else in place."""
     if gradient is None or not wide or gradient.dtype.itemsize >= 4:
         return gradient
-    return torch.empty_like(gradient, dtype=torch.float32)
+    return torch.zeros_like(gradient, dtype=torch.float32)
 
 
 def _finish(gradient: Tensor | None, accumulator: Tensor | None, restore: Tensor | None) -> None:
@@ -88,186 +115,186 @@ def _finish(gradient: Tensor | None, accumulator: Tensor | None, restore: Tensor
 
 
 def stash(
-    heads: Heads, row_weight: Tensor | None, factor: float, call: Call, gradients: Gradients
+    x: Operands, row_weight: Tensor | None, factor: float, call: Call, gradients: Gradients
 ) -> tuple[Tensor, RowStats]:
     """Divergence and statistics of every row.
 
-    Fills the gradients of factor * sum(row_weight * divergence).
+    Fills the gradients of factor * sum(row_weight * (divergence + label_weight * cross-entropy)).
     """
-    hidden_grad, weight_grad, bias_grad = gradients
-    plan, dtype = call.plan, gemm.logits_dtype(heads.student_hidden.dtype)
-    tokens, classes = heads.student_hidden.shape[0], call.classes
-    in_place = plan.problem.in_place
+    plan, dtype = call.plan, gemm.logits_dtype(x.student_hidden.dtype)
+    tokens, in_place = x.student_hidden.shape[0], plan.problem.in_place
     restore = None
-    if heads.student_hidden.dtype == torch.float16:
-        row_weight, restore = _into_fp16_range(row_weight, heads.student_hidden)
-    dz_dtype = dtype if in_place else heads.student_hidden.dtype
-    dz_buffer = _buffer(heads.student_hidden, min(plan.token_chunk, tokens), classes, dz_dtype)
-    teacher_buffer = _buffer(heads.student_hidden, min(plan.logit_chunk, tokens), classes, dtype)
+    if x.student_hidden.dtype == torch.float16:
+        row_weight, restore = _into_fp16_range(row_weight, x.student_hidden)
+
+    def buffer(rows: int, of: torch.dtype) -> Tensor:
+        size = min(rows, tokens), call.classes
+        return torch.empty(size, dtype=of, device=x.student_hidden.device)
+
+    dz_buffer = buffer(plan.token_chunk, dtype if in_place else x.student_hidden.dtype)
+    teacher_buffer = buffer(plan.logit_chunk, dtype)
     student_buffer = None if in_place else torch.empty_like(teacher_buffer)
-    hidden_sum = _accumulator(hidden_grad, restore is not None)
-    weight_sum = _accumulator(weight_grad, restore is not None or plan.token_chunk < tokens)
-    values, parts = [], []
+    hidden_sum = _accumulator(gradients.hidden, restore is not None)
+    weight_sum = _accumulator(gradients.weight, restore is not None or plan.token_chunk < tokens)
+    values, stats = [], []
     for start in range(0, tokens, plan.token_chunk):
         chunk = slice(start, min(start + plan.token_chunk, tokens))
-        hidden = heads.student_hidden[chunk]
+        hidden = x.student_hidden[chunk]
         dz = dz_buffer[: hidden.shape[0]]
         if in_place:
-            gemm.project(hidden, heads.student_weight, dz)
+            gemm.project(hidden, x.student_weight, dz, x.student_ids)
         for first in range(chunk.start, chunk.stop, plan.logit_chunk):
             rows = slice(first, min(first + plan.logit_chunk, chunk.stop))
             inside = slice(rows.start - start, rows.stop - start)
             t = teacher_buffer[: rows.stop - rows.start]
-            gemm.project(heads.teacher_hidden[rows], heads.teacher_weight, t)
-            if student_buffer is None:
-                s = dz[inside]
-            else:
+            gemm.project(x.teacher_hidden[rows], x.teacher_weight, t, x.teacher_ids)
+            s = dz[inside]
+            if student_buffer is not None:
                 s = student_buffer[: rows.stop - rows.start]
-                gemm.project(heads.student_hidden[rows], heads.student_weight, s)
-            value, stats = call.rows.stash_rows_(
-                s,
-                t,
+                gemm.project(x.student_hidden[rows], x.student_weight, s, x.student_ids)
+            labels = None if x.labels is None else x.labels[rows]
+            value, stat = call.rows.stash_rows_(
+                Tile(s, t, x.student_bias, x.teacher_bias, labels),
                 None if row_weight is None else row_weight[rows],
                 call.spec,
-                heads.student_bias,
-                heads.teacher_bias,
                 s if in_place else dz[inside],
             )
             values.append(value)
-            parts.append(stats)
+            stats.append(stat)
         if hidden_sum is not None:
             gemm.hidden_gradient(
-                dz, heads.student_weight, hidden_sum[chunk], alpha=factor, accumulate=False
+                dz,
+                x.student_weight,
+                hidden_sum[chunk],
+                x.student_ids,
+                alpha=factor,
+                accumulate=False,
             )
         if weight_sum is not None:
-            gemm.weight_gradient(dz, hidden, weight_sum, alpha=factor, accumulate=start > 0)
-        if bias_grad is not None:
-            bias_grad.add_(dz.sum(0, dtype=dtype), alpha=factor)
+            gemm.weight_gradient(
+                dz, hidden, weight_sum, x.student_ids, alpha=factor, accumulate=start > 0
+            )
+        if gradients.bias is not None:
+            gradients.bias.add_(dz.sum(0, dtype=dtype), alpha=factor)
     if not values and weight_sum is not None:
         weight_sum.zero_()
-    _finish(hidden_grad, hidden_sum, restore)
-    _finish(weight_grad, weight_sum, restore)
-    _finish(bias_grad, bias_grad, restore)
-    return _concatenate(values, parts, heads.student_hidden, dtype)
+    _finish(gradients.hidden, hidden_sum, restore)
+    _finish(gradients.weight, weight_sum, restore)
+    _finish(gradients.bias, gradients.bias, restore)
+    return _concatenate(values, stats, x.student_hidden, dtype)
 
 
 def _concatenate(
     values: list[Tensor], stats: list[RowStats], like: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, RowStats]:
+    fields = RowStats.__dataclass_fields__
     if not values:
         empty = torch.empty(0, dtype=dtype, device=like.device)
-        return empty, RowStats(*[empty] * 8)
-    fields = RowStats.__dataclass_fields__
+        return empty, RowStats(*[empty] * len(fields))
     return torch.cat(values), RowStats(
         *(torch.cat([getattr(part, name) for part in stats]) for name in fields)
     )
 
 
-def _tiles(call: Call) -> list[slice]:
-    step = call.plan.vocab_chunk
-    return [slice(at, min(at + step, call.classes)) for at in range(0, call.classes, step)]
+class _Tiles:
+    """Tiles of classes, for all tokens: their operands, and their logits in reused buffers."""
 
-
-class _TileBuffers:
-    """Logits of one tile of classes for all tokens, reused from tile to tile."""
-
-    def __init__(self, heads: Heads, call: Call) -> None:
-        dtype = gemm.logits_dtype(heads.student_hidden.dtype)
-        size = heads.student_hidden.shape[0] * call.plan.vocab_chunk
-        self._s = torch.empty(size, dtype=dtype, device=heads.student_hidden.device)
+    def __init__(self, x: Operands, call: Call) -> None:
+        dtype = gemm.logits_dtype(x.student_hidden.dtype)
+        size = x.student_hidden.shape[0] * call.plan.vocab_chunk
+        self._s = torch.empty(size, dtype=dtype, device=x.student_hidden.device)
         self._t = torch.empty_like(self._s)
+        self._x, step = x, call.plan.vocab_chunk
+        self.classes = [
+            slice(at, min(at + step, call.classes)) for at in range(0, call.classes, step)
+        ]
 
-    def project(self, tile: Heads) -> tuple[Tensor, Tensor]:
-        shape = tile.student_hidden.shape[0], tile.student_weight.shape[0]
+    def project(self, classes: slice) -> tuple[Operands, Tile]:
+        x = self._x.over(classes)
+        shape = x.student_hidden.shape[0], classes.stop - classes.start
         s, t = (flat[: shape[0] * shape[1]].view(shape) for flat in (self._s, self._t))
-        gemm.project(tile.student_hidden, tile.student_weight, s)
-        gemm.project(tile.teacher_hidden, tile.teacher_weight, t)
-        return s, t
+        gemm.project(x.student_hidden, x.student_weight, s, x.student_ids)
+        gemm.project(x.teacher_hidden, x.teacher_weight, t, x.teacher_ids)
+        return x, Tile(s, t, x.student_bias, x.teacher_bias, x.labels)
 
 
-def forward_only(heads: Heads, call: Call) -> tuple[Tensor, RowStats, Tensor]:
-    """(divergence, statistics, sum of pulls) of every row from discarded tiles of logits."""
-    buffers = _TileBuffers(heads, call)
-    parts = []
-    for classes in _tiles(call):
-        tile = heads.over(classes)
-        s, t = buffers.project(tile)
-        parts.append(
-            call.rows.tile_stats(
-                s, t, call.spec, tile.student_bias, tile.teacher_bias, classes.start
-            )
-        )
-    stats = merge_parts(torch.cat(parts, dim=1))
+def forward_only(x: Operands, call: Call) -> tuple[Tensor, RowStats, RowsKnown]:
+    """(divergence, statistics, what a backward needs) of every row, from discarded logits."""
+    tiles = _Tiles(x, call)
+    tile_parts = []
+    for classes in tiles.classes:
+        part = call.rows.tile_stats(tiles.project(classes)[1], call.spec)
+        part[:, :, ARGMAX] += classes.start
+        tile_parts.append(part)
+    parts = torch.cat(tile_parts, dim=1)
+    if call.group is not None:
+        parts = _gather(merge_to_part(parts), call.group)
+    stats = merge_parts(parts)
     mix = call.spec.divergence.kl_weights
     if mix is not None:
         value, pull_sum = mixed_kl(stats, *mix)
-        return value, stats, pull_sum
-    sums = torch.zeros_like(stats.student_lse)[:, None].repeat(1, 2)
-    for classes in _tiles(call):
-        tile = heads.over(classes)
-        s, t = buffers.project(tile)
-        sums += call.rows.tile_pull_sums(
-            s,
-            t,
-            stats.student_lse,
-            stats.teacher_lse,
-            stats.lse_gap,
-            call.spec,
-            tile.student_bias,
-            tile.teacher_bias,
-        )
-    return sums[:, 0], stats, sums[:, 1]
+    else:
+        sums = torch.zeros_like(stats.student_lse)[:, None].repeat(1, 3)
+        for classes in tiles.classes:
+            sums += call.rows.tile_pull_sums(tiles.project(classes)[1], stats, call.spec)
+        if call.group is not None:
+            dist.all_reduce(sums, group=call.group)
+        value, pull_sum = from_pull_sums(sums)
+    return value, stats, known_rows(stats, pull_sum, x.labels, call.spec)
+
+
+def _gather(part: Tensor, group: Any) -> Tensor:
+    """[T, COLUMNS] of this rank -> [T, ranks, COLUMNS], the same on every rank."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.stack(parts, dim=1)
 
 
 def recompute_gradients(
-    heads: Heads,
-    call: Call,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    lse_gap: Tensor,
-    pull_sum: Tensor,
-    row_weight: Tensor,
-    gradients: Gradients,
+    x: Operands, call: Call, known: RowsKnown, row_weight: Tensor, gradients: Gradients
 ) -> None:
-    """Fill the gradients of sum(row_weight * divergence), walking the classes outside."""
-    hidden_grad, weight_grad, bias_grad = gradients
+    """Fill the gradients of sum(row_weight * row), walking the classes outside."""
     weights: Tensor | None = row_weight
     restore = None
-    if heads.student_hidden.dtype == torch.float16:
-        weights, restore = _into_fp16_range(row_weight, heads.student_hidden)
-    buffers = _TileBuffers(heads, call)
-    hidden_sum = _accumulator(hidden_grad, wide=True)
-    for classes in _tiles(call):
-        tile = heads.over(classes)
-        s, t = buffers.project(tile)
-        dz = s
+    if x.student_hidden.dtype == torch.float16:
+        weights, restore = _into_fp16_range(row_weight, x.student_hidden)
+    tiles = _Tiles(x, call)
+    hidden_sum = _accumulator(gradients.hidden, wide=True)
+    for classes in tiles.classes:
+        own, tile = tiles.project(classes)
+        dz = tile.s
         if not call.plan.problem.in_place:
-            dz = torch.empty_like(s, dtype=tile.student_hidden.dtype)
-        call.rows.tile_gradient_(
-            s,
-            t,
-            student_lse,
-            teacher_lse,
-            lse_gap,
-            pull_sum,
-            weights,
-            call.spec,
-            tile.student_bias,
-            tile.teacher_bias,
-            dz,
-        )
+            dz = torch.empty_like(tile.s, dtype=own.student_hidden.dtype)
+        call.rows.tile_gradient_(tile, known, weights, call.spec, dz)
         if hidden_sum is not None:
             gemm.hidden_gradient(
-                dz, tile.student_weight, hidden_sum, alpha=1.0, accumulate=classes.start > 0
+                dz,
+                own.student_weight,
+                hidden_sum,
+                own.student_ids,
+                alpha=1.0,
+                accumulate=classes.start > 0,
             )
-        if weight_grad is not None:
-            weight_tile = weight_grad[classes]
-            weight_sum = weight_tile
-            if restore is not None:
-                weight_sum = torch.empty_like(weight_tile, dtype=torch.float32)
-            gemm.weight_gradient(dz, tile.student_hidden, weight_sum, alpha=1.0, accumulate=False)
-            _finish(weight_tile, weight_sum, restore)
-        if bias_grad is not None:
-            bias_grad[classes] = dz.sum(0, dtype=s.dtype)
-    _finish(hidden_grad, hidden_sum, restore)
-    _finish(bias_grad, bias_grad, restore)
+        if gradients.weight is not None:
+            _weight_tile(dz, own, classes, gradients.weight, restore)
+        if gradients.bias is not None:
+            gradients.bias[classes] = dz.sum(0, dtype=tile.s.dtype)
+    if hidden_sum is not None and call.group is not None:
+        dist.all_reduce(hidden_sum, group=call.group)
+    _finish(gradients.hidden, hidden_sum, restore)
+    _finish(gradients.bias, gradients.bias, restore)
+
+
+def _weight_tile(
+    dz: Tensor, own: Operands, classes: slice, gradient: Tensor, restore: Tensor | None
+) -> None:
+    """Write the weight gradient of a tile of classes, once, in its final dtype."""
+    if own.student_ids is not None:
+        tile = gradient.new_empty(classes.stop - classes.start, gradient.shape[1])
+    else:
+        tile = gradient[classes]
+    total = tile if restore is None else torch.empty_like(tile, dtype=torch.float32)
+    gemm.weight_gradient(dz, own.student_hidden, total, alpha=1.0, accumulate=False)
+    _finish(tile, total, restore)
+    if own.student_ids is not None:
+        gradient.index_copy_(0, own.student_ids, tile)

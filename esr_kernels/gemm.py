@@ -4,11 +4,13 @@ Rounding logits to bf16 before the softmax costs 4-23 % of gradient error while 
 moves, so the projection must not. A product of two bf16 or fp16 numbers is exact in fp32, and the
 GPU accumulates in fp32: asking for that output is free. PyTorch has no such product on CPU, where
 the operands are converted instead, the weight in strips so that no fp32 copy of a head exists.
+Strips serve vocabulary maps too: `ids` picks rows of a head, a strip of them at a time.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,51 +31,77 @@ def _widens(operand: Tensor) -> bool:
     return operand.device.type == "cuda" and not KERNELS_ON_CPU
 
 
-def _strips(rows: int, columns: int) -> range:
-    return range(0, rows, max(1, _STRIP_ELEMENTS // max(columns, 1)))
+def _strips(
+    weight: Tensor, ids: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """(classes, their rows of the head in `dtype`), in one strip where nothing must be copied."""
+    classes = weight.shape[0] if ids is None else ids.shape[0]
+    copies = ids is not None or weight.dtype != dtype
+    step = max(1, _STRIP_ELEMENTS // max(weight.shape[1], 1)) if copies else max(classes, 1)
+    for start in range(0, classes, step):
+        strip = slice(start, min(start + step, classes))
+        rows = weight[strip] if ids is None else weight.index_select(0, ids[strip])
+        yield strip, rows.to(dtype)
 
 
-def project(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out = hidden @ weight.T, [n, D] x [V, D] -> [n, V], fp32 out of any operands."""
-    if hidden.dtype == weight.dtype == out.dtype:
-        return torch.mm(hidden, weight.T, out=out)
-    if _widens(hidden) and hidden.dtype == weight.dtype:
-        return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-    hidden = hidden.to(out.dtype)
-    strips = _strips(*weight.shape)
-    for start in strips:
-        strip = slice(start, start + strips.step)
-        torch.mm(hidden, weight[strip].to(out.dtype).T, out=out[:, strip])
+def project(hidden: Tensor, weight: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
+    """out = hidden @ weight[ids].T, [n, D] x [V, D] -> [n, V], fp32 out of any operands."""
+    widens = _widens(hidden) and hidden.dtype == weight.dtype
+    dtype = hidden.dtype if widens else out.dtype
+    hidden = hidden.to(dtype)
+    for strip, rows in _strips(weight, ids, dtype):
+        if dtype == out.dtype:
+            torch.mm(hidden, rows.T, out=out[:, strip])
+        else:
+            torch.mm(hidden, rows.T, out_dtype=out.dtype, out=out[:, strip])
     return out
 
 
 def hidden_gradient(
-    dz: Tensor, weight: Tensor, out: Tensor, *, alpha: float, accumulate: bool
+    dz: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    ids: Tensor | None = None,
+    *,
+    alpha: float,
+    accumulate: bool,
 ) -> None:
-    """out (+)= alpha * dz @ weight, [n, V] x [V, D] -> [n, D]."""
-    if dz.dtype == weight.dtype:
+    """out (+)= alpha * dz @ weight[ids], [n, V] x [V, D] -> [n, D]."""
+    if ids is None and dz.dtype == weight.dtype:
         _mm(dz, weight, out, alpha, accumulate)
         return
-    strips = _strips(*weight.shape)
-    total = torch.zeros(out.shape, dtype=dz.dtype, device=out.device)
-    for start in strips:
-        strip = slice(start, start + strips.step)
-        total.addmm_(dz[:, strip], weight[strip].to(dz.dtype), alpha=alpha)
+    # Summed over strips in fp32, rounded once.
+    total = torch.zeros(out.shape, dtype=logits_dtype(dz.dtype), device=out.device)
+    for strip, rows in _strips(weight, ids, dz.dtype):
+        _mm(dz[:, strip], rows, total, alpha, True)
     out.copy_(total + out if accumulate else total)
 
 
 def weight_gradient(
-    dz: Tensor, hidden: Tensor, out: Tensor, *, alpha: float, accumulate: bool
+    dz: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    ids: Tensor | None = None,
+    *,
+    alpha: float,
+    accumulate: bool,
 ) -> None:
-    """out (+)= alpha * dz.T @ hidden, [n, V] x [n, D] -> [V, D]."""
-    if dz.dtype == hidden.dtype:
-        _mm(dz.T, hidden, out, alpha, accumulate)
-        return
+    """out[ids] (+)= alpha * dz.T @ hidden, [n, V] x [n, D] -> [V, D]; the ids are distinct."""
     hidden = hidden.to(dz.dtype)
-    strips = _strips(*out.shape)
-    for start in strips:
-        strip = slice(start, start + strips.step)
-        _mm(dz[:, strip].T, hidden, out[strip], alpha, accumulate)
+    classes = dz.shape[1]
+    copies = ids is not None or not (dz.dtype == out.dtype or _widens(dz))
+    step = max(1, _STRIP_ELEMENTS // max(hidden.shape[1], 1)) if copies else classes
+    for start in range(0, classes, step):
+        strip = slice(start, min(start + step, classes))
+        if ids is None:
+            _mm(dz[:, strip].T, hidden, out[strip], alpha, accumulate)
+            continue
+        rows = out.new_empty(strip.stop - start, hidden.shape[1])
+        _mm(dz[:, strip].T, hidden, rows, alpha, False)
+        if accumulate:
+            out.index_add_(0, ids[strip], rows)
+        else:
+            out.index_copy_(0, ids[strip], rows)
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:

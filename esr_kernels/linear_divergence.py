@@ -4,17 +4,25 @@ states and output heads, over the whole vocabulary, without ever holding the [T,
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from esr_kernels import gemm, reference, rows_torch
 from esr_kernels.checks import Inputs, check_inputs
 from esr_kernels.divergences import Divergence, resolve_divergence
-from esr_kernels.execute import Call, Gradients, Heads, forward_only, recompute_gradients, stash
+from esr_kernels.execute import (
+    Call,
+    Gradients,
+    Operands,
+    forward_only,
+    recompute_gradients,
+    stash,
+)
 from esr_kernels.plan import Plan, Problem, make_plan
-from esr_kernels.row_stats import RowSpec, RowStats
+from esr_kernels.row_stats import IGNORED_LABEL, RowsKnown, RowSpec, RowStats
 
 
 class LinearDivergence(NamedTuple):
@@ -25,6 +33,7 @@ class LinearDivergence(NamedTuple):
 
     loss: Tensor  # scalar, or [T] with reduction="none"; differentiable
     per_token: Tensor  # the divergence of each token, unweighted, in nats
+    cross_entropy: Tensor  # -log p(label); 0 without a label
     student_entropy: Tensor  # nats, at the student's temperature
     teacher_entropy: Tensor
     student_lse: Tensor  # log-sum-exp of the transformed logits
@@ -32,21 +41,48 @@ class LinearDivergence(NamedTuple):
     agreement: Tensor  # 1 where both models' most probable class is the same
 
 
-def _new_gradients(
-    wanted: tuple[bool, ...], heads: Heads, whole_weight: Tensor
-) -> tuple[Gradients, Gradients]:
-    """Buffers for the gradients of the first three inputs: whole, and over the shared classes."""
-    dtype = gemm.logits_dtype(heads.student_hidden.dtype)
-    classes = heads.student_weight.shape[0]
-    hidden = torch.empty_like(heads.student_hidden) if wanted[0] else None
-    weight = torch.empty_like(whole_weight) if wanted[1] else None
+def _new_gradients(wanted: tuple[bool, ...], x: Operands, classes: int) -> Gradients:
+    """Buffers for the gradients of the first three operands."""
+    hidden = torch.empty_like(x.student_hidden) if wanted[0] else None
+    weight = torch.empty_like(x.student_weight) if wanted[1] else None
     bias = None
     if wanted[2]:
-        bias = torch.zeros(whole_weight.shape[0], dtype=dtype, device=whole_weight.device)
+        dtype = gemm.logits_dtype(x.student_hidden.dtype)
+        bias = torch.zeros(classes, dtype=dtype, device=x.student_hidden.device)
     if weight is not None:
-        weight[classes:].zero_()
-    shared = [hidden, *(None if g is None else g[:classes] for g in (weight, bias))]
-    return [hidden, weight, bias], shared
+        # Rows of the head that the models do not share.
+        weight[0 if x.student_ids is not None else classes :].zero_()
+    return Gradients(hidden, weight, bias)
+
+
+def _shared(gradients: Gradients, x: Operands, classes: int) -> Gradients:
+    """The part of the buffers that belongs to shared classes."""
+    if x.student_ids is not None or gradients.weight is None:
+        return gradients
+    return gradients._replace(weight=gradients.weight[:classes])
+
+
+def _cross_entropy(x: Operands, stats: RowStats, call: Call) -> Tensor:
+    """-log p(label) [T]; 0 where there is no label. The label's logit is one dot product a row."""
+    if x.labels is None:
+        return torch.zeros_like(stats.student_lse)
+    dtype = stats.student_lse.dtype
+    here = (x.labels >= 0) & (x.labels < call.classes)
+    label = torch.where(here, x.labels, 0)
+    row = label if x.student_ids is None else x.student_ids[label]
+    logit = (x.student_hidden.to(dtype) * x.student_weight[row].to(dtype)).sum(1)
+    if x.student_bias is not None:
+        logit = logit + x.student_bias[label]
+    transform = call.spec.student
+    if transform.softcap is None:
+        logit = logit * transform.slope
+    else:
+        logit = torch.tanh(logit * (transform.scale / transform.softcap))
+        logit = logit * (transform.softcap / transform.temperature)
+    logit = torch.where(here, logit, 0)
+    if call.group is not None:
+        dist.all_reduce(logit, group=call.group)
+    return torch.where(x.labels != IGNORED_LABEL, stats.student_lse - logit, 0)
 
 
 def _normalised(
@@ -64,10 +100,38 @@ def _normalised(
     return row_weight / torch.where(total == 0, torch.ones_like(total), total), 1.0
 
 
-def _loss(values: Tensor, row_weight: Tensor | None, factor: float, reduction: str) -> Tensor:
+def _loss(rows: Tensor, row_weight: Tensor | None, factor: float, reduction: str) -> Tensor:
     if row_weight is not None:
-        values = torch.where(row_weight != 0, row_weight * values, 0)
-    return values if reduction == "none" else values.sum() * factor
+        rows = torch.where(row_weight != 0, row_weight * rows, 0)
+    return rows if reduction == "none" else rows.sum() * factor
+
+
+def _outputs(
+    values: Tensor,
+    x: Operands,
+    stats: RowStats,
+    row_weight: Tensor | None,
+    factor: float,
+    call: Call,
+) -> tuple[Tensor, ...]:
+    """(loss, the [T] fields of LinearDivergence)."""
+    cross_entropy = _cross_entropy(x, stats, call)
+    rows = values if x.labels is None else values + call.spec.label_weight * cross_entropy
+    loss = _loss(rows, row_weight, factor, call.reduction)
+    fields: tuple[Tensor, ...] = (
+        values,
+        cross_entropy,
+        stats.student_entropy,
+        stats.teacher_entropy,
+        stats.student_lse,
+        stats.teacher_lse,
+        stats.agreement,
+    )
+    if row_weight is not None:
+        fields = tuple(torch.where(row_weight != 0, field, 0) for field in fields)
+    elif loss is values:
+        fields = (values.clone(), *fields[1:])
+    return loss, *fields
 
 
 def _refuse_double_backward() -> None:
@@ -88,25 +152,28 @@ class _StashFunction(torch.autograd.Function):
     """Gradient in the forward pass; the backward scales it by the upstream scalar."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, t_hidden, t_weight, t_bias, row_weight, call):  # type: ignore[no-untyped-def]
-        heads = Heads(hidden, weight, bias, t_hidden, t_weight, t_bias).over(slice(call.classes))
-        whole, shared = _new_gradients(ctx.needs_input_grad, heads, weight)
-        row_weight, factor = _normalised(row_weight, hidden.shape[0], call.reduction)
-        with _plain_precision(hidden):
-            values, stats = stash(heads, row_weight, factor * call.spec.student.slope, call, shared)
-        loss = _loss(values, row_weight, factor, call.reduction)
-        ctx.save_for_backward(*whole)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    def forward(ctx, call, row_weight, *operands):  # type: ignore[no-untyped-def]
+        whole = Operands(*operands)
+        gradients = _new_gradients(ctx.needs_input_grad[2:5], whole, call.classes)
+        x = whole.over(slice(0, call.classes))
+        row_weight, factor = _normalised(row_weight, x.student_hidden.shape[0], call.reduction)
+        with _plain_precision(x.student_hidden):
+            slope = call.spec.student.slope
+            values, stats = stash(
+                x, row_weight, factor * slope, call, _shared(gradients, x, call.classes)
+            )
+            loss, *fields = _outputs(values, x, stats, row_weight, factor, call)
+        ctx.save_for_backward(*gradients)
+        ctx.bias_dtype = None if x.student_bias is None else x.student_bias.dtype
         ctx.spent = False
-        outputs = _detached(values, stats, row_weight)
-        ctx.mark_non_differentiable(*outputs)
+        ctx.mark_non_differentiable(*fields)
         ctx.set_materialize_grads(False)
-        return loss, *outputs
+        return loss, *fields
 
     @staticmethod
     def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
         if upstream is None:
-            return (None,) * 8
+            return (None,) * _INPUTS
         _refuse_double_backward()
         if ctx.spent:
             raise RuntimeError(
@@ -120,80 +187,63 @@ class _StashFunction(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(upstream)
-        hidden, weight, bias = gradients
-        return hidden, weight, None if bias is None else bias.to(ctx.bias_dtype), *(None,) * 5
+        return _input_gradients(Gradients(*gradients), ctx.bias_dtype)
 
 
 class _RecomputeFunction(torch.autograd.Function):
     """A few floats a token in between; the backward projects again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, t_hidden, t_weight, t_bias, row_weight, call):  # type: ignore[no-untyped-def]
-        heads = Heads(hidden, weight, bias, t_hidden, t_weight, t_bias).over(slice(call.classes))
-        with _plain_precision(hidden):
-            values, stats, pull_sum = forward_only(heads, call)
-        row_weight, factor = _normalised(row_weight, hidden.shape[0], call.reduction)
-        loss = _loss(values, row_weight, factor, call.reduction)
+    def forward(ctx, call, row_weight, *operands):  # type: ignore[no-untyped-def]
+        x = Operands(*operands).over(slice(0, call.classes))
+        row_weight, factor = _normalised(row_weight, x.student_hidden.shape[0], call.reduction)
+        with _plain_precision(x.student_hidden):
+            values, stats, known = forward_only(x, call)
+            loss, *fields = _outputs(values, x, stats, row_weight, factor, call)
         ctx.save_for_backward(
-            hidden,
-            weight,
-            bias,
-            t_hidden,
-            t_weight,
-            t_bias,
             row_weight,
-            stats.student_lse,
-            stats.teacher_lse,
-            stats.lse_gap,
-            pull_sum,
+            known.student_lse,
+            known.teacher_lse,
+            known.lse_gap,
+            known.pull_sum,
+            *operands,
         )
         ctx.factor, ctx.call = factor * call.spec.student.slope, call
-        outputs = _detached(values, stats, row_weight)
-        ctx.mark_non_differentiable(*outputs)
+        ctx.mark_non_differentiable(*fields)
         ctx.set_materialize_grads(False)
-        return loss, *outputs
+        return loss, *fields
 
     @staticmethod
     def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
         if upstream is None:
-            return (None,) * 8
+            return (None,) * _INPUTS
         _refuse_double_backward()
-        *operands, row_weight, student_lse, teacher_lse, lse_gap, pull_sum = ctx.saved_tensors
-        whole_weight, bias = operands[1], operands[2]
-        heads = Heads(*operands).over(slice(ctx.call.classes))
-        factor = (upstream * ctx.factor).to(student_lse.dtype).expand_as(student_lse)
+        row_weight, *saved = ctx.saved_tensors
+        known, whole = RowsKnown(*saved[:4]), Operands(*saved[4:])
+        weights = (upstream * ctx.factor).to(known.student_lse.dtype)
+        weights = weights.expand_as(known.student_lse)
         if row_weight is not None:
-            factor = factor * row_weight
-        whole, shared = _new_gradients(ctx.needs_input_grad, heads, whole_weight)
-        with _plain_precision(whole_weight):
+            weights = weights * row_weight
+        gradients = _new_gradients(ctx.needs_input_grad[2:5], whole, ctx.call.classes)
+        x = whole.over(slice(0, ctx.call.classes))
+        with _plain_precision(x.student_hidden):
             recompute_gradients(
-                heads,
-                ctx.call,
-                student_lse,
-                teacher_lse,
-                lse_gap,
-                pull_sum,
-                factor.contiguous(),
-                shared,
+                x, ctx.call, known, weights.contiguous(), _shared(gradients, x, ctx.call.classes)
             )
-        if whole[2] is not None:
-            whole[2] = whole[2].to(bias.dtype)
-        return *whole, *(None,) * 5
+        bias_dtype = None if x.student_bias is None else x.student_bias.dtype
+        return _input_gradients(gradients, bias_dtype)
 
 
-def _detached(values: Tensor, stats: RowStats, row_weight: Tensor | None) -> tuple[Tensor, ...]:
-    outputs = (
-        values,
-        stats.student_entropy,
-        stats.teacher_entropy,
-        stats.student_lse,
-        stats.teacher_lse,
-        stats.agreement,
-    )
-    if row_weight is None:
-        # The loss with reduction="none" may be `values` itself.
-        return values.clone(), *outputs[1:]
-    return tuple(torch.where(row_weight != 0, output, 0) for output in outputs)
+# Of the autograd functions: call, row weights, operands.
+_INPUTS = 2 + len(Operands._fields)
+
+
+def _input_gradients(
+    gradients: Gradients, bias_dtype: torch.dtype | None
+) -> tuple[Tensor | None, ...]:
+    bias = None if gradients.bias is None else gradients.bias.to(bias_dtype)
+    missing = (None,) * (_INPUTS - 5)
+    return None, None, gradients.hidden, gradients.weight, bias, *missing
 
 
 def _rows_module(impl: str, device: torch.device) -> ModuleType:
@@ -236,10 +286,15 @@ def linear_divergence(
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
     num_classes: int | None = None,
+    student_ids: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
     reduction: str = "sum",
     plan: str | Plan = "auto",
     memory_budget: int | None = None,
     compact: bool | None = None,
+    group: Any = None,
     impl: str = "auto",
 ) -> LinearDivergence:
     """Exact divergence between student and teacher next-token distributions, from hidden states.
@@ -247,15 +302,18 @@ def linear_divergence(
     With s = f_s(h_s W_s^T + b_s), t = f_t(h_t W_t^T + b_t) over the shared classes, p = softmax(s),
     q = softmax(t), and f(x) = softcap * tanh(scale * x / softcap) / temperature:
 
-        loss = sum_i w_i D(p_i, q_i)            (reduction "sum"; "mean" divides by sum_i w_i)
+        loss = sum_i w_i (D(p_i, q_i) - label_weight * log p_i[label_i])
+
+    with reduction "sum"; "mean" divides it by sum_i w_i.
 
     Args:
         student_hidden: [T, Ds], the states that the student's head is applied to.
         student_weight: [Vs, Ds], the student's head, same dtype (or autocast to the same).
         teacher_hidden: [T, Dt] and `teacher_weight` [Vt, Dt]: the same of the teacher, any Dt and
             dtype. No gradient ever flows to them.
-        divergence: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), "jsd", or an instance such as
-            `JSD(beta=0.1)`. Beta follows GKD, TRL and Liger.
+        divergence: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), "jeffreys", "jsd",
+            "skew_forward_kl", "skew_reverse_kl", "total_variation", or an instance such as
+            `JSD(beta=0.1)` or `KLMix(0.2, 0.8)`. Beta follows GKD, TRL and Liger.
         token_weights: [T] float weights, None for all 1. A row of weight 0 contributes exactly 0,
             NaN or not, and is not computed where `compact` allows.
         temperature: divides both models' logits; `teacher_temperature` overrides the teacher's.
@@ -266,12 +324,23 @@ def linear_divergence(
         student_logit_scale, teacher_logit_scale: multiply the logits (Cohere, Granite).
         num_classes: classes that both models have, from 0; default min(Vs, Vt). Rows of the heads
             beyond it are padding: probability 0, gradient 0.
+        student_ids, teacher_ids: [V] int64, for models that number the same strings differently:
+            class c is row student_ids[c] of the student's head and teacher_ids[c] of the teacher's.
+            All other rows have probability 0 and gradient 0. The ids are distinct; on the CPU that
+            is checked. Heads are gathered a strip at a time, never copied whole.
+        labels: [T] int64 classes for a cross-entropy of weight `label_weight`, -100 for none. They
+            count shared classes: with ids, they index `student_ids`.
         reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).
         plan: "auto", "stash", "recompute" or a `Plan` from `plan_linear_divergence`.
         memory_budget: bytes to use beyond inputs and gradients; None takes
             `default_memory_budget(device)`.
         compact: drop rows of weight 0 before the GEMMs. None does so when the weights lie on the
             CPU, where counting them needs no synchronisation; True always, False never.
+        group: a torch.distributed group over whose ranks the vocabulary is sharded. Each rank
+            passes all tokens and its own rows of both heads, the same classes of both; shards may
+            be uneven; `labels` are numbered within the rank that owns them, -1 for another rank's
+            (-100 for none). Statistics travel as ten floats a token, and the hidden gradient is
+            summed over ranks in the backward. Takes the recompute plan.
         impl: "auto" (Triton on GPU, PyTorch on CPU), "torch", "triton", or "reference" (plain
             PyTorch with autograd and all logits held, in fp32).
 
@@ -312,19 +381,24 @@ def linear_divergence(
         student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale,
         num_classes=num_classes,
+        student_ids=student_ids,
+        teacher_ids=teacher_ids,
+        labels=labels,
+        label_weight=label_weight,
         reduction=reduction,
+        group=group,
         impl=impl,
     )
     if impl == "reference":
-        return _reference(inputs, resolved, reduction)
+        return _reference(inputs, resolved, reduction, student_bias, teacher_bias, label_weight)
     active = _active_rows(token_weights, compact)
-    row_weight = inputs.row_weight
     hidden, t_hidden = inputs.student_hidden, inputs.teacher_hidden
+    row_weight, rows_labels = inputs.row_weight, inputs.labels
     if active is not None:
-        on_device = active.to(hidden.device)
-        hidden, t_hidden = hidden[on_device], t_hidden[on_device]
-        row_weight = None if row_weight is None else row_weight[on_device]
-    spec = RowSpec(resolved, inputs.student_transform, inputs.teacher_transform)
+        active = active.to(hidden.device)
+        hidden, t_hidden = hidden[active], t_hidden[active]
+        row_weight = None if row_weight is None else row_weight[active]
+        rows_labels = None if rows_labels is None else rows_labels[active]
     rows = _rows_module(impl, hidden.device)
     if not isinstance(plan, Plan):
         trains = torch.is_grad_enabled()
@@ -340,29 +414,45 @@ def linear_divergence(
             train_weight=trains and inputs.student_weight.requires_grad,
             two_pass=resolved.kl_weights is None,
             per_token_gradient=reduction == "none",
+            sharded=group is not None,
         )
         plan = make_plan(problem, plan, memory_budget)
-    call = Call(spec, plan, rows, inputs.classes, reduction)
+    spec = RowSpec(
+        resolved,
+        inputs.student_transform,
+        inputs.teacher_transform,
+        label_weight if rows_labels is not None else 0.0,
+    )
     function = _StashFunction if plan.kind == "stash" else _RecomputeFunction
-    loss, *per_token = function.apply(
+    loss, *fields = function.apply(
+        Call(spec, plan, rows, inputs.classes, reduction, group),
+        row_weight,
         hidden,
         inputs.student_weight,
         inputs.student_bias,
+        inputs.student_ids,
         t_hidden.detach(),
         inputs.teacher_weight.detach(),
-        None if inputs.teacher_bias is None else inputs.teacher_bias.detach(),
-        row_weight,
-        call,
+        inputs.teacher_bias,
+        inputs.teacher_ids,
+        rows_labels,
     )
     if active is not None:
         tokens = student_hidden.shape[0]
-        per_token = [_scatter(row, on_device, tokens) for row in per_token]
+        fields = [_scatter(field, active, tokens) for field in fields]
         if reduction == "none":
-            loss = _scatter(loss, on_device, tokens)
-    return LinearDivergence(loss, *per_token)
+            loss = _scatter(loss, active, tokens)
+    return LinearDivergence(loss, *fields)
 
 
-def _reference(inputs: Inputs, divergence: Divergence, reduction: str) -> LinearDivergence:
+def _reference(
+    inputs: Inputs,
+    divergence: Divergence,
+    reduction: str,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    label_weight: float,
+) -> LinearDivergence:
     fields = reference.linear_divergence(
         inputs.student_hidden,
         inputs.student_weight,
@@ -372,13 +462,17 @@ def _reference(inputs: Inputs, divergence: Divergence, reduction: str) -> Linear
         token_weights=inputs.row_weight,
         temperature=inputs.student_transform.temperature,
         teacher_temperature=inputs.teacher_transform.temperature,
-        student_bias=inputs.student_bias,
-        teacher_bias=None if inputs.teacher_bias is None else inputs.teacher_bias.detach(),
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
         student_softcap=inputs.student_transform.softcap,
         teacher_softcap=inputs.teacher_transform.softcap,
         student_logit_scale=inputs.student_transform.scale,
         teacher_logit_scale=inputs.teacher_transform.scale,
         num_classes=inputs.classes,
+        student_ids=inputs.student_ids,
+        teacher_ids=inputs.teacher_ids,
+        labels=inputs.labels,
+        label_weight=label_weight,
         reduction=reduction,
         dtype=gemm.logits_dtype(inputs.student_hidden.dtype),
     )

@@ -43,6 +43,7 @@ class Problem:
     train_weight: bool = True
     two_pass: bool = False
     per_token_gradient: bool = False
+    sharded: bool = False
 
     @property
     def logit_bytes(self) -> int:
@@ -187,9 +188,11 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
             "plan='stash' computes the gradient in the forward pass and cannot serve "
             "reduction='none'; use plan='recompute', or pass token_weights and reduce"
         )
+    if kind == "stash" and problem.sharded:
+        raise ValueError("plan='stash' does not shard the vocabulary; use plan='recompute'")
     budget = default_memory_budget(problem.device) if memory_budget is None else memory_budget
     # A forward without gradients has nothing to stash.
-    may_stash = problem.needs_gradient and not problem.per_token_gradient
+    may_stash = problem.needs_gradient and not (problem.per_token_gradient or problem.sharded)
     kinds = _KINDS if kind == "auto" else (kind,)
     candidates = [
         plan

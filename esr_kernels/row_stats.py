@@ -9,7 +9,7 @@ nearly agree is the difference of their log-sum-exps, which adding the maximum w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ MAX = slice(0, 2)  # max s, max t
 LOG_SUM = slice(2, 4)  # log sum exp(s - max s), ...
 GAP = slice(4, 6)  # sum p (t - s), sum q (t - s)
 CENTRED = slice(6, 8)  # sum p (s - max s), sum q (t - max t)
-ARGMAX = slice(8, 10)  # first class of the maximum, exact as a float below 2**24
+ARGMAX = slice(8, 10)  # first class of the maximum on this rank, exact below 2**24
 COLUMNS = 10
+
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,30 @@ class RowSpec:
     divergence: Divergence
     student: LogitTransform
     teacher: LogitTransform
+    label_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Raw logits of some rows over a range of classes. Row passes may overwrite them.
+
+    `labels` are counted from the tile's first class; a label outside of it is another tile's.
+    """
+
+    s: Tensor  # [n, V] student, fp32 or fp64
+    t: Tensor  # [n, V] teacher
+    student_bias: Tensor | None = None  # [V]
+    teacher_bias: Tensor | None = None
+    labels: Tensor | None = None  # [n] int64
+
+    def rows(self, rows: slice) -> Tile:
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, s=self.s[rows], t=self.t[rows], labels=labels)
+
+    @property
+    def may_be_infinite(self) -> bool:
+        """Whether a bias may have removed classes by -inf."""
+        return self.student_bias is not None or self.teacher_bias is not None
 
 
 @dataclass(frozen=True)
@@ -63,20 +89,40 @@ class RowStats:
     agreement: Tensor
 
 
-def merge_parts(parts: Tensor) -> RowStats:
-    """Merge [T, parts, COLUMNS] into the statistics of T whole rows."""
+def _merge(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """([T, COLUMNS], the winning part of each model's argmax [T, 2]) of [T, parts, COLUMNS]."""
     maxima = parts[:, :, MAX]
     top, winner = maxima.max(dim=1)  # [T, 2]
     # A part with no class alive has maximum and log-sum -inf, and weighs 0.
     below_top = maxima - top[:, None]
     mass = (below_top + parts[:, :, LOG_SUM]).exp()
     total = mass.sum(dim=1)
-    log_sum = total.log()
     weight = mass / total[:, None]
-    centred = torch.where(weight == 0, 0.0, parts[:, :, CENTRED] + below_top)
-    entropy = log_sum - (weight * centred).sum(dim=1)
-    gap = (weight * parts[:, :, GAP]).sum(dim=1)
+    centred = torch.where(weight == 0, 0.0, weight * (parts[:, :, CENTRED] + below_top))
+    gap = torch.where(weight == 0, 0.0, weight * parts[:, :, GAP])
     argmax = parts[:, :, ARGMAX].gather(1, winner[:, None])[:, 0]
+    merged = torch.cat([top, total.log(), gap.sum(dim=1), centred.sum(dim=1), argmax], dim=1)
+    return merged, winner
+
+
+def merge_to_part(parts: Tensor) -> Tensor:
+    """Merge [T, parts, COLUMNS] into one part [T, COLUMNS], for a rank to report."""
+    merged, _ = _merge(parts)
+    # A rank without a class alive: no mass rather than 0/0.
+    dead = merged[:, MAX] == -torch.inf
+    merged[:, LOG_SUM].masked_fill_(dead, -torch.inf)
+    merged[:, GAP].masked_fill_(dead, 0.0)
+    merged[:, CENTRED].masked_fill_(dead, 0.0)
+    return merged
+
+
+def merge_parts(parts: Tensor) -> RowStats:
+    """Merge [T, parts, COLUMNS] into the statistics of T whole rows."""
+    merged, winner = _merge(parts)
+    top, log_sum, gap = merged[:, MAX], merged[:, LOG_SUM], merged[:, GAP]
+    entropy = log_sum - merged[:, CENTRED]
+    argmax = merged[:, ARGMAX]
+    same_class = (winner[:, 0] == winner[:, 1]) & (argmax[:, 0] == argmax[:, 1])
     difference = (top[:, 0] - top[:, 1]) + (log_sum[:, 0] - log_sum[:, 1])
     student_lse, teacher_lse = (top + log_sum).T.contiguous()
     return RowStats(
@@ -87,8 +133,41 @@ def merge_parts(parts: Tensor) -> RowStats:
         gap_under_teacher=gap[:, 1],
         student_entropy=entropy[:, 0],
         teacher_entropy=entropy[:, 1],
-        agreement=(argmax[:, 0] == argmax[:, 1]).to(parts.dtype),
+        agreement=same_class.to(parts.dtype),
     )
+
+
+@dataclass(frozen=True)
+class RowsKnown:
+    """What a gradient pass must know of whole rows, each [T]."""
+
+    student_lse: Tensor
+    teacher_lse: Tensor
+    lse_gap: Tensor
+    pull_sum: Tensor  # of the divergence and the labels together
+
+    def rows(self, rows: slice) -> RowsKnown:
+        fields = (self.student_lse, self.teacher_lse, self.lse_gap, self.pull_sum)
+        return RowsKnown(*(field[rows] for field in fields))
+
+
+def known_rows(
+    stats: RowStats, pull_sum: Tensor, labels: Tensor | None, spec: RowSpec
+) -> RowsKnown:
+    """Add the labels' part to the pulls: that of cross-entropy is -1 at the label, else 0."""
+    if labels is not None:
+        pull_sum = pull_sum - spec.label_weight * (labels != IGNORED_LABEL)
+    return RowsKnown(stats.student_lse, stats.teacher_lse, stats.lse_gap, pull_sum)
+
+
+def from_pull_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(divergence, sum of pulls) of each row from the sums [T, 3] of summands, pulls and p.
+
+    p comes from a rounded log-sum-exp and adds up to 1 only within 1e-6; the gradient of equal
+    models is 0 only if its sum of pulls is over the same p.
+    """
+    value, pull, mass = sums.unbind(1)
+    return value, pull / mass
 
 
 def mixed_kl(stats: RowStats, forward: float, reverse: float) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Row passes in PyTorch: the CPU path.
 
-Every function takes fp32 (or fp64) raw logits `s`, `t` [n, V] and may overwrite them. Rows go
-through in blocks that stay in the cache: the passes below touch a block about ten times, main
-memory three times. softmax() is used where exp() would do, since its vectorised exponential is
-faster and it takes the maximum along; the log-sum-exp falls out as max - log(max probability).
+Every function takes a tile of fp32 (or fp64) raw logits and may overwrite them. Rows go through in
+blocks that stay in the cache: the passes below touch a block about ten times, main memory three
+times. softmax() is used where exp() would do, since its vectorised exponential is faster and it
+takes the maximum along; the log-sum-exp falls out as max - log(max probability).
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from esr_kernels.row_stats import (
     LOG_SUM,
     MAX,
     LogitTransform,
+    RowsKnown,
     RowSpec,
     RowStats,
+    Tile,
+    from_pull_sums,
+    known_rows,
     merge_parts,
     mixed_kl,
 )
@@ -96,125 +100,100 @@ def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     return total
 
 
-def tile_stats(
-    s: Tensor,
-    t: Tensor,
-    spec: RowSpec,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    first_class: int = 0,
-) -> Tensor:
+def _transform_(tile: Tile, spec: RowSpec) -> None:
+    _apply_transform_(tile.s, tile.student_bias, spec.student)
+    _apply_transform_(tile.t, tile.teacher_bias, spec.teacher)
+
+
+def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     """Statistics [n, 1, COLUMNS] of a tile of classes; overwrites the logits."""
-    parts = torch.empty(s.shape[0], 1, COLUMNS, dtype=s.dtype)
-    for rows in _row_blocks(*s.shape):
-        s_rows, t_rows = s[rows], t[rows]
-        _apply_transform_(s_rows, student_bias, spec.student)
-        _apply_transform_(t_rows, teacher_bias, spec.teacher)
-        p, q = s_rows.softmax(1), t_rows.softmax(1)
-        _block_statistics(s_rows, t_rows, p, q, torch.empty_like(p), parts[rows, 0])
-    parts[:, 0, ARGMAX] += first_class
+    parts = torch.empty(tile.s.shape[0], 1, COLUMNS, dtype=tile.s.dtype)
+    for rows in _row_blocks(*tile.s.shape):
+        block = tile.rows(rows)
+        _transform_(block, spec)
+        p, q = block.s.softmax(1), block.t.softmax(1)
+        _block_statistics(block.s, block.t, p, q, torch.empty_like(p), parts[rows, 0])
+    if tile.may_be_infinite:
+        # A softmax over nothing but -inf is NaN; such a part has no mass and weighs nothing.
+        for column in range(2):
+            dead = parts[:, 0, MAX][:, column] == -torch.inf
+            for field, value in ((LOG_SUM, -torch.inf), (GAP, 0.0), (CENTRED, 0.0)):
+                parts[:, 0, field][dead, column] = value
     return parts
 
 
-def _gap_(s: Tensor, t: Tensor, p: Tensor, q: Tensor, lse_gap: Tensor) -> Tensor:
-    """log q - log p in place of `t`; 0 where both are 0."""
-    gap = t.sub_(s).add_(lse_gap[:, None])
-    return gap.masked_fill_((p == 0) & (q == 0), 0.0)
-
-
-def tile_pull_sums(
-    s: Tensor,
-    t: Tensor,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    lse_gap: Tensor,
-    spec: RowSpec,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-) -> Tensor:
-    """(sum of summands, sum of pulls) [n, 2] over a tile, for divergences that take two passes."""
-    sums = torch.empty(s.shape[0], 2, dtype=s.dtype)
-    for rows in _row_blocks(*s.shape):
-        s_rows, t_rows = s[rows], t[rows]
-        _apply_transform_(s_rows, student_bias, spec.student)
-        _apply_transform_(t_rows, teacher_bias, spec.teacher)
-        p = torch.sub(s_rows, student_lse[rows, None]).exp_()
-        q = torch.sub(t_rows, teacher_lse[rows, None]).exp_()
-        gap = _normalised_gap_(t_rows.sub_(s_rows), p, q, lse_gap[rows])
-        sums[rows, 0] = spec.divergence.summand(p, q, gap).sum(1)
-        sums[rows, 1] = spec.divergence.pull(p, q, gap).sum(1)
+def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
+    """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
+    sums = torch.empty(tile.s.shape[0], 3, dtype=tile.s.dtype)
+    for rows in _row_blocks(*tile.s.shape):
+        block = tile.rows(rows)
+        p, q, gap = _probabilities(block, stats.student_lse[rows], stats.teacher_lse[rows], spec)
+        gap = _normalised_gap_(gap, p, q, stats.lse_gap[rows])
+        sums[rows] = _pull_sums(p, q, gap, spec)
     return sums
 
 
+def _pull_sums(p: Tensor, q: Tensor, gap: Tensor, spec: RowSpec) -> Tensor:
+    divergence = spec.divergence
+    terms = divergence.summand(p, q, gap), divergence.pull(p, q, gap), p
+    return torch.stack([term.sum(1) for term in terms], dim=1)
+
+
 def tile_gradient_(
-    s: Tensor,
-    t: Tensor,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    lse_gap: Tensor,
-    pull_sum: Tensor,
-    row_weight: Tensor | None,
-    spec: RowSpec,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    dz: Tensor,
+    tile: Tile, known: RowsKnown, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> None:
-    """Write dz [n, V] of a tile whose rows' statistics are known; `dz` may be `s`."""
-    infinite = student_bias is not None or teacher_bias is not None
-    for rows in _row_blocks(*s.shape):
-        s_rows, t_rows = s[rows], t[rows]
-        _apply_transform_(s_rows, student_bias, spec.student)
-        _apply_transform_(t_rows, teacher_bias, spec.teacher)
-        p = torch.sub(s_rows, student_lse[rows, None]).exp_()
-        q = torch.sub(t_rows, teacher_lse[rows, None]).exp_()
-        gap = t_rows.sub_(s_rows)
+    """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
+    for rows in _row_blocks(*tile.s.shape):
+        block, row = tile.rows(rows), known.rows(rows)
+        p, q, gap = _probabilities(block, row.student_lse, row.teacher_lse, spec)
         weight = None if row_weight is None else row_weight[rows]
-        _gradient_(s_rows, gap, p, q, lse_gap[rows], pull_sum[rows], weight, spec, infinite)
-        if dz is not s:
-            dz[rows] = s_rows
+        _gradient_(block, gap, p, q, row, weight, spec)
+        if dz is not tile.s:
+            dz[rows] = block.s
 
 
 def stash_rows_(
-    s: Tensor,
-    t: Tensor,
-    row_weight: Tensor | None,
-    spec: RowSpec,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    dz: Tensor,
+    tile: Tile, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> tuple[Tensor, RowStats]:
-    """(divergence [n], statistics) of whole rows; writes their dz [n, V], which may be `s`.
+    """(divergence [n], statistics) of whole rows; writes their dz [n, V], which may be `tile.s`.
 
     Each softmax is computed once.
     """
-    n, classes = s.shape
-    infinite = student_bias is not None or teacher_bias is not None
-    parts = torch.empty(n, 1, COLUMNS, dtype=s.dtype)
-    values = torch.empty(n, dtype=s.dtype)
+    n, classes = tile.s.shape
+    parts = torch.empty(n, 1, COLUMNS, dtype=tile.s.dtype)
+    values = torch.empty(n, dtype=tile.s.dtype)
     mix = spec.divergence.kl_weights
     scratch: list[Tensor] = []
     for rows in _row_blocks(n, classes):
-        s_rows, t_rows = s[rows], t[rows]
+        block = tile.rows(rows)
         if not scratch:
-            scratch = [torch.empty_like(s_rows) for _ in range(3)]
-        p, q, spare = (block[: s_rows.shape[0]] for block in scratch)
-        _apply_transform_(s_rows, student_bias, spec.student)
-        _apply_transform_(t_rows, teacher_bias, spec.teacher)
-        torch.softmax(s_rows, 1, out=p)
-        torch.softmax(t_rows, 1, out=q)
-        gap = _block_statistics(s_rows, t_rows, p, q, spare, parts[rows, 0])
+            scratch = [torch.empty_like(block.s) for _ in range(3)]
+        p, q, spare = (buffer[: block.s.shape[0]] for buffer in scratch)
+        _transform_(block, spec)
+        torch.softmax(block.s, 1, out=p)
+        torch.softmax(block.t, 1, out=q)
+        gap = _block_statistics(block.s, block.t, p, q, spare, parts[rows, 0])
         stats = merge_parts(parts[rows])
         if mix is not None:
             values[rows], pull_sum = mixed_kl(stats, *mix)
         else:
-            normalised = _normalised_gap_(gap.clone(), p, q, stats.lse_gap)
-            values[rows] = spec.divergence.summand(p, q, normalised).sum(1)
-            pull_sum = spec.divergence.pull(p, q, normalised).sum(1)
+            normalised = _normalised_gap_(spare.copy_(gap), p, q, stats.lse_gap)
+            values[rows], pull_sum = from_pull_sums(_pull_sums(p, q, normalised, spec))
         weight = None if row_weight is None else row_weight[rows]
-        _gradient_(s_rows, gap, p, q, stats.lse_gap, pull_sum, weight, spec, infinite)
-        if dz is not s:
-            dz[rows] = s_rows
+        _gradient_(block, gap, p, q, known_rows(stats, pull_sum, block.labels, spec), weight, spec)
+        if dz is not tile.s:
+            dz[rows] = block.s
     return values, merge_parts(parts)
+
+
+def _probabilities(
+    block: Tile, student_lse: Tensor, teacher_lse: Tensor, spec: RowSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, q, t - s) of a block whose rows' log-sum-exps are known; the gap lies over t."""
+    _transform_(block, spec)
+    p = torch.sub(block.s, student_lse[:, None]).exp_()
+    q = torch.sub(block.t, teacher_lse[:, None]).exp_()
+    return p, q, block.t.sub_(block.s)
 
 
 def _normalised_gap_(gap: Tensor, p: Tensor, q: Tensor, lse_gap: Tensor) -> Tensor:
@@ -223,41 +202,47 @@ def _normalised_gap_(gap: Tensor, p: Tensor, q: Tensor, lse_gap: Tensor) -> Tens
 
 
 def _gradient_(
-    s: Tensor,
+    block: Tile,
     gap: Tensor,
     p: Tensor,
     q: Tensor,
-    lse_gap: Tensor,
-    pull_sum: Tensor,
+    known: RowsKnown,
     row_weight: Tensor | None,
     spec: RowSpec,
-    infinite: bool,
 ) -> None:
-    """s <- w * (u - p * sum(u)), times what of d(transformed)/d(raw) is not constant.
+    """block.s <- w * (u - p * sum(u)), times what of d(transformed)/d(raw) is not constant.
 
-    `gap` is t - s and `infinite` says that it may hold infinities.
+    `gap` is t - s. The pull of the labels is in `known.pull_sum` and added at the labels here.
     """
-    softcap, chain = spec.student.softcap, None
+    s, softcap, chain = block.s, spec.student.softcap, None
     if softcap is not None:
         chain = s.mul(spec.student.temperature / softcap).square_().neg_().add_(1.0)
+    pull_sum = known.pull_sum[:, None]
     mix = spec.divergence.kl_weights
     if mix is None:
-        u = spec.divergence.pull(p, q, _normalised_gap_(gap, p, q, lse_gap))
-        torch.addcmul(u, p, pull_sum[:, None], value=-1, out=s)
-    elif mix[1] == 0:
-        torch.sub(p, q, out=s)
-        if mix[0] != 1:
-            s.mul_(mix[0])
+        u = spec.divergence.pull(p, q, _normalised_gap_(gap, p, q, known.lse_gap))
+        torch.addcmul(u, p, pull_sum, value=-1, out=s)
     else:
         forward, reverse = mix
-        gap.sub_(((pull_sum + forward) / -reverse)[:, None])
-        if infinite:
-            # A class that the student cannot produce pulls nothing, whatever the gap there.
-            gap.masked_fill_(p == 0, 0.0)
-        torch.mul(gap, p, out=s)
-        s.mul_(-reverse)
-        if forward:
-            s.add_(p, alpha=forward).sub_(q, alpha=forward)
+        if reverse:
+            # -(reverse * gap + sum of pulls) * p
+            if reverse == 1:
+                torch.sub(-pull_sum, gap, out=gap)
+            else:
+                gap.mul_(-reverse).sub_(pull_sum)
+            if block.may_be_infinite:
+                # A class that the student cannot produce pulls nothing, whatever the gap there.
+                gap.masked_fill_(p == 0, 0.0)
+            torch.mul(gap, p, out=s)
+            if forward:
+                s.sub_(q, alpha=forward)
+        elif block.labels is None and forward == 1:
+            torch.sub(p, q, out=s)
+        else:
+            torch.addcmul(q.mul_(-forward), p, pull_sum, value=-1, out=s)
+    if block.labels is not None:
+        row = ((block.labels >= 0) & (block.labels < s.shape[1])).nonzero()[:, 0]
+        s[row, block.labels[row]] -= spec.label_weight
     if chain is not None:
         s.mul_(chain)
     if row_weight is not None:

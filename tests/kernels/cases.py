@@ -130,6 +130,29 @@ def odd_options(dtype: torch.dtype) -> Case:
     return case
 
 
+def labelled(dtype: torch.dtype) -> Case:
+    """A cross-entropy mixed in, some rows without a label, some sure of theirs (p near 1)."""
+    case = _pair(23, 1003, (24, 40), (6.0, 2.0), dtype)
+    logits = case.student_hidden.float() @ case.student_weight.float().T
+    labels = torch.randint(1003, (23,), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    labels[::3] = logits.argmax(1)[::3]
+    labels[::7] = -100
+    case.options = {"labels": labels, "label_weight": 0.4, "student_softcap": 40.0}
+    return case
+
+
+def mapped_vocabularies(dtype: torch.dtype) -> Case:
+    """The models share 977 classes, numbered differently, and have others besides."""
+    case = _pair(23, 1003, (24, 40), (2.0, 2.0), dtype, extra_classes=(11, 40))
+    generator = torch.Generator().manual_seed(9)
+    case.options = {
+        "student_ids": torch.randperm(1014, generator=generator)[:977].to(DEVICE),
+        "teacher_ids": torch.randperm(1043, generator=generator)[:977].to(DEVICE),
+        "student_bias": torch.randn(1014, generator=generator).to(dtype).to(DEVICE),
+    }
+    return case
+
+
 CASES = {
     make.__name__: make
     for make in (
@@ -140,6 +163,8 @@ CASES = {
         unequal_vocabularies,
         one_token,
         odd_options,
+        labelled,
+        mapped_vocabularies,
     )
 }
 
