@@ -1,0 +1,162 @@
+"""The public boundary of ops on one head: what is accepted, and the error for what is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esr_kernels import gemm
+from esr_kernels.plan import default_memory_budget
+from esr_kernels.row_stats import LogitTransform
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
+# Below this many classes in a tile a GEMM is no longer a GEMM; tiles are multiples of it.
+_TILE_STEP = 64
+
+
+class Head(NamedTuple):
+    """Checked operands: one dtype, contiguous rows; the classes that exist."""
+
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+    classes: int
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+
+
+def check_head(
+    prefix: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    num_classes: int | None,
+    impl: str,
+) -> Head:
+    """Raise on the first argument that cannot be used, else return the operands ready for use.
+
+    `prefix` is what the caller's signature puts before "hidden" and "weight".
+    """
+    one_of("impl", impl, _IMPLEMENTATIONS)
+    hidden_name, weight_name = f"{prefix}hidden", f"{prefix}weight"
+    for name, value in ((hidden_name, hidden), (weight_name, weight)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dim() != 2:
+            raise ValueError(
+                f"{name} must have 2 dimensions, got shape {list(value.shape)}; "
+                "flatten batch and time into one token dimension"
+            )
+        if value.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise TypeError(f"{name} must be one of {allowed}, got {value.dtype}")
+    device, rows = hidden.device, weight.shape[0]
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{weight_name} must have {hidden.shape[1]} columns as {hidden_name} has, "
+            f"got shape {list(weight.shape)}"
+        )
+    if weight.device != device:
+        raise ValueError(
+            f"{weight_name} must be on {hidden_name}'s device {device}, got {weight.device}"
+        )
+    if bias is not None:
+        if bias.shape != (rows,) or bias.device != device:
+            raise ValueError(
+                f"bias must have shape [{rows}] on {device}, "
+                f"got {list(bias.shape)} on {bias.device}"
+            )
+        if not bias.is_floating_point():
+            raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    if rows == 0:
+        raise ValueError(f"{weight_name} must have at least one row")
+    classes = rows if num_classes is None else num_classes
+    if not isinstance(classes, int) or not 0 < classes <= rows:
+        raise ValueError(
+            f"num_classes must be an integer from 1 to {rows}, the rows of {weight_name}, "
+            f"got {num_classes!r}"
+        )
+    for name, number in (("temperature", temperature), ("softcap", softcap)):
+        if number is not None and not (math.isfinite(number) and number > 0):
+            raise ValueError(f"{name} must be finite and above 0, got {number}")
+    if not (math.isfinite(logit_scale) and logit_scale != 0):
+        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{hidden_name} and {weight_name} must have the same dtype outside of autocast, "
+            f"got {hidden.dtype} and {weight.dtype}"
+        )
+    if impl == "triton":
+        if hidden.dtype == torch.float64:
+            raise TypeError(f"impl='triton' computes in fp32, got {hidden_name} of float64")
+        if device.type == "cpu" and not _triton_runs_on_cpu():
+            raise ValueError(
+                "impl='triton' needs a GPU, got CPU tensors; use impl='auto' or 'torch', or set "
+                "TRITON_INTERPRET=1 before importing Triton to run the kernels in its interpreter"
+            )
+    return Head(
+        hidden.contiguous(),
+        weight.contiguous(),
+        bias,
+        LogitTransform(logit_scale, softcap, temperature),
+        classes,
+    )
+
+
+def check_ids(name: str, ids: Tensor, shape: str, hidden: Tensor) -> None:
+    """Raise unless `ids` is int64, a row for each of `hidden`; `shape` is what the message says."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
+    if ids.dim() != shape.count(",") + 1 or ids.shape[0] != hidden.shape[0]:
+        raise ValueError(f"{name} must have shape {shape}, got {list(ids.shape)}")
+    if ids.device != hidden.device:
+        raise ValueError(
+            f"{name} must be on the device of the hidden states, {hidden.device}, got {ids.device}"
+        )
+
+
+def _triton_runs_on_cpu() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return os.environ.get("TRITON_INTERPRET") == "1" or gemm.KERNELS_ON_CPU
+
+
+def vocab_tile(head: Head, element_bytes: int, memory_budget: int | None) -> int:
+    """Classes whose logits exist at once: as many as fit the budget at `element_bytes` a logit."""
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    budget = memory_budget or default_memory_budget(head.hidden.device.type)
+    column = max(head.hidden.shape[0], 1) * element_bytes
+    if budget // column >= head.classes:
+        return head.classes
+    fitting = budget // column // _TILE_STEP * _TILE_STEP
+    if fitting == 0:
+        if memory_budget is not None:
+            smallest = column * min(_TILE_STEP, head.classes)
+            raise ValueError(
+                f"memory_budget of {memory_budget} bytes is too small: "
+                f"the smallest tile of logits needs {smallest} bytes"
+            )
+        fitting = _TILE_STEP
+    tiles = math.ceil(head.classes / fitting)
+    return math.ceil(head.classes / tiles / _TILE_STEP) * _TILE_STEP
