@@ -1,0 +1,277 @@
+"""What the GPU compilers make of every Triton kernel: registers, spills, shared memory, occupancy,
+matrix instructions. Needs no GPU.
+
+    python -m bench.gpu_static                       every kernel, every target, under 3 minutes
+    python -m bench.gpu_static --arch sm_90 --only fused
+
+The launchers of `esr_kernels` run on tensors without data, and every launch is compiled instead of
+executed, with the specialisation that Triton's JIT gives it (alignment of pointers, divisibility of
+strides) and the committed blocks. Exit code 1: a kernel spills on sm_90 or gfx942, the fused kernel
+misses the matrix units, or a kernel of the list below was never launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from bench.kernel_walks import KERNELS, WALKS
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MATRIX_INSTRUCTION = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+_MUST_NOT_SPILL = ("sm_90", "gfx942")
+_RESULTS = Path(__file__).parent / "results" / "gpu_static.json"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel at one block for one target."""
+
+    arch: str
+    kernel: str
+    variant: str
+    operand: str  # type of the first pointer
+    blocks: str
+    warps: int
+    registers: int  # of a thread
+    spilled_bytes: int  # of a thread
+    shared_bytes: int  # of a program
+    resident_warps: int  # of one SM or CU
+    occupancy: float  # resident warps over the most there can be
+    matrix_instructions: int
+
+    @property
+    def faults(self) -> list[str]:
+        """Why this must not be shipped."""
+        name = f"{self.kernel} ({self.variant}) on {self.arch}"
+        faults = []
+        if self.spilled_bytes and self.arch in _MUST_NOT_SPILL:
+            faults.append(f"{name} spills {self.spilled_bytes} bytes a thread")
+        # No NVIDIA matrix unit multiplies full fp32.
+        multiplies = self.operand != "*fp32" or self.arch == "gfx942"
+        if "fused" in self.kernel and multiplies and not self.matrix_instructions:
+            faults.append(f"{name} has no {MATRIX_INSTRUCTION[self.arch]}")
+        return faults
+
+
+def cuda_resident_warps(
+    arch: str, registers: int, shared: int, warps: int, tensor_columns: int = 0
+) -> int:
+    """Warps that one SM holds at once.
+
+    Each of its 4 partitions has 16,384 registers, handed out to a warp in units of 256. A program
+    takes 1 KiB of shared memory beyond its own. Tensor memory has 512 columns.
+    """
+    of_a_warp = -(-registers * 32 // 256) * 256
+    programs = [
+        16_384 // of_a_warp * 4 // warps,
+        64 // warps,
+        32,
+        (164 if arch == "sm_80" else 228) * 1024 // (shared + 1024),
+    ]
+    if tensor_columns:
+        programs.append(512 // tensor_columns)
+    return min(programs) * warps
+
+
+def cdna3_resident_warps(registers: int, shared: int, warps: int) -> int:
+    """Waves that one CU holds at once.
+
+    Each of its 4 SIMDs has 512 registers for every lane, handed out in units of 8, and holds at
+    most 8 waves. LDS has 64 KiB.
+    """
+    waves = min(8, 512 // (-(-registers // 8) * 8)) * 4
+    programs = [waves // warps, 32]
+    if shared:
+        programs.append(64 * 1024 // shared)
+    return min(programs) * warps
+
+
+class _AheadOfTime:
+    """As much of a Triton driver as compiling takes."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        # Kernels are cached by device.
+        return f"{self._target.backend}:{self._target.arch}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def _launches_compile(target: GPUTarget) -> Iterator[list[tuple[JITFunction, object]]]:
+    """Every kernel launched inside is compiled and appended to the list."""
+    launched: list[tuple[JITFunction, object]] = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):  # type: ignore[no-untyped-def]
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((self, kernel))
+        return kernel
+
+    driver.set_active(_AheadOfTime(target))
+    JITFunction.run = compile_only
+    try:
+        yield launched
+    finally:
+        JITFunction.run = run
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes) from cuobjdump, which comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    """(registers, spilled bytes) from the kernel's metadata."""
+
+    def field(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s*(\d+)", assembly, re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"the assembly has no .{name}")
+        return int(found.group(1))
+
+    # Scalar registers spill into lanes of vector registers, which costs no memory.
+    spilled = max(field("private_segment_fixed_size"), 4 * field("vgpr_spill_count"))
+    return field("vgpr_count"), spilled
+
+
+def _measure(arch: str, variant: str, function: JITFunction, kernel) -> Compiled:  # type: ignore[no-untyped-def]
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    if arch == "gfx942":
+        assembly = kernel.asm["amdgcn"]
+        registers, spilled = _amd_resources(assembly)
+        resident = cdna3_resident_warps(registers, shared, warps)
+        most = 32
+    else:
+        assembly = kernel.asm["ptx"]
+        registers, spilled = _nvidia_resources(kernel.asm["cubin"])
+        columns = getattr(kernel.metadata, "tmem_size", None) or 0
+        resident = cuda_resident_warps(arch, registers, shared, warps, columns)
+        most = 64
+    constants = {function.arg_names[at[0]]: value for at, value in kernel.src.constants.items()}
+    blocks = [str(constants[name]) for name in function.arg_names if name.startswith("BLOCK")]
+    pointers = [kind for kind in kernel.src.signature.values() if kind.startswith("*")]
+    return Compiled(
+        arch=arch,
+        kernel=function.fn.__name__.lstrip("_"),
+        variant=variant,
+        operand=pointers[0],
+        blocks="x".join(blocks),
+        warps=warps,
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=shared,
+        resident_warps=resident,
+        occupancy=resident / most,
+        matrix_instructions=len(re.findall(re.escape(MATRIX_INSTRUCTION[arch]), assembly)),
+    )
+
+
+def compile_walks(arch: str, only: str = "") -> Iterator[Compiled]:
+    """Every distinct kernel that the walks whose name starts with `only` launch."""
+    seen: list[object] = []
+    for name, walk in WALKS.items():
+        if not name.startswith(only):
+            continue
+        with _launches_compile(TARGETS[arch]) as launched:
+            walk()
+        for function, kernel in launched:
+            if not any(kernel is other for other in seen):
+                seen.append(kernel)
+                yield _measure(arch, name, function, kernel)
+
+
+_HEADER = (
+    f"{'kernel':<24} {'variant':<28} {'blocks':>11} {'warps':>5} {'regs':>4} {'spill':>5} "
+    f"{'shared':>7} {'resident':>8} {'occup.':>6} {'matrix':>6}"
+)
+
+
+def _line(row: Compiled) -> str:
+    return (
+        f"{row.kernel:<24} {row.variant:<28} {row.blocks:>11} {row.warps:>5} {row.registers:>4} "
+        f"{row.spilled_bytes:>5} {row.shared_bytes:>7} {row.resident_warps:>8} "
+        f"{row.occupancy:>6.0%} {row.matrix_instructions:>6}"
+    )
+
+
+def _by_arch(rows: list[Compiled]) -> dict[str, object]:
+    """Triton's version, and arch -> kernel -> variant -> numbers."""
+    results: dict[str, dict[str, dict[str, dict[str, object]]]] = {}
+    for row in rows:
+        numbers = asdict(row)
+        arch, kernel, variant = (str(numbers.pop(key)) for key in ("arch", "kernel", "variant"))
+        results.setdefault(arch, {}).setdefault(kernel, {})[variant] = numbers
+    return {"triton": triton.__version__, **results}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table, write the JSON, return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=TARGETS, action="append", help="default: all of them")
+    parser.add_argument("--only", default="", help="walks whose name starts so, such as 'fused'")
+    parser.add_argument("--json", type=Path, help=f"default: {_RESULTS.name} for a whole run")
+    options = parser.parse_args(arguments)
+    whole = options.arch is None and not options.only
+    rows: list[Compiled] = []
+    for arch in options.arch or TARGETS:
+        print(f"\n{arch}\n{_HEADER}", flush=True)
+        for row in compile_walks(arch, options.only):
+            print(_line(row), flush=True)
+            rows.append(row)
+    faults = [fault for row in rows for fault in row.faults]
+    if not options.only:
+        launched = {row.kernel for row in rows}
+        faults += [f"{name} was never launched" for name in KERNELS if name not in launched]
+        faults += [f"{name} is not in KERNELS" for name in launched if name not in KERNELS]
+    target = options.json or (_RESULTS if whole else None)
+    if target is not None:
+        target.write_text(json.dumps(_by_arch(rows), indent=1) + "\n")
+    print()
+    for fault in faults:
+        print(f"FAULT: {fault}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""One launch of every Triton kernel with every flag that changes what the compiler sees.
+
+Shapes are those of a Qwen head at full size, on tensors without data: launchers choose blocks and
+splits as they would on a GPU. A kernel that is missing here fails tests/test_gpu_static.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from esr_kernels import fused_triton, picked_triton, rows_triton
+from esr_kernels.divergences import (
+    JSD,
+    Divergence,
+    ForwardKL,
+    KLMix,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from esr_kernels.picked import RestGradient
+from esr_kernels.row_stats import LogitTransform, RowSpec, Tile
+
+KERNELS = (
+    "row_statistics_kernel",
+    "pull_sums_kernel",
+    "gradient_kernel",
+    "fused_statistics_kernel",
+    "take_kernel",
+    "put_kernel",
+    "rest_statistics_kernel",
+    "rest_gradient_kernel",
+)
+
+_TOKENS, _CLASSES, _DIMS = 1024, 151_936, (1536, 3584)
+_PLAIN = LogitTransform()
+_CAPPED = LogitTransform(scale=0.5, softcap=30.0, temperature=0.7)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _rows(divergence: Divergence, dtype: torch.dtype, everything: bool) -> None:
+    """Statistics, pull sums where the divergence takes them, and gradient."""
+    bias = _empty(_CLASSES, dtype=dtype) if everything else None
+    labels = _empty(_TOKENS, dtype=torch.int64) if everything else None
+    transform = _CAPPED if everything else _PLAIN
+    s, t = _empty(_TOKENS, _CLASSES), _empty(_TOKENS, _CLASSES)
+    dz = s if dtype == torch.float32 else _empty(_TOKENS, _CLASSES, dtype=dtype)
+    rows_triton.stash_rows_(
+        Tile(s, t, bias, bias, labels),
+        _empty(_TOKENS) if everything else None,
+        RowSpec(divergence, transform, transform, label_weight=0.5 if everything else 0.0),
+        dz,
+    )
+
+
+def _fused(dtype: torch.dtype, everything: bool, dims: tuple[int, int] = _DIMS) -> None:
+    bias = _empty(_CLASSES, dtype=dtype) if everything else None
+    transform = _CAPPED if everything else _PLAIN
+    operands = [_empty(n, dim, dtype=dtype) for dim in dims for n in (_TOKENS, _CLASSES)]
+    fused_triton.fused_stats(*operands, RowSpec(ReverseKL(), transform, transform), bias, bias)
+
+
+def _picked(dtype: torch.dtype, everything: bool, ids_of_a_token: int = 32) -> None:
+    """Statistics and gradient of the classes that no id picks, and of those that one does."""
+    bias = _empty(_CLASSES, dtype=dtype) if everything else None
+    transform = _CAPPED if everything else _PLAIN
+    z, ids = _empty(_TOKENS, _CLASSES), _empty(_TOKENS, ids_of_a_token, dtype=torch.int64)
+    row, picked = _empty(_TOKENS), _empty(_TOKENS, ids_of_a_token)
+    dz = z if dtype == torch.float32 else _empty(_TOKENS, _CLASSES, dtype=dtype)
+    chain = picked if everything else None
+    picked_triton.tile_statistics(z, bias, transform, ids, 0, picked, chain)
+    rest = RestGradient(top=row, lse=row, constant=row, linear=row if everything else None)
+    picked_triton.tile_gradient_(z, bias, transform, ids, 0, picked, rest, dz)
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+WALKS: dict[str, Callable[[], None]] = {
+    "rows: forward": partial(_rows, ForwardKL(), _BF16, False),
+    "rows: reverse": partial(_rows, ReverseKL(), _BF16, False),
+    "rows: mix, all, bf16": partial(_rows, KLMix(0.5, 0.5), _BF16, True),
+    "rows: mix, all, fp16": partial(_rows, KLMix(0.5, 0.5), _FP16, True),
+    "rows: mix, all, fp32": partial(_rows, KLMix(0.5, 0.5), _FP32, True),
+    "rows: jsd, all": partial(_rows, JSD(), _BF16, True),
+    "rows: skew forward, all": partial(_rows, SkewForwardKL(), _BF16, True),
+    "rows: skew reverse, all": partial(_rows, SkewReverseKL(), _BF16, True),
+    "rows: total variation, all": partial(_rows, TotalVariation(), _BF16, True),
+    "fused: bf16": partial(_fused, _BF16, False),
+    "fused: bf16, all": partial(_fused, _BF16, True),
+    "fused: fp16, all": partial(_fused, _FP16, True),
+    "fused: fp32, all": partial(_fused, _FP32, True),
+    "fused: bf16, all, odd D": partial(_fused, _BF16, True, (1535, 3585)),
+    "fused: fp32, all, odd D": partial(_fused, _FP32, True, (1535, 3585)),
+    "picked: bf16": partial(_picked, _BF16, False),
+    "picked: bf16, one id": partial(_picked, _BF16, False, 1),
+    "picked: bf16, all": partial(_picked, _BF16, True),
+    "picked: fp32, all": partial(_picked, _FP32, True),
+}
