@@ -192,15 +192,18 @@ def test_shards_merge_to_the_whole():
     assert torch.equal(ours.agreement.double(), truth.agreement)
 
 
-def test_first_class_of_the_maximum():
-    """Of equal logits the lowest class, as torch.argmax has it, and counted from the first."""
+@pytest.mark.parametrize("splits", [1, 13])
+def test_first_class_of_the_maximum(splits, monkeypatch):
+    """Of equal logits the lowest class, as torch.argmax has it, within a tile and across tiles."""
+    monkeypatch.setattr("esr_kernels.fused_triton._WANTED_PROGRAMS", splits)
     hidden = torch.ones(1, 16, device=cases.DEVICE)
     weight = torch.zeros(CLASSES, 16, device=cases.DEVICE)
     weight[[70, 71, 180]] = 1.0
     spec = RowSpec(ReverseKL(), PLAIN, PLAIN)
     parts = fused_stats(hidden, weight, hidden, weight.flip(0), spec, None, None, blocks=TINY)
-    assert parts[0, 70 // 16, 8] == 70 and parts[0, 180 // 16, 8] == 180
-    assert parts[0, (202 - 180) // 16, 9] == 202 - 180
+    assert parts.shape[1] == splits
+    found = parts[0, :, 8:].gather(0, parts[0, :, :2].argmax(0)[None])
+    assert found.tolist() == [[70, 202 - 180]]
 
 
 def test_nan_stays_in_its_row():
