@@ -16,6 +16,12 @@ guessing in many words, mostly wrong (160 to 220 characters):
 
 The built-in teacher has only the first habit. The built-in student has both and starts guessing
 when decoded greedily. `esr_train/tasks/build_sums.py` rebuilds the two from a seed.
+
+Distilled on its first 24 tokens only (batch 48, 40 steps, constant rate after warm-up), the student
+stops guessing within 10 steps, but no loss holds what lies beyond the window: at learning rate 3e-5
+greedy accuracy peaks at 1.00 and ends at 0.95, at 1e-4 it ends at 0.79 to 0.86, at 3e-4 near 0. Full
+rollouts (batch 32, 30 steps) end at 0.98 or more at all three. The learning rate of a comparison
+therefore decides which arm looks better: compare each at its own best, and show the late decline.
 """
 
 from __future__ import annotations
