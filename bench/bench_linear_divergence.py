@@ -23,6 +23,7 @@ import torch
 from bench.floor import bare_gemms
 from bench.measure import MIB, extra_bytes, interleaved, median_ratio
 from bench.peers import Contender, Operands, make_operands, ours, peers
+from esr_kernels import release_workspace
 
 TOKENS, STUDENT_DIM, TEACHER_DIM, CLASSES = 512, 256, 512, 151_936
 ROUNDS = int(os.environ.get("ESR_BENCH_ROUNDS", "5"))
@@ -58,6 +59,7 @@ def _compare(x: Operands, contenders: dict[str, Contender]) -> dict[str, dict[st
         memory = None
         if name in contenders:
             x.clear()
+            release_workspace()
             peak = extra_bytes(runs[name])
             memory = None if peak is None else (peak - _gradient_bytes(x)) / MIB
         table[name] = {

@@ -15,6 +15,7 @@ from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
 from esr_kernels.plan import Plan, default_memory_budget, plan_linear_divergence
 from esr_kernels.token_logprob import TokenLogprob, token_logprob
 from esr_kernels.topk import TopkDivergence, linear_topk_divergence
+from esr_kernels.workspace import release_workspace
 
 __all__ = [
     "JSD",
@@ -34,5 +35,6 @@ __all__ = [
     "linear_divergence",
     "linear_topk_divergence",
     "plan_linear_divergence",
+    "release_workspace",
     "token_logprob",
 ]

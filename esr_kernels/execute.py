@@ -28,6 +28,7 @@ from esr_kernels.row_stats import (
     merge_to_part,
     mixed_kl,
 )
+from esr_kernels.workspace import borrow
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,21 @@ def stash(
     if x.student_hidden.dtype == torch.float16:
         row_weight, restore = _into_fp16_range(row_weight, x.student_hidden)
 
-    def buffer(rows: int, of: torch.dtype) -> Tensor:
-        size = min(rows, tokens), call.classes
-        return torch.empty(size, dtype=of, device=x.student_hidden.device)
+    def buffer(name: str, rows: int, of: torch.dtype) -> Tensor:
+        return borrow(name, (min(rows, tokens), call.classes), x.student_hidden, of)
 
-    dz_buffer = buffer(plan.token_chunk, dtype if in_place else x.student_hidden.dtype)
-    teacher_buffer = buffer(plan.logit_chunk, dtype)
-    student_buffer = None if in_place else torch.empty_like(teacher_buffer)
+    dz_buffer = buffer("dz", plan.token_chunk, dtype if in_place else x.student_hidden.dtype)
+    if plan.teacher_in_gradient and gradients.weight is not None:
+        size = min(plan.logit_chunk, tokens), call.classes
+        idle = gradients.weight.flatten()[
+            : size[0] * size[1] * dtype.itemsize // gradients.weight.dtype.itemsize
+        ]
+        teacher_buffer = idle.view(dtype).view(size)
+    else:
+        teacher_buffer = buffer("teacher", plan.logit_chunk, dtype)
+    student_buffer = None if in_place else buffer("student", plan.logit_chunk, dtype)
     hidden_sum = _accumulator(gradients.hidden, restore is not None)
-    weight_sum = _accumulator(gradients.weight, restore is not None or plan.token_chunk < tokens)
+    weight_sum = _accumulator(gradients.weight, plan.sums_weight_apart)
     values, stats = [], []
     for start in range(0, tokens, plan.token_chunk):
         chunk = slice(start, min(start + plan.token_chunk, tokens))
@@ -201,9 +208,9 @@ class _Tiles:
 
     def __init__(self, x: Operands, call: Call) -> None:
         dtype = gemm.logits_dtype(x.student_hidden.dtype)
-        size = x.student_hidden.shape[0] * call.plan.vocab_chunk
-        self._s = torch.empty(size, dtype=dtype, device=x.student_hidden.device)
-        self._t = torch.empty_like(self._s)
+        size = (x.student_hidden.shape[0] * call.plan.vocab_chunk,)
+        self._s = borrow("dz", size, x.student_hidden, dtype)
+        self._t = borrow("teacher", size, x.student_hidden, dtype)
         self._x, step = x, call.plan.vocab_chunk
         self.classes = [
             slice(at, min(at + step, call.classes)) for at in range(0, call.classes, step)

@@ -415,6 +415,7 @@ def linear_divergence(
             two_pass=resolved.kl_weights is None,
             per_token_gradient=reduction == "none",
             sharded=group is not None,
+            mapped=inputs.student_ids is not None,
         )
         plan = make_plan(problem, plan, memory_budget)
     spec = RowSpec(

@@ -21,11 +21,11 @@ MIB = 1 << 20
 _KINDS = ("stash", "recompute")
 # FLOPs done in the time that one byte takes to move: H100-class GPU, and a CPU core with AVX2.
 _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
-_DEFAULT_BUDGET = {"cuda": 2048 * MIB, "cpu": 512 * MIB}
+_DEFAULT_BUDGET = {"cuda": 2048 * MIB, "cpu": 320 * MIB}
 # Below this many classes or tokens in a tile a GEMM is no longer a GEMM.
 _SMALLEST_TILE = 64
 # Blocks of the CPU row passes: probabilities of both models, and the temporaries of two-pass ones.
-_CPU_SCRATCH = 4 * (1 << 20) * 4
+_CPU_SCRATCH = 4 * 5 * 640_000
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Problem:
     two_pass: bool = False
     per_token_gradient: bool = False
     sharded: bool = False
+    mapped: bool = False
 
     @property
     def logit_bytes(self) -> int:
@@ -70,7 +71,8 @@ class Plan:
 
     token_chunk: tokens whose dz exists at once; logit_chunk: tokens whose logits are projected at
     once (stash); vocab_chunk: classes in a tile (recompute). extra_bytes is the predicted peak
-    beyond the inputs and the returned gradients.
+    beyond the inputs and the returned gradients; on CPU the buffers stay for the next call
+    (`release_workspace`).
     """
 
     kind: str
@@ -84,7 +86,8 @@ class Plan:
         p = self.problem
         scratch = _CPU_SCRATCH if p.device == "cpu" else 0
         if self.kind == "stash":
-            logits = self.logit_chunk * p.classes * p.logit_bytes * (1 if p.in_place else 2)
+            buffers = int(not p.in_place) + int(not self.teacher_in_gradient)
+            logits = self.logit_chunk * p.classes * p.logit_bytes * buffers
             dz = self.token_chunk * p.classes * p.gradient_bytes
             return logits + dz + self._accumulator_bytes + scratch
         tile = p.tokens * self.vocab_chunk * (2 * p.logit_bytes)
@@ -93,12 +96,31 @@ class Plan:
         return tile + self._accumulator_bytes + scratch
 
     @property
+    def sums_weight_apart(self) -> bool:
+        """Whether the weight gradient is summed in an fp32 buffer before it takes its dtype."""
+        p = self.problem
+        narrow = p.weight_dtype.itemsize < 4
+        return narrow and (self.token_chunk < p.tokens or p.hidden_dtype == torch.float16)
+
+    @property
+    def teacher_in_gradient(self) -> bool:
+        """Whether the teacher's logits can lie in the memory of the weight gradient.
+
+        That memory is idle until the gradient is written: after the last row pass where all tokens
+        are one chunk, or at the very end where the sum is kept apart.
+        """
+        p = self.problem
+        idle = self.token_chunk >= p.tokens or self.sums_weight_apart
+        room = p.student_dim * p.weight_dtype.itemsize // p.logit_bytes  # rows of logits
+        return p.train_weight and not p.mapped and idle and self.logit_chunk <= room
+
+    @property
     def _accumulator_bytes(self) -> int:
         p = self.problem
         if self.kind == "stash":
+            apart = p.train_weight and self.sums_weight_apart
+            weight = p.classes * p.student_dim * 4 if apart else 0
             fp16 = p.hidden_dtype == torch.float16
-            wide = fp16 or (self.token_chunk < p.tokens and p.weight_dtype.itemsize < 4)
-            weight = p.classes * p.student_dim * 4 if p.train_weight and wide else 0
             return weight + (p.tokens * p.student_dim * 4 if p.train_hidden and fp16 else 0)
         narrow = p.hidden_dtype.itemsize < 4
         return p.tokens * p.student_dim * 4 if p.train_hidden and narrow else 0

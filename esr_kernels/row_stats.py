@@ -123,12 +123,11 @@ def merge_parts(parts: Tensor) -> RowStats:
     entropy = log_sum - merged[:, CENTRED]
     argmax = merged[:, ARGMAX]
     same_class = (winner[:, 0] == winner[:, 1]) & (argmax[:, 0] == argmax[:, 1])
-    difference = (top[:, 0] - top[:, 1]) + (log_sum[:, 0] - log_sum[:, 1])
     student_lse, teacher_lse = (top + log_sum).T.contiguous()
     return RowStats(
         student_lse=student_lse,
         teacher_lse=teacher_lse,
-        lse_gap=difference,
+        lse_gap=part_lse_gap(merged),
         gap_under_student=gap[:, 0],
         gap_under_teacher=gap[:, 1],
         student_entropy=entropy[:, 0],
@@ -154,10 +153,21 @@ class RowsKnown:
 def known_rows(
     stats: RowStats, pull_sum: Tensor, labels: Tensor | None, spec: RowSpec
 ) -> RowsKnown:
-    """Add the labels' part to the pulls: that of cross-entropy is -1 at the label, else 0."""
+    """Statistics and the pulls of divergence and labels, as a gradient pass wants them."""
     if labels is not None:
-        pull_sum = pull_sum - spec.label_weight * (labels != IGNORED_LABEL)
+        pull_sum = pull_sum + label_pull_sum(labels, spec)
     return RowsKnown(stats.student_lse, stats.teacher_lse, stats.lse_gap, pull_sum)
+
+
+def label_pull_sum(labels: Tensor, spec: RowSpec) -> Tensor:
+    """Sum of pulls [T] of the cross-entropy, whose pull is -weight at the label and else 0."""
+    return -spec.label_weight * (labels != IGNORED_LABEL)
+
+
+def part_lse_gap(part: Tensor) -> Tensor:
+    """`RowStats.lse_gap` of rows that are a single part [T, COLUMNS]."""
+    top, log_sum = part[:, MAX], part[:, LOG_SUM]
+    return (top[:, 0] - top[:, 1]) + (log_sum[:, 0] - log_sum[:, 1])
 
 
 def from_pull_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,4 +189,9 @@ def mixed_kl(stats: RowStats, forward: float, reverse: float) -> tuple[Tensor, T
     value = -reverse * (stats.gap_under_student + stats.lse_gap)
     if forward:
         value = value + forward * (stats.gap_under_teacher + stats.lse_gap)
-    return value, -forward - reverse * stats.gap_under_student
+    return value, mixed_kl_pull_sum(stats.gap_under_student, forward, reverse)
+
+
+def mixed_kl_pull_sum(gap_under_student: Tensor, forward: float, reverse: float) -> Tensor:
+    """Sum of the pulls of `mixed_kl`."""
+    return -forward - reverse * gap_under_student

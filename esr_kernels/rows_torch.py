@@ -1,13 +1,14 @@
 """Row passes in PyTorch: the CPU path.
 
 Every function takes a tile of fp32 (or fp64) raw logits and may overwrite them. Rows go through in
-blocks that stay in the cache: the passes below touch a block about ten times, main memory three
+blocks that stay in the cache: the passes below touch a block some ten times, main memory three
 times. softmax() is used where exp() would do, since its vectorised exponential is faster and it
 takes the maximum along; the log-sum-exp falls out as max - log(max probability).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -26,21 +27,18 @@ from esr_kernels.row_stats import (
     RowStats,
     Tile,
     from_pull_sums,
-    known_rows,
+    label_pull_sum,
     merge_parts,
     mixed_kl,
+    mixed_kl_pull_sum,
+    part_lse_gap,
 )
+from esr_kernels.workspace import borrow
 
-# Elements of one block: two logit blocks and two probability blocks should fit in a shared cache.
-_BLOCK_ELEMENTS = 1 << 20
+# Elements of a block: its logits, softmaxes and gap share the last-level cache, and four rows of a
+# Qwen vocabulary are enough for the operations on [rows, V] to outweigh those on [rows].
+_BLOCK_ELEMENTS = 640_000
 _ARGMAX_WIDTH = 512
-
-
-def _row_blocks(rows: int, classes: int) -> Iterator[slice]:
-    threads = torch.get_num_threads()
-    height = max(1, _BLOCK_ELEMENTS // max(classes, 1) // threads) * threads
-    for start in range(0, rows, height):
-        yield slice(start, min(start + height, rows))
 
 
 def _apply_transform_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
@@ -53,43 +51,63 @@ def _apply_transform_(z: Tensor, bias: Tensor | None, transform: LogitTransform)
         z.mul_(transform.slope)
 
 
+def _row_blocks(rows: int, classes: int) -> Iterator[slice]:
+    height = max(1, _BLOCK_ELEMENTS // max(classes, 1))
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def _scratch(like: Tensor, count: int) -> list[Tensor]:
+    """Buffers for a block of `like`."""
+    height = next(_row_blocks(*like.shape), slice(0)).stop
+    shape = height, like.shape[1]
+    return [borrow(f"block {i}", shape, like, like.dtype) for i in range(count)]
+
+
+@functools.cache
+def _strip(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.arange(_ARGMAX_WIDTH, device=device), torch.tensor(_ARGMAX_WIDTH, device=device)
+
+
 def _argmax(z: Tensor) -> tuple[Tensor, Tensor]:
     """(max, first argmax) of each row, by strips: torch's max with indices is not vectorised."""
-    n, classes = z.shape
+    classes = z.shape[1]
     whole = classes // _ARGMAX_WIDTH * _ARGMAX_WIDTH
-    tops = []
-    if whole:
-        tops.append(z[:, :whole].unflatten(1, (-1, _ARGMAX_WIDTH)).amax(-1))
+    tops = z[:, :whole].unflatten(1, (-1, _ARGMAX_WIDTH)).amax(-1)
     if whole < classes:
-        tops.append(z[:, whole:].amax(-1, keepdim=True))
-    top, strip = torch.cat(tops, dim=1).max(dim=1)
-    columns = strip[:, None] * _ARGMAX_WIDTH + torch.arange(
-        min(_ARGMAX_WIDTH, classes), device=z.device
-    )
-    inside = columns < classes
-    candidates = z.gather(1, columns.clamp(max=classes - 1))
-    offset = torch.where(inside, candidates, -torch.inf).argmax(1)
-    return top, strip * _ARGMAX_WIDTH + offset
+        tops = torch.cat([tops, z[:, whole:].amax(-1, keepdim=True)], dim=1)
+    top, strip = tops.max(dim=1, keepdim=True)
+    # Past the end the last class repeats; the first of equals wins, so that is harmless.
+    inside, width = _strip(z.device)
+    columns = torch.addcmul(inside, strip, width).clamp_(max=classes - 1)
+    offset = z.gather(1, columns).argmax(1, keepdim=True)
+    return top, columns.gather(1, offset)
 
 
 def _block_statistics(
-    s: Tensor, t: Tensor, p: Tensor, q: Tensor, scratch: Tensor, parts: Tensor
-) -> Tensor:
+    s: Tensor,
+    t: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gap: Tensor,
+    parts: Tensor,
+    needs: tuple[bool, bool] = (True, True),
+) -> None:
     """Fill `parts` [n, COLUMNS] from a block of transformed logits and their softmaxes.
 
-    Returns the gap t - s, written over `t`.
+    Leaves t - s in `gap`: not over t, which nobody reads again and which would have to go back to
+    main memory. `needs` says whether the mean gap under p and under q are wanted; else they are 0.
     """
     for column, z, probability in ((0, s, p), (1, t, q)):
         top, argmax = _argmax(z)
-        parts[:, MAX][:, column] = top
-        parts[:, ARGMAX][:, column] = argmax
-        parts[:, LOG_SUM][:, column] = probability.amax(1).log().neg()
-        centred = torch.sub(z, top[:, None], out=scratch)
-        parts[:, CENTRED][:, column] = _weighted_sum(probability, centred)
-    gap = t.sub_(s)
-    parts[:, GAP][:, 0] = _weighted_sum(p, gap)
-    parts[:, GAP][:, 1] = _weighted_sum(q, gap)
-    return gap
+        centred = torch.sub(z, top, out=gap)
+        parts[:, column + MAX.start] = top[:, 0]
+        parts[:, column + LOG_SUM.start] = probability.gather(1, argmax)[:, 0].log_().neg_()
+        parts[:, column + CENTRED.start] = _weighted_sum(probability, centred)
+        parts[:, column + ARGMAX.start] = argmax[:, 0]
+    torch.sub(t, s, out=gap)
+    parts[:, GAP.start] = _weighted_sum(p, gap) if needs[0] else 0.0
+    parts[:, GAP.start + 1] = _weighted_sum(q, gap) if needs[1] else 0.0
 
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
@@ -107,12 +125,15 @@ def _transform_(tile: Tile, spec: RowSpec) -> None:
 
 def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     """Statistics [n, 1, COLUMNS] of a tile of classes; overwrites the logits."""
-    parts = torch.empty(tile.s.shape[0], 1, COLUMNS, dtype=tile.s.dtype)
+    parts = tile.s.new_empty(tile.s.shape[0], 1, COLUMNS)
+    scratch = _scratch(tile.s, 3)
     for rows in _row_blocks(*tile.s.shape):
         block = tile.rows(rows)
+        p, q, spare = (buffer[: block.s.shape[0]] for buffer in scratch)
         _transform_(block, spec)
-        p, q = block.s.softmax(1), block.t.softmax(1)
-        _block_statistics(block.s, block.t, p, q, torch.empty_like(p), parts[rows, 0])
+        torch.softmax(block.s, 1, out=p)
+        torch.softmax(block.t, 1, out=q)
+        _block_statistics(block.s, block.t, p, q, spare, parts[rows, 0])
     if tile.may_be_infinite:
         # A softmax over nothing but -inf is NaN; such a part has no mass and weighs nothing.
         for column in range(2):
@@ -124,10 +145,13 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
 
 def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
-    sums = torch.empty(tile.s.shape[0], 3, dtype=tile.s.dtype)
+    sums = tile.s.new_empty(tile.s.shape[0], 3)
+    scratch = _scratch(tile.s, 2)
     for rows in _row_blocks(*tile.s.shape):
         block = tile.rows(rows)
-        p, q, gap = _probabilities(block, stats.student_lse[rows], stats.teacher_lse[rows], spec)
+        lse = stats.student_lse[rows], stats.teacher_lse[rows]
+        p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
+        gap = _probabilities_(block, *lse, spec, p, q)
         gap = _normalised_gap_(gap, p, q, stats.lse_gap[rows])
         sums[rows] = _pull_sums(p, q, gap, spec)
     return sums
@@ -143,11 +167,13 @@ def tile_gradient_(
     tile: Tile, known: RowsKnown, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> None:
     """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
+    scratch = _scratch(tile.s, 2)
     for rows in _row_blocks(*tile.s.shape):
         block, row = tile.rows(rows), known.rows(rows)
-        p, q, gap = _probabilities(block, row.student_lse, row.teacher_lse, spec)
+        p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
+        gap = _probabilities_(block, row.student_lse, row.teacher_lse, spec, p, q)
         weight = None if row_weight is None else row_weight[rows]
-        _gradient_(block, gap, p, q, row, weight, spec)
+        _gradient_(block, gap, p, q, row.lse_gap, row.pull_sum, weight, spec)
         if dz is not tile.s:
             dz[rows] = block.s
 
@@ -159,41 +185,45 @@ def stash_rows_(
 
     Each softmax is computed once.
     """
-    n, classes = tile.s.shape
-    parts = torch.empty(n, 1, COLUMNS, dtype=tile.s.dtype)
-    values = torch.empty(n, dtype=tile.s.dtype)
+    n = tile.s.shape[0]
+    parts = tile.s.new_empty(n, 1, COLUMNS)
     mix = spec.divergence.kl_weights
-    scratch: list[Tensor] = []
-    for rows in _row_blocks(n, classes):
-        block = tile.rows(rows)
-        if not scratch:
-            scratch = [torch.empty_like(block.s) for _ in range(3)]
-        p, q, spare = (buffer[: block.s.shape[0]] for buffer in scratch)
+    sums = tile.s.new_empty(n if mix is None else 0, 3)
+    needs = (mix is not None and mix[1] > 0, mix is not None and mix[0] > 0)
+    scratch = _scratch(tile.s, 3)
+    for rows in _row_blocks(*tile.s.shape):
+        block, part = tile.rows(rows), parts[rows, 0]
+        p, q, gap = (buffer[: block.s.shape[0]] for buffer in scratch)
         _transform_(block, spec)
         torch.softmax(block.s, 1, out=p)
         torch.softmax(block.t, 1, out=q)
-        gap = _block_statistics(block.s, block.t, p, q, spare, parts[rows, 0])
-        stats = merge_parts(parts[rows])
+        _block_statistics(block.s, block.t, p, q, gap, part, needs)
         if mix is not None:
-            values[rows], pull_sum = mixed_kl(stats, *mix)
+            lse_gap, pull_sum = None, mixed_kl_pull_sum(part[:, GAP.start], *mix)
         else:
-            normalised = _normalised_gap_(spare.copy_(gap), p, q, stats.lse_gap)
-            values[rows], pull_sum = from_pull_sums(_pull_sums(p, q, normalised, spec))
+            lse_gap = part_lse_gap(part)
+            normalised = _normalised_gap_(block.t.copy_(gap), p, q, lse_gap)
+            sums[rows] = _pull_sums(p, q, normalised, spec)
+            _, pull_sum = from_pull_sums(sums[rows])
+        if block.labels is not None:
+            pull_sum = pull_sum + label_pull_sum(block.labels, spec)
         weight = None if row_weight is None else row_weight[rows]
-        _gradient_(block, gap, p, q, known_rows(stats, pull_sum, block.labels, spec), weight, spec)
+        _gradient_(block, gap, p, q, lse_gap, pull_sum, weight, spec)
         if dz is not tile.s:
             dz[rows] = block.s
-    return values, merge_parts(parts)
+    stats = merge_parts(parts)
+    value, _ = from_pull_sums(sums) if mix is None else mixed_kl(stats, *mix)
+    return value, stats
 
 
-def _probabilities(
-    block: Tile, student_lse: Tensor, teacher_lse: Tensor, spec: RowSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(p, q, t - s) of a block whose rows' log-sum-exps are known; the gap lies over t."""
+def _probabilities_(
+    block: Tile, student_lse: Tensor, teacher_lse: Tensor, spec: RowSpec, p: Tensor, q: Tensor
+) -> Tensor:
+    """Fill p and q of a block whose log-sum-exps are known; returns t - s, written over t."""
     _transform_(block, spec)
-    p = torch.sub(block.s, student_lse[:, None]).exp_()
-    q = torch.sub(block.t, teacher_lse[:, None]).exp_()
-    return p, q, block.t.sub_(block.s)
+    torch.sub(block.s, student_lse[:, None], out=p).exp_()
+    torch.sub(block.t, teacher_lse[:, None], out=q).exp_()
+    return block.t.sub_(block.s)
 
 
 def _normalised_gap_(gap: Tensor, p: Tensor, q: Tensor, lse_gap: Tensor) -> Tensor:
@@ -206,21 +236,24 @@ def _gradient_(
     gap: Tensor,
     p: Tensor,
     q: Tensor,
-    known: RowsKnown,
+    lse_gap: Tensor | None,
+    pull_sum: Tensor,
     row_weight: Tensor | None,
     spec: RowSpec,
 ) -> None:
     """block.s <- w * (u - p * sum(u)), times what of d(transformed)/d(raw) is not constant.
 
-    `gap` is t - s. The pull of the labels is in `known.pull_sum` and added at the labels here.
+    `gap` is t - s, and `lse_gap` may be None for mixes of the two KLs. `pull_sum` [n] has the pull
+    of the labels in it; at the labels it is added here.
     """
     s, softcap, chain = block.s, spec.student.softcap, None
     if softcap is not None:
         chain = s.mul(spec.student.temperature / softcap).square_().neg_().add_(1.0)
-    pull_sum = known.pull_sum[:, None]
+    pull_sum = pull_sum[:, None]
     mix = spec.divergence.kl_weights
     if mix is None:
-        u = spec.divergence.pull(p, q, _normalised_gap_(gap, p, q, known.lse_gap))
+        assert lse_gap is not None
+        u = spec.divergence.pull(p, q, _normalised_gap_(gap, p, q, lse_gap))
         torch.addcmul(u, p, pull_sum, value=-1, out=s)
     else:
         forward, reverse = mix
