@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint sanitize smollm2 bench clean
+.PHONY: demo test lint sanitize static smollm2 bench clean
 
 demo: $(VENV)/.train
 	$(BIN)/esr-train compare configs/demo.yaml --out runs/demo
@@ -23,6 +23,10 @@ lint: $(VENV)/.train
 # checked. ttsem declares Python 3.12, and works on 3.11.
 sanitize: $(VENV)/.train $(VENV)/.sanitize
 	ESR_TRITON_ON_CPU=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels -q -k "triton or sanitize"
+
+# Compiles every Triton kernel for sm_80, sm_90, sm_100 and gfx942, and fails on spilled registers.
+static: $(VENV)/.train
+	$(BIN)/python -m bench.gpu_static
 
 smollm2: $(VENV)/.train
 	$(BIN)/esr-train compare configs/smollm2.yaml --out runs/smollm2

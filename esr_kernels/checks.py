@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esr_kernels.gemm import KERNELS_ON_CPU
+from esr_kernels.head import (
+    check_bias,
+    check_impl,
+    check_operands,
+    checked_transform,
+    one_of,
+    ready,
+)
 from esr_kernels.row_stats import IGNORED_LABEL, LogitTransform
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 REDUCTIONS = ("sum", "mean", "none")
-IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 # Class numbers travel through the row statistics as fp32, which counts exactly up to here.
 _MOST_CLASSES = 1 << 24
 
@@ -68,10 +71,20 @@ def check_inputs(
     impl: str,
 ) -> Inputs:
     """Raise on the first argument that cannot be used, else return the operands ready for use."""
-    _one_of("reduction", reduction, REDUCTIONS)
-    _one_of("impl", impl, IMPLEMENTATIONS)
-    student_hidden, student_weight = _model("student", student_hidden, student_weight, student_bias)
-    teacher_hidden, teacher_weight = _model("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    one_of("reduction", reduction, REDUCTIONS)
+    for name, hidden, weight, bias in (
+        ("student", student_hidden, student_weight, student_bias),
+        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
+    ):
+        rows = check_operands(f"{name}_hidden", hidden, f"{name}_weight", weight)
+        check_bias(f"{name}_bias", bias, hidden, rows)
+    student_hidden, student_weight = ready(
+        "student_hidden", student_hidden, "student_weight", student_weight
+    )
+    teacher_hidden, teacher_weight = ready(
+        "teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight
+    )
+    check_impl(impl, "student_hidden", student_hidden)
     device, tokens = student_hidden.device, student_hidden.shape[0]
     if teacher_hidden.shape[0] != tokens:
         raise ValueError(
@@ -114,11 +127,6 @@ def check_inputs(
         row_weight = token_weights.to(device=device, dtype=logits_dtype, non_blocking=True)
     if teacher_temperature is None:
         teacher_temperature = temperature
-    if impl == "triton" and device.type == "cpu" and not _triton_runs_on_cpu():
-        raise ValueError(
-            "impl='triton' needs a GPU, got CPU tensors; use impl='auto' or 'torch', or set "
-            "TRITON_INTERPRET=1 before importing Triton to run the kernels in its interpreter"
-        )
     return Inputs(
         student_hidden,
         student_weight,
@@ -130,59 +138,18 @@ def check_inputs(
         teacher_ids,
         labels,
         row_weight,
-        _transform("student_", student_logit_scale, student_softcap, "temperature", temperature),
-        _transform(
-            "teacher_",
-            teacher_logit_scale,
-            teacher_softcap,
-            "teacher_temperature",
-            teacher_temperature,
+        checked_transform(
+            ("student_logit_scale", student_logit_scale),
+            ("student_softcap", student_softcap),
+            ("temperature", temperature),
+        ),
+        checked_transform(
+            ("teacher_logit_scale", teacher_logit_scale),
+            ("teacher_softcap", teacher_softcap),
+            ("teacher_temperature", teacher_temperature),
         ),
         classes,
     )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
-
-
-def _model(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    for argument, value in ((f"{name}_hidden", hidden), (f"{name}_weight", weight)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
-        if value.dim() != 2:
-            raise ValueError(
-                f"{argument} must have 2 dimensions, got shape {list(value.shape)}; "
-                "flatten batch and time into one token dimension"
-            )
-        if value.dtype not in _DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise TypeError(f"{argument} must be one of {allowed}, got {value.dtype}")
-    if hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"{name}_weight must have {hidden.shape[1]} columns as {name}_hidden has, "
-            f"got shape {list(weight.shape)}"
-        )
-    if weight.device != hidden.device:
-        raise ValueError(
-            f"{name}_weight must be on {name}_hidden's device {hidden.device}, got {weight.device}"
-        )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
-        raise ValueError(
-            f"{name}_bias must have shape [{weight.shape[0]}] on {hidden.device}, "
-            f"got {list(bias.shape)} on {bias.device}"
-        )
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"{name}_hidden and {name}_weight must have the same dtype outside of autocast, "
-            f"got {hidden.dtype} and {weight.dtype}"
-        )
-    return hidden.contiguous(), weight.contiguous()
 
 
 def _classes(num_classes: int | None, student: int, teacher: int) -> int:
@@ -263,23 +230,3 @@ def _labels(
                 f"got {int(labels[wrong][0])}"
             )
     return labels.to(device)
-
-
-def _transform(
-    prefix: str, scale: float, softcap: float | None, temperature_name: str, temperature: float
-) -> LogitTransform:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"{temperature_name} must be finite and above 0, got {temperature}")
-    if not (math.isfinite(scale) and scale != 0):
-        raise ValueError(f"{prefix}logit_scale must be finite and not 0, got {scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"{prefix}softcap must be None or finite and above 0, got {softcap}")
-    return LogitTransform(scale, softcap, temperature)
-
-
-def _triton_runs_on_cpu() -> bool:
-    """Whether kernels run without a GPU: in Triton's interpreter, or under a sanitizer that has
-    taken the place of the launcher."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return os.environ.get("TRITON_INTERPRET") == "1" or KERNELS_ON_CPU

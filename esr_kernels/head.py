@@ -15,7 +15,7 @@ from esr_kernels.plan import default_memory_budget
 from esr_kernels.row_stats import LogitTransform
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
+IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 # Below this many classes in a tile a GEMM is no longer a GEMM; tiles are multiples of it.
 _TILE_STEP = 64
 
@@ -52,8 +52,30 @@ def check_head(
 
     `prefix` is what the caller's signature puts before "hidden" and "weight".
     """
-    one_of("impl", impl, _IMPLEMENTATIONS)
     hidden_name, weight_name = f"{prefix}hidden", f"{prefix}weight"
+    rows_of_head = check_operands(hidden_name, hidden, weight_name, weight)
+    check_bias("bias", bias, hidden, rows_of_head)
+    if rows_of_head == 0:
+        raise ValueError(f"{weight_name} must have at least one row")
+    classes = rows_of_head if num_classes is None else num_classes
+    if not isinstance(classes, int) or not 0 < classes <= rows_of_head:
+        raise ValueError(
+            f"num_classes must be an integer from 1 to {rows_of_head}, the rows of {weight_name}, "
+            f"got {num_classes!r}"
+        )
+    check_impl(impl, hidden_name, hidden)
+    return Head(
+        *ready(hidden_name, hidden, weight_name, weight),
+        bias,
+        checked_transform(
+            ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)
+        ),
+        classes,
+    )
+
+
+def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> int:
+    """Raise unless the two are matrices of one model on one device; returns the head's rows."""
     for name, value in ((hidden_name, hidden), (weight_name, weight)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -65,60 +87,72 @@ def check_head(
         if value.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise TypeError(f"{name} must be one of {allowed}, got {value.dtype}")
-    device, rows = hidden.device, weight.shape[0]
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{weight_name} must have {hidden.shape[1]} columns as {hidden_name} has, "
             f"got shape {list(weight.shape)}"
         )
-    if weight.device != device:
+    if weight.device != hidden.device:
         raise ValueError(
-            f"{weight_name} must be on {hidden_name}'s device {device}, got {weight.device}"
+            f"{weight_name} must be on {hidden_name}'s device {hidden.device}, got {weight.device}"
         )
-    if bias is not None:
-        if bias.shape != (rows,) or bias.device != device:
-            raise ValueError(
-                f"bias must have shape [{rows}] on {device}, "
-                f"got {list(bias.shape)} on {bias.device}"
-            )
-        if not bias.is_floating_point():
-            raise TypeError(f"bias must be floating point, got {bias.dtype}")
-    if rows == 0:
-        raise ValueError(f"{weight_name} must have at least one row")
-    classes = rows if num_classes is None else num_classes
-    if not isinstance(classes, int) or not 0 < classes <= rows:
+    return weight.shape[0]
+
+
+def check_bias(name: str, bias: Tensor | None, hidden: Tensor, rows: int) -> None:
+    """Raise unless `bias` is None or a floating-point vector for `rows` classes."""
+    if bias is None:
+        return
+    if bias.shape != (rows,) or bias.device != hidden.device:
         raise ValueError(
-            f"num_classes must be an integer from 1 to {rows}, the rows of {weight_name}, "
-            f"got {num_classes!r}"
+            f"{name} must have shape [{rows}] on {hidden.device}, "
+            f"got {list(bias.shape)} on {bias.device}"
         )
-    for name, number in (("temperature", temperature), ("softcap", softcap)):
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise ValueError(f"{name} must be finite and above 0, got {number}")
-    if not (math.isfinite(logit_scale) and logit_scale != 0):
-        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    if not bias.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {bias.dtype}")
+
+
+def ready(
+    hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Checked operands in one dtype, that of autocast where it is on, with contiguous rows."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     elif hidden.dtype != weight.dtype:
         raise TypeError(
             f"{hidden_name} and {weight_name} must have the same dtype outside of autocast, "
             f"got {hidden.dtype} and {weight.dtype}"
         )
-    if impl == "triton":
-        if hidden.dtype == torch.float64:
-            raise TypeError(f"impl='triton' computes in fp32, got {hidden_name} of float64")
-        if device.type == "cpu" and not _triton_runs_on_cpu():
-            raise ValueError(
-                "impl='triton' needs a GPU, got CPU tensors; use impl='auto' or 'torch', or set "
-                "TRITON_INTERPRET=1 before importing Triton to run the kernels in its interpreter"
-            )
-    return Head(
-        hidden.contiguous(),
-        weight.contiguous(),
-        bias,
-        LogitTransform(logit_scale, softcap, temperature),
-        classes,
-    )
+    return hidden.contiguous(), weight.contiguous()
+
+
+def checked_transform(
+    scale: tuple[str, float], softcap: tuple[str, float | None], temperature: tuple[str, float]
+) -> LogitTransform:
+    """The transform of the logits from (argument name, value) pairs; raises on a bad value."""
+    if not (math.isfinite(temperature[1]) and temperature[1] > 0):
+        raise ValueError(f"{temperature[0]} must be finite and above 0, got {temperature[1]}")
+    if not (math.isfinite(scale[1]) and scale[1] != 0):
+        raise ValueError(f"{scale[0]} must be finite and not 0, got {scale[1]}")
+    if softcap[1] is not None and not (math.isfinite(softcap[1]) and softcap[1] > 0):
+        raise ValueError(f"{softcap[0]} must be None or finite and above 0, got {softcap[1]}")
+    return LogitTransform(scale[1], softcap[1], temperature[1])
+
+
+def check_impl(impl: str, hidden_name: str, hidden: Tensor) -> None:
+    """Raise unless `impl` is known and can compute on these operands."""
+    one_of("impl", impl, IMPLEMENTATIONS)
+    if impl != "triton":
+        return
+    if hidden.dtype == torch.float64:
+        raise TypeError(f"impl='triton' computes in fp32, got {hidden_name} of float64")
+    if hidden.device.type == "cpu" and not _triton_runs_on_cpu():
+        raise ValueError(
+            "impl='triton' needs a GPU, got CPU tensors; use impl='auto' or 'torch', or set "
+            "TRITON_INTERPRET=1 before importing Triton to run the kernels in its interpreter"
+        )
 
 
 def check_ids(name: str, ids: Tensor, shape: str, hidden: Tensor) -> None:

@@ -22,6 +22,7 @@ from esr_kernels import reference as oracle_module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOWED_RATIO = 1.5
+TOKENS = 11
 # Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this.
 STATISTICS_ULPS = 4.0
 
@@ -65,15 +66,15 @@ def _pair(
 
 
 def random_pair(dtype: torch.dtype) -> Case:
-    return _pair(23, 1003, (24, 40), (1.0, 1.5), dtype)
+    return _pair(TOKENS, 1003, (24, 40), (1.0, 1.5), dtype)
 
 
 def peaked(dtype: torch.dtype) -> Case:
-    return _pair(23, 1003, (24, 40), (10.0, 30.0), dtype)
+    return _pair(TOKENS, 1003, (24, 40), (10.0, 30.0), dtype)
 
 
 def nearly_equal(dtype: torch.dtype) -> Case:
-    case = _pair(23, 1003, (24, 24), (3.0, 3.0), torch.float32)
+    case = _pair(TOKENS, 1003, (24, 24), (3.0, 3.0), torch.float32)
     noise = torch.randn(case.student_hidden.shape, generator=torch.Generator().manual_seed(7))
     return Case(
         case.student_hidden.to(dtype),
@@ -84,7 +85,7 @@ def nearly_equal(dtype: torch.dtype) -> Case:
 
 
 def identical(dtype: torch.dtype) -> Case:
-    case = _pair(23, 1003, (24, 24), (3.0, 3.0), dtype)
+    case = _pair(TOKENS, 1003, (24, 24), (3.0, 3.0), dtype)
     return replace(
         case, teacher_hidden=case.student_hidden.clone(), teacher_weight=case.student_weight.clone()
     )
@@ -92,7 +93,7 @@ def identical(dtype: torch.dtype) -> Case:
 
 def minus_infinity(dtype: torch.dtype) -> Case:
     """Some classes removed from both models by a bias of -inf, some from one only."""
-    case = _pair(23, 1003, (24, 40), (2.0, 2.0), dtype)
+    case = _pair(TOKENS, 1003, (24, 40), (2.0, 2.0), dtype)
     bias = torch.zeros(1003, dtype=dtype, device=DEVICE)
     bias[5:40] = -torch.inf
     bias[-1] = -torch.inf
@@ -101,7 +102,7 @@ def minus_infinity(dtype: torch.dtype) -> Case:
 
 
 def unequal_vocabularies(dtype: torch.dtype) -> Case:
-    return _pair(23, 1003, (24, 40), (2.0, 2.0), dtype, extra_classes=(0, 29))
+    return _pair(TOKENS, 1003, (24, 40), (2.0, 2.0), dtype, extra_classes=(0, 29))
 
 
 def one_token(dtype: torch.dtype) -> Case:
@@ -110,9 +111,9 @@ def one_token(dtype: torch.dtype) -> Case:
 
 def odd_options(dtype: torch.dtype) -> Case:
     """Every transform of the logits at once, weights with zeros, an upstream gradient of 1/4."""
-    case = _pair(23, 1003, (24, 40), (4.0, 4.0), dtype, extra_classes=(3, 0))
+    case = _pair(TOKENS, 1003, (24, 40), (4.0, 4.0), dtype, extra_classes=(3, 0))
     generator = torch.Generator().manual_seed(3)
-    weights = torch.rand(23, generator=generator)
+    weights = torch.rand(TOKENS, generator=generator)
     weights[::5] = 0
     case.options = {
         "token_weights": weights,
@@ -132,9 +133,9 @@ def odd_options(dtype: torch.dtype) -> Case:
 
 def labelled(dtype: torch.dtype) -> Case:
     """A cross-entropy mixed in, some rows without a label, some sure of theirs (p near 1)."""
-    case = _pair(23, 1003, (24, 40), (6.0, 2.0), dtype)
+    case = _pair(TOKENS, 1003, (24, 40), (6.0, 2.0), dtype)
     logits = case.student_hidden.float() @ case.student_weight.float().T
-    labels = torch.randint(1003, (23,), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    labels = torch.randint(1003, (TOKENS,), generator=torch.Generator().manual_seed(5)).to(DEVICE)
     labels[::3] = logits.argmax(1)[::3]
     labels[::7] = -100
     case.options = {"labels": labels, "label_weight": 0.4, "student_softcap": 40.0}
@@ -143,7 +144,7 @@ def labelled(dtype: torch.dtype) -> Case:
 
 def mapped_vocabularies(dtype: torch.dtype) -> Case:
     """The models share 977 classes, numbered differently, and have others besides."""
-    case = _pair(23, 1003, (24, 40), (2.0, 2.0), dtype, extra_classes=(11, 40))
+    case = _pair(TOKENS, 1003, (24, 40), (2.0, 2.0), dtype, extra_classes=(11, 40))
     generator = torch.Generator().manual_seed(9)
     case.options = {
         "student_ids": torch.randperm(1014, generator=generator)[:977].to(DEVICE),

@@ -10,7 +10,7 @@ import torch
 from esr_kernels import JSD, KLMix, linear_divergence, plan_linear_divergence
 from esr_kernels.plan import Problem, make_plan
 from tests.kernels import cases
-from tests.kernels.cases import DEVICE
+from tests.kernels.cases import DEVICE, TOKENS
 
 IMPLS = ["torch", "triton"]
 
@@ -49,7 +49,7 @@ def test_all_masked_gives_zero_loss_and_a_connected_graph(plan, compact, impl):
     case = _case()
     out = linear_divergence(
         *case.tensors,
-        token_weights=torch.zeros(23, device=DEVICE),
+        token_weights=torch.zeros(TOKENS, device=DEVICE),
         reduction="mean",
         plan=plan,
         compact=compact,
@@ -77,7 +77,7 @@ def test_one_class_has_no_divergence(divergence, impl):
 @pytest.mark.parametrize("plan", ["stash", "recompute"])
 def test_a_row_of_weight_0_is_as_if_it_were_absent_even_if_nan(plan, compact, impl):
     case = _case()
-    weights = torch.rand(23, device=DEVICE) + 0.5
+    weights = torch.rand(TOKENS, device=DEVICE) + 0.5
     weights[[2, 9]] = 0
     hidden = case.student_hidden.detach().clone()
     hidden[2] = torch.nan
@@ -124,7 +124,7 @@ def test_nan_stays_in_its_row(plan, impl):
     clean = linear_divergence(*case.tensors, plan=plan, impl=impl)
     out.loss.backward()
     clean.loss.backward()
-    others = torch.arange(23, device=DEVICE) != 4
+    others = torch.arange(TOKENS, device=DEVICE) != 4
     assert out.per_token[4].isnan() and hidden.grad[4].isnan().all()
     assert torch.equal(out.per_token[others], clean.per_token[others])
     torch.testing.assert_close(hidden.grad[others], case.student_hidden.grad[others])
@@ -133,7 +133,7 @@ def test_nan_stays_in_its_row(plan, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_reduction_none_takes_any_upstream_gradient(impl):
     case = _case()
-    upstream = torch.randn(23, device=DEVICE)
+    upstream = torch.randn(TOKENS, device=DEVICE)
     out = linear_divergence(*case.tensors, reduction="none", impl=impl)
     (out.loss * upstream).sum().backward()
     per_token = case.student_weight.grad
