@@ -10,7 +10,7 @@ import torch
 
 from bench.measure import MIB, extra_bytes
 from esr_kernels import linear_divergence, release_workspace
-from esr_kernels.plan import Problem, make_plan
+from esr_kernels.plan import Plan, Problem, make_plan
 from esr_kernels.workspace import borrow
 from tests.kernels.cases import DEVICE
 
@@ -79,8 +79,11 @@ def test_threads_do_not_share_buffers():
 
 def test_teacher_logits_lie_in_the_idle_weight_gradient():
     problem = Problem(1600, 151_936, 1536, 2048)
-    plan = make_plan(problem, "stash")
-    assert plan.teacher_in_gradient and plan.token_chunk >= problem.tokens
-    frozen = make_plan(replace(problem, train_weight=False), "stash")
-    mapped = make_plan(replace(problem, mapped=True), "stash")
-    assert not frozen.teacher_in_gradient and not mapped.teacher_in_gradient
+    room = 1536 * 2 // 4  # rows of fp32 logits in a bf16 gradient of 1,536 columns
+    plan = Plan("stash", problem, problem.tokens, room, problem.classes)
+    assert plan.teacher_in_gradient
+    without = replace(plan, logit_chunk=room + 1)
+    assert not without.teacher_in_gradient
+    assert without.extra_bytes > plan.extra_bytes + room * problem.classes * 4
+    for change in ({"train_weight": False}, {"mapped": True}):
+        assert not replace(plan, problem=replace(problem, **change)).teacher_in_gradient

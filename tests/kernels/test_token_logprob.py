@@ -260,7 +260,11 @@ _BAD = {
     "empty head": ({"weight": torch.randn(0, 3)}, ValueError, "weight must have at least one row"),
     "bias": ({"bias": torch.ones(6)}, ValueError, r"bias must have shape \[7\]"),
     "temperature": ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0"),
-    "softcap": ({"softcap": -1.0}, ValueError, "softcap must be finite and above 0, got -1.0"),
+    "softcap": (
+        {"softcap": -1.0},
+        ValueError,
+        "softcap must be None or finite and above 0, got -1.0",
+    ),
     "scale": ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and not 0, got 0.0"),
     "impl": ({"impl": "cuda"}, ValueError, "impl must be one of.*'cuda'"),
     "budget": ({"memory_budget": 10}, ValueError, "memory_budget of 10 bytes is too small.*84"),
