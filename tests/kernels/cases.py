@@ -22,7 +22,7 @@ from esr_kernels import reference as oracle_module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOWED_RATIO = 1.5
-TOKENS = 11
+TOKENS = 23
 # Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this.
 STATISTICS_ULPS = 4.0
 
