@@ -118,6 +118,10 @@ def check_inputs(
         )
     row_weight = None
     if token_weights is not None:
+        if not isinstance(token_weights, Tensor):
+            raise TypeError(
+                f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}"
+            )
         if token_weights.shape != (tokens,):
             raise ValueError(
                 f"token_weights must have shape [{tokens}], got {list(token_weights.shape)}"

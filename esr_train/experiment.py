@@ -75,6 +75,8 @@ def check_continues(directory: Path, config: Config) -> None:
     """Raise ConfigError where `directory` holds a run that was made with other settings."""
     path = directory / "config.yaml"
     if not path.is_file():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise ConfigError(f"--out: {directory} is not empty and holds no earlier run")
         return
     before, now = yaml.safe_load(path.read_text()), yaml.safe_load(to_yaml(config))
     for key, value in now.items():
