@@ -1,8 +1,8 @@
 """Buffers for logits that outlive a call, on CPU.
 
 PyTorch's CUDA allocator keeps what is freed; its CPU allocator gives it back to the system, and
-touching fresh memory costs a page fault every 4 KiB: a tenth of the whole loss at 500 tokens. So
-each thread keeps the largest buffer that it needed under each name. `release_workspace` frees them.
+touching fresh memory costs a page fault every 4 KiB, which a loss of a few chunks feels. So each
+thread keeps the largest buffer that it needed under each name. `release_workspace` frees them.
 """
 
 from __future__ import annotations
