@@ -17,11 +17,9 @@ guessing in many words, mostly wrong (160 to 220 characters):
 The built-in teacher has only the first habit. The built-in student has both and starts guessing
 when decoded greedily. `esr_train/tasks/build_sums.py` rebuilds the two from a seed.
 
-Distilled on its first 24 tokens only (batch 48, 40 steps, constant rate after warm-up), the student
-stops guessing within 10 steps, but no loss holds what lies beyond the window: at learning rate 3e-5
-greedy accuracy peaks at 1.00 and ends at 0.95 to 0.96, at 1e-4 it ends at 0.79 to 0.86, at 3e-4 at
-0.01. Full rollouts (batch 32, 30 steps, one seed) end at 0.97 to 1.00. The learning rate
-therefore decides which arm looks better: compare each at its own best, and show the late decline.
+Distilled on a short window only, the student drops the guessing within a few steps, but no loss
+holds what lies beyond the window: at a high learning rate the arithmetic wears off, which full
+rollouts have not shown (docs/demo-high-rate).
 """
 
 from __future__ import annotations
