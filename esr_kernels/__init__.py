@@ -12,6 +12,7 @@ from esr_kernels.divergences import (
     TotalVariation,
 )
 from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
+from esr_kernels.module import LinearDivergenceLoss
 from esr_kernels.plan import Plan, default_memory_budget, plan_linear_divergence
 from esr_kernels.token_logprob import TokenLogprob, token_logprob
 from esr_kernels.topk import TopkDivergence, linear_topk_divergence
@@ -24,6 +25,7 @@ __all__ = [
     "Jeffreys",
     "KLMix",
     "LinearDivergence",
+    "LinearDivergenceLoss",
     "Plan",
     "ReverseKL",
     "SkewForwardKL",

@@ -1,0 +1,77 @@
+"""`LinearDivergenceLoss` is `linear_divergence`."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from esr_kernels import JSD, LinearDivergenceLoss, linear_divergence
+from tests.kernels import cases
+from tests.kernels.cases import DEVICE, TOKENS
+
+OPTIONS = {
+    "temperature": 0.7,
+    "teacher_temperature": 1.3,
+    "student_softcap": 5.0,
+    "teacher_softcap": 7.0,
+    "student_logit_scale": 1.7,
+    "teacher_logit_scale": 0.6,
+    "num_classes": 998,
+    "label_weight": 0.3,
+    "reduction": "mean",
+    "plan": "recompute",
+    "memory_budget": 18 << 20,
+    "compact": False,
+    "impl": "torch",
+}
+
+
+def test_it_is_the_function():
+    case = cases.random_pair(torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        "token_weights": torch.rand(TOKENS, generator=generator).to(DEVICE),
+        "labels": torch.randint(998, (TOKENS,), generator=generator).to(DEVICE),
+        "student_bias": torch.randn(1003, generator=generator).to(DEVICE),
+        "teacher_bias": torch.randn(1003, generator=generator).to(DEVICE),
+    }
+    hidden = case.student_hidden.requires_grad_()
+    module = LinearDivergenceLoss(JSD(0.3), **OPTIONS)
+    assert not list(module.parameters()) and not module.state_dict()
+    ours = module(*case.tensors, **tensors)
+    (gradient,) = torch.autograd.grad(ours.loss, hidden)
+    expected = linear_divergence(*case.tensors, JSD(0.3), **OPTIONS, **tensors)
+    (expected_gradient,) = torch.autograd.grad(expected.loss, hidden)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_mapped_vocabularies_and_no_labels():
+    case = cases.mapped_vocabularies(torch.float32)
+    ours = LinearDivergenceLoss(label_weight=0.3)(*case.tensors, **case.options)
+    assert torch.equal(ours.loss, linear_divergence(*case.tensors, **case.options).loss)
+
+
+def test_it_has_every_option_of_the_function():
+    function = set(inspect.signature(linear_divergence).parameters)
+    module = set(inspect.signature(LinearDivergenceLoss.__init__).parameters) - {"self"}
+    forward = set(inspect.signature(LinearDivergenceLoss.forward).parameters) - {"self"}
+    assert module | forward == function
+    assert not module & forward
+
+
+def test_its_repr_shows_what_was_chosen():
+    assert repr(LinearDivergenceLoss("forward_kl", temperature=2.0)) == (
+        "LinearDivergenceLoss(ForwardKL(forward=1.0, reverse=0.0), temperature=2.0)"
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"divergence": "reverse"}, {"reduction": "avg"}, {"impl": "cuda"}], ids=str
+)
+def test_a_bad_option_is_refused_when_the_module_is_made(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        LinearDivergenceLoss(**options)
