@@ -25,6 +25,9 @@ ALLOWED_RATIO = 1.5
 TOKENS = 23
 # Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this.
 STATISTICS_ULPS = 4.0
+# A gradient that errs less than one rounding of its numbers is right whatever the yardstick does;
+# how lucky that is depends on the GEMM that a machine picks.
+GRADIENT_ULPS = 1.0
 
 
 @dataclass
@@ -286,8 +289,8 @@ def assert_as_good_as_plain(
             limit = ALLOWED_RATIO * max(
                 allowed, relative_error(baseline["per_token"], truth["per_token"])
             )
-        if not name.startswith("d "):
-            limit = max(limit, STATISTICS_ULPS * torch.finfo(torch.float32).eps)
+        ulps = GRADIENT_ULPS if name.startswith("d ") else STATISTICS_ULPS
+        limit = max(limit, ulps * torch.finfo(torch.float32).eps)
         if not error <= limit:
             failures.append(f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}")
     assert not failures, "; ".join(failures)
