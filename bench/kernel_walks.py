@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from esr_kernels import fused_triton, picked_triton, rows_triton
+from esr_kernels import fused_triton, picked_triton, prefix_attention_triton, rows_triton
 from esr_kernels.divergences import (
     JSD,
     Divergence,
@@ -24,6 +24,7 @@ from esr_kernels.divergences import (
     TotalVariation,
 )
 from esr_kernels.picked import RestGradient
+from esr_kernels.prefix_attention import RowGroups
 from esr_kernels.row_stats import LogitTransform, RowSpec, Tile
 
 KERNELS = (
@@ -35,6 +36,8 @@ KERNELS = (
     "put_kernel",
     "rest_statistics_kernel",
     "rest_gradient_kernel",
+    "prefix_attention_kernel",
+    "suffix_attention_kernel",
 )
 
 _TOKENS, _CLASSES, _DIMS = 1024, 151_936, (1536, 3584)
@@ -81,6 +84,36 @@ def _picked(dtype: torch.dtype, everything: bool, ids_of_a_token: int = 32) -> N
     picked_triton.tile_gradient_(z, bias, transform, ids, 0, picked, rest, dz)
 
 
+def _prefix_attention(
+    dtype: torch.dtype,
+    everything: bool,
+    heads: tuple[int, int] = (16, 8),
+    dim: int = 128,
+    samples: int = 8,
+) -> None:
+    """8 prompts of up to 400 tokens, samples of up to 100, by default with Qwen3-0.6B's heads."""
+    prompts, prompt_length, length = 8, 400, 100
+    batch = prompts * samples
+    groups = RowGroups(
+        _empty(prompts, samples, dtype=torch.int64), _empty(batch, dtype=torch.int64)
+    )
+    prefix = _empty(prompts, heads[1], prompt_length, dim, dtype=dtype)
+    suffix = _empty(batch, heads[1], length, dim, dtype=dtype)
+    prefix_attention_triton.attend(
+        _empty(batch, heads[0], dim, dtype=dtype),
+        prefix,
+        prefix,
+        _empty(prompts, dtype=torch.int64),
+        suffix,
+        suffix,
+        _empty(batch, dtype=torch.int64),
+        groups if everything else None,
+        scale=dim**-0.5,
+        softcap=50.0 if everything else None,
+        window=128 if everything else None,
+    )
+
+
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 WALKS: dict[str, Callable[[], None]] = {
     "rows: forward": partial(_rows, ForwardKL(), _BF16, False),
@@ -102,4 +135,13 @@ WALKS: dict[str, Callable[[], None]] = {
     "picked: bf16, one id": partial(_picked, _BF16, False, 1),
     "picked: bf16, all": partial(_picked, _BF16, True),
     "picked: fp32, all": partial(_picked, _FP32, True),
+    "prefix attention: bf16": partial(_prefix_attention, _BF16, False),
+    "prefix attention: bf16, all": partial(_prefix_attention, _BF16, True),
+    "prefix attention: bf16, 32 rows": partial(_prefix_attention, _BF16, True, samples=32),
+    "prefix attention: fp16, all, D 64": partial(_prefix_attention, _FP16, True, (14, 2), 64),
+    "prefix attention: bf16, all, D 256": partial(_prefix_attention, _BF16, True, (8, 4), 256),
+    "prefix attention: bf16, odd D": partial(_prefix_attention, _BF16, True, (9, 3), 80),
+    "prefix attention: fp32, all, D 64": partial(_prefix_attention, _FP32, True, (9, 3), 64),
+    "prefix attention: fp32, all": partial(_prefix_attention, _FP32, True),
+    "prefix attention: fp32, all, D 256": partial(_prefix_attention, _FP32, True, (8, 4), 256),
 }

@@ -14,6 +14,7 @@ from esr_kernels.divergences import (
 from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
 from esr_kernels.module import LinearDivergenceLoss
 from esr_kernels.plan import Plan, default_memory_budget, plan_linear_divergence
+from esr_kernels.prefix_attention import RowGroups, group_rows, shared_prefix_attention
 from esr_kernels.token_logprob import TokenLogprob, token_logprob
 from esr_kernels.topk import TopkDivergence, linear_topk_divergence
 from esr_kernels.workspace import release_workspace
@@ -28,15 +29,18 @@ __all__ = [
     "LinearDivergenceLoss",
     "Plan",
     "ReverseKL",
+    "RowGroups",
     "SkewForwardKL",
     "SkewReverseKL",
     "TotalVariation",
     "TokenLogprob",
     "TopkDivergence",
     "default_memory_budget",
+    "group_rows",
     "linear_divergence",
     "linear_topk_divergence",
     "plan_linear_divergence",
     "release_workspace",
+    "shared_prefix_attention",
     "token_logprob",
 ]

@@ -260,3 +260,44 @@ def linear_topk_divergence(
         "student_mass": torch.where(live, mass, 0.0),
         "student_lse": torch.where(live, logits.detach().logsumexp(-1), 0.0),
     }
+
+
+def shared_prefix_attention(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_lengths: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    suffix_lengths: Tensor,
+    *,
+    groups: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """`esr_kernels.shared_prefix_attention`, row by row: [B, Hq, D] in `dtype`."""
+    batch, heads, dim = query.shape
+    out = torch.zeros(batch, heads, dim, dtype=dtype, device=query.device)
+    for row in range(batch):
+        if groups is None:
+            prompt = row * prefix_key.shape[0] // batch
+        else:
+            prompt = int((groups[0] == row).any(1).nonzero())
+        length, own = int(prefix_lengths[prompt]), int(suffix_lengths[row])
+        first = 0 if window is None else max(0, length + own - window)
+        if first == length + own:
+            continue
+        keys, values = (
+            torch.cat([prefix[prompt, :, :length], suffix[row, :, :own]], dim=1)[:, first:]
+            .to(dtype)
+            .repeat_interleave(heads // prefix.shape[1], dim=0)
+            for prefix, suffix in ((prefix_key, suffix_key), (prefix_value, suffix_value))
+        )
+        scores = torch.einsum("hd,hnd->hn", query[row].to(dtype), keys)
+        scores = scores * (dim**-0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[row] = torch.einsum("hn,hnd->hd", scores.softmax(-1), values)
+    return out
