@@ -15,6 +15,13 @@ from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
 from esr_kernels.module import LinearDivergenceLoss
 from esr_kernels.plan import Plan, default_memory_budget, plan_linear_divergence
 from esr_kernels.prefix_attention import RowGroups, group_rows, shared_prefix_attention
+from esr_kernels.sampling import (
+    Sample,
+    SampleKeys,
+    SamplingParams,
+    sample_from_hidden,
+    sample_from_logits,
+)
 from esr_kernels.token_logprob import TokenLogprob, token_logprob
 from esr_kernels.topk import TopkDivergence, linear_topk_divergence
 from esr_kernels.workspace import release_workspace
@@ -30,6 +37,9 @@ __all__ = [
     "Plan",
     "ReverseKL",
     "RowGroups",
+    "Sample",
+    "SampleKeys",
+    "SamplingParams",
     "SkewForwardKL",
     "SkewReverseKL",
     "TotalVariation",
@@ -41,6 +51,8 @@ __all__ = [
     "linear_topk_divergence",
     "plan_linear_divergence",
     "release_workspace",
+    "sample_from_hidden",
+    "sample_from_logits",
     "shared_prefix_attention",
     "token_logprob",
 ]

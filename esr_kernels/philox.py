@@ -1,0 +1,90 @@
+"""Counter-based random numbers: Philox-4x32-10 (Salmon et al., SC 2011), and what the sampler makes
+of its words.
+
+A number is a function of (seed, row id, step, tile) and nothing else: no state to carry, to save or
+to keep in step between devices. The seed is the key; the counter's words are the tile, the step
+modulo 2**32 and the two halves of the row id. `sampling_triton` computes the same words.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class SampleKeys(NamedTuple):
+    """What the noise of a draw is a function of.
+
+    seed: from -2**63 to 2**64 - 1. rows: [B] int64, the identity of each row: it keeps its id where
+    the batch is reordered or compacted. step: how many tokens were drawn before, modulo 2**32; an
+    int, or an int64 tensor, 0-d or [B], on the device of `rows`, for a CUDA graph to advance.
+    """
+
+    seed: int
+    rows: Tensor
+    step: int | Tensor
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words from 0 to 2**32 - 1 a counter; all words int64, of shapes that broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # Products wrap around in int64, which leaves both halves of the unsigned product intact.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, ((p0 >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = p1 & _LOW, p0 & _LOW
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def key_words(seed: int) -> tuple[int, int]:
+    """The low and the high half of a seed."""
+    return seed & _LOW, (seed >> 32) & _LOW
+
+
+def step_tensor(keys: SampleKeys) -> Tensor:
+    """The step as [1] or [B] int64 on the device of the rows."""
+    if isinstance(keys.step, Tensor):
+        return keys.step.reshape(-1)
+    return torch.full((1,), keys.step, dtype=torch.int64, device=keys.rows.device)
+
+
+def tile_words(keys: SampleKeys, tiles: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words of every row and tile, each [B, tiles]."""
+    row = keys.rows[:, None]
+    tile = torch.arange(tiles, dtype=torch.int64, device=row.device)[None, :]
+    step = step_tensor(keys)[:, None] & _LOW
+    return philox4x32((tile, step, row & _LOW, (row >> 32) & _LOW), key_words(keys.seed))
+
+
+def gumbel(high: Tensor, low: Tensor) -> Tensor:
+    """A standard Gumbel variate, fp32, from 64 random bits.
+
+    -log of an exponential variate -log(1 - u), u = (high * 2**32 + low + 1/2) / 2**64. Near either
+    end the distance to it is computed from the bits themselves and never as 1 - u, so that both
+    tails are right down to 2**-65: values lie between -3.81 and 45.06.
+    """
+    upper = high > 0x7FFFFFFF
+    distance = _unit(torch.where(upper, _LOW - high, high), torch.where(upper, _LOW - low, low))
+    exponential = torch.where(upper, -distance.log(), -torch.log1p(-distance))
+    return -exponential.log()
+
+
+def _unit(high: Tensor, low: Tensor) -> Tensor:
+    """(high * 2**32 + low + 1/2) / 2**64 in fp32."""
+    return high.float() * 2.0**-32 + (low.float() + 0.5) * 2.0**-64
+
+
+def uniform(high: Tensor, low: Tensor) -> Tensor:
+    """A uniform variate of (0, 1), fp64: the middle of one of 2**52 equal intervals."""
+    return (high.double() * 2.0**20 + (low >> 12).double() + 0.5) * 2.0**-52

@@ -1,0 +1,228 @@
+"""One token a row from its distribution: temperature, top-k, top-p, min-p, exact in law."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esr_kernels import gemm, reference_sampling, sampling_torch
+from esr_kernels.head import check_bias, check_head, check_impl, checked_transform
+from esr_kernels.philox import SampleKeys
+from esr_kernels.plan import default_memory_budget
+from esr_kernels.sampling_checks import (
+    check_invalid,
+    check_keys,
+    check_logits,
+    check_rows,
+    checked_classes,
+)
+from esr_kernels.sampling_law import Classes, RowLaw, Sample, SamplingParams, row_law
+from esr_kernels.workspace import borrow
+
+__all__ = ["Sample", "SampleKeys", "SamplingParams", "sample_from_hidden", "sample_from_logits"]
+
+_NO_CHANGE = SamplingParams()
+
+
+def sample_from_logits(
+    logits: Tensor,
+    keys: SampleKeys,
+    params: SamplingParams = _NO_CHANGE,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    num_classes: int | None = None,
+    invalid: Tensor | None = None,
+    impl: str = "auto",
+) -> Sample:
+    """Draw one token a row from logits.
+
+    z = softcap * tanh(scale * (logits + b) / softcap) / temperature; -inf for invalid classes.
+    Unfiltered, the token has the law softmax(z). It is drawn in two stages, over tiles of 256
+    classes, with random words that depend on (seed, row id, step, tile) only:
+
+        tile  = argmax_t  log sum_{i in t} exp z_i + g_t         g_t standard Gumbel
+        token = least i in the tile with  sum_{j <= i} p_j > u   p = softmax in the tile
+
+    With filters (`SamplingParams`) the same two stages run over the kept classes.
+
+    Args:
+        logits: [B, V] bf16, fp16, fp32 or fp64, raw; read only.
+        keys: `SampleKeys`. A row's token is a function of its logits, its id, the seed and the
+            step: batch order, neighbours and launch configuration play no part. Two draws with the
+            same key and different logits are coupled, so a step that is drawn twice repeats.
+        params: `SamplingParams`.
+        bias: [V], added to the logits. softcap, logit_scale: the transform above.
+        num_classes: classes that exist, from 0; columns beyond it are padding.
+        invalid: classes never drawn, and outside of `logprob`'s distribution: [V] bool, True where
+            removed, or int64 ids.
+        impl: "auto" (Triton on GPU, PyTorch on CPU), "torch", "triton", or "reference".
+
+    Returns:
+        `Sample`: tokens [B] int64; logprob [B] fp32, log softmax(z) of the token over all valid
+        classes, filters aside; log_kept [B] fp32, log of the mass that the filters kept, so that
+        logprob - log_kept is the log-probability with which the token was drawn; lse [B] fp32. In
+        a greedy row (temperature 0) logprob and lse are at temperature 1, and log_kept is 0.
+        A row without a distribution (a logit of NaN or +inf, or no valid class) has logprob and
+        log_kept NaN, lse not finite, and as its token the first class of its largest logit that
+        is a number, 0 where none is above -inf: always a class below num_classes.
+
+    Raises:
+        ValueError or TypeError naming the argument, what it was and what is allowed.
+
+    Exactness: exact in law up to the rounding of fp32 logits and tile sums, 1e-6 of a
+        probability; no tail is cut: Gumbel noise has 64 random bits, the level in a tile 52.
+        Repeated calls agree bit for bit. PyTorch and Triton use the same words; as their sums round
+        differently, about one draw in a million differs.
+    Memory: no [B, V] tensor beyond the logits. On CPU a block of rows of 2.5 MB, on GPU 8 bytes a
+        row and tile.
+    Gradients: none; operands are read without autograd.
+    Reference: `esr_kernels.reference_sampling.sample_from_logits`.
+
+    Example:
+        >>> keys = SampleKeys(seed=0, rows=torch.arange(len(logits)), step=3)
+        >>> sample_from_logits(logits, keys, SamplingParams(0.7, top_p=0.95)).tokens
+    """
+    check_logits(logits)
+    if num_classes is not None and not 0 < num_classes <= logits.shape[1]:
+        raise ValueError(
+            f"num_classes must be an integer from 1 to {logits.shape[1]}, the columns of logits, "
+            f"got {num_classes!r}"
+        )
+    check_bias("bias", bias, logits, logits.shape[1])
+    check_impl(impl, "logits", logits)
+    transform = checked_transform(
+        ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", 1.0)
+    )
+    keys = check_keys(keys, logits)
+    check_rows(params, logits)
+    if impl == "reference":
+        return _as_sample(
+            reference_sampling.sample_from_logits(
+                logits,
+                keys,
+                params,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                num_classes=num_classes,
+                invalid=check_invalid(invalid, logits, logits.shape[1]),
+            )
+        )
+    count = num_classes or logits.shape[1]
+    classes = checked_classes(count, logits, logits.shape[1], bias, transform, invalid)
+    with torch.no_grad():
+        law = row_law(params, logits.shape[0], count, logits.device)
+        return sampling_torch.sample_rows(logits, classes, law, keys)
+
+
+def sample_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    keys: SampleKeys,
+    params: SamplingParams = _NO_CHANGE,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    num_classes: int | None = None,
+    invalid: Tensor | None = None,
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> Sample:
+    """Draw one token a row from hidden states: `sample_from_logits(hidden @ weight.T, ...)`.
+
+    Args:
+        hidden: [B, D] and `weight` [V, D], of the same dtype (or autocast to the same).
+        memory_budget: bytes of logits that may exist at once; None takes
+            `default_memory_budget(device)`. Rows go through in chunks that fit.
+        The others as in `sample_from_logits`; `bias` is [V].
+
+    Returns:
+        `Sample`, as there. Logits are fp32 whatever the operands' dtype (fp64 for fp64).
+
+    Raises:
+        ValueError or TypeError naming the argument, what it was and what is allowed.
+
+    Exactness: as there, given the logits. A matrix product may round a row differently in another
+        batch, which moves a token's probability by about 1e-6 and, with the same key, the token in
+        as many draws.
+    Memory: a chunk of fp32 logits within the budget.
+    Gradients: none.
+    Reference: `esr_kernels.reference_sampling.sample_from_logits` of the product in fp64.
+    """
+    head = check_head(
+        "",
+        hidden,
+        weight,
+        bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=1.0,
+        num_classes=num_classes,
+        impl=impl,
+    )
+    keys = check_keys(keys, hidden)
+    check_rows(params, hidden)
+    rows, dtype = hidden.shape[0], gemm.logits_dtype(head.hidden.dtype)
+    chunk = _rows_at_once(head.classes * dtype.itemsize, memory_budget, hidden.device.type)
+    with torch.no_grad():
+        if impl == "reference":
+            return _as_sample(
+                reference_sampling.sample_from_logits(
+                    head.hidden.double() @ head.weight.double().T,
+                    keys,
+                    params,
+                    bias=bias,
+                    softcap=softcap,
+                    logit_scale=logit_scale,
+                    num_classes=num_classes,
+                    invalid=check_invalid(invalid, hidden, weight.shape[0]),
+                )
+            )
+        classes = checked_classes(
+            head.classes, hidden, weight.shape[0], head.bias, head.transform, invalid
+        )
+        law = row_law(params, rows, head.classes, hidden.device)
+        if rows <= chunk:
+            return _sample_chunk(head.hidden, head.weight, classes, law, keys, dtype)
+        parts = [
+            _sample_chunk(
+                head.hidden[start : start + chunk],
+                head.weight,
+                classes,
+                law.rows(slice(start, start + chunk)),
+                sampling_torch.keys_of(keys, slice(start, start + chunk)),
+                dtype,
+            )
+            for start in range(0, rows, chunk)
+        ]
+        return Sample(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def _sample_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    classes: Classes,
+    law: RowLaw,
+    keys: SampleKeys,
+    dtype: torch.dtype,
+) -> Sample:
+    logits = borrow("logits to sample", (hidden.shape[0], classes.count), hidden, dtype)
+    gemm.project(hidden, weight[: classes.count], logits)
+    return sampling_torch.sample_rows(logits, classes, law, keys)
+
+
+def _rows_at_once(row_bytes: int, memory_budget: int | None, device: str) -> int:
+    if memory_budget is not None and memory_budget < row_bytes:
+        raise ValueError(
+            f"memory_budget must be at least {row_bytes} bytes, a row of logits, "
+            f"got {memory_budget}"
+        )
+    return max(1, (memory_budget or default_memory_budget(device)) // row_bytes)
+
+
+def _as_sample(fields: dict[str, Tensor]) -> Sample:
+    tokens = fields.pop("tokens")
+    return Sample(tokens, **{name: value.float() for name, value in fields.items()})

@@ -1,0 +1,277 @@
+"""Draws from rows of logits in PyTorch: the CPU path of the sampler.
+
+    words      Philox words of every (row, tile of 256 classes), from the keys alone
+    tiles      maximum and log-sum of every tile; with filters once more over the kept classes
+    tile       the tile with the largest log-sum-exp plus Gumbel noise
+    class      in that tile, by inverting its cumulative sum at one uniform, in fp64
+
+Rows go through in blocks that stay in the cache; a block's logits are the only copy. No operation
+mixes rows, so a row's draw does not depend on the block that it is in. softmax() serves for exp():
+its vectorised exponential is faster, and it treats every tile alike wherever it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esr_kernels import gemm
+from esr_kernels.philox import SampleKeys, gumbel, step_tensor, tile_words, uniform
+from esr_kernels.sampling_law import TILE, Classes, RowLaw, Sample
+from esr_kernels.workspace import borrow
+
+_BLOCK_ELEMENTS = 640_000
+# Words of one block of noise: 512 KiB an int64 operand.
+_NOISE_ELEMENTS = 1 << 16
+# How many of a row's largest logits are looked at for a filter without top-k, before all are.
+_WIDTH = 4096
+
+
+def sample_rows(raw: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys) -> Sample:
+    """Draw from raw logits [B, >= count] of any floating dtype, which are only read."""
+    device, dtype = raw.device, gemm.logits_dtype(raw.dtype)
+    tiles = -(-classes.count // TILE)
+    sample = Sample(
+        torch.empty(raw.shape[0], dtype=torch.int64, device=device),
+        *(torch.empty(raw.shape[0], dtype=torch.float32, device=device) for _ in range(3)),
+    )
+    for outer in _blocks(raw.shape[0], tiles, _NOISE_ELEMENTS):
+        noise, level = None, None
+        if not law.all_greedy:
+            high, low, third, fourth = tile_words(keys_of(keys, outer), tiles)
+            noise, level = gumbel(high, low), uniform(third, fourth)
+        for inner in _blocks(outer.stop - outer.start, tiles * TILE, _BLOCK_ELEMENTS):
+            rows = slice(outer.start + inner.start, outer.start + inner.stop)
+            z = borrow("sampled logits", (rows.stop - rows.start, tiles * TILE), raw, dtype)
+            _load_(z, raw[rows], classes, law.rows(rows))
+            drawn = _draw_(
+                z,
+                law.rows(rows),
+                None if noise is None else noise[inner],
+                None if level is None else level[inner],
+            )
+            for out, value in zip(sample, drawn, strict=True):
+                out[rows] = value
+    return sample
+
+
+def _blocks(rows: int, width: int, elements: int) -> Iterator[slice]:
+    height = max(1, elements // width)
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def keys_of(keys: SampleKeys, rows: slice) -> SampleKeys:
+    step = step_tensor(keys)
+    return SampleKeys(keys.seed, keys.rows[rows], step if step.numel() == 1 else step[rows])
+
+
+def _load_(z: Tensor, raw: Tensor, classes: Classes, law: RowLaw) -> None:
+    """z <- transformed logits, -inf for what is no valid class."""
+    count = classes.count
+    z[:, count:] = -torch.inf
+    live = z[:, :count]
+    live.copy_(raw[:, :count])
+    if classes.bias is not None:
+        live.add_(classes.bias)
+    softcap, scale = classes.transform.softcap, classes.transform.scale
+    if softcap is not None:
+        live.mul_(scale / softcap).tanh_().mul_(softcap)
+    elif scale != 1.0:
+        live.mul_(scale)
+    if law.inv_temperature is not None:
+        live.mul_(law.inv_temperature[:, None])
+    if classes.invalid is not None:
+        if classes.invalid.dtype == torch.bool:
+            live.masked_fill_(classes.invalid, -torch.inf)
+        else:
+            live.index_fill_(1, classes.invalid, -torch.inf)
+
+
+def tile_sums(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(maxima [b, tiles], their log-sums [b, tiles], softmax in each tile [b, tiles * TILE])."""
+    tiled = z.unflatten(1, (-1, TILE))
+    maxima = tiled.amax(-1)
+    inside = tiled.softmax(-1)
+    # The largest probability of a tile is 1 / its sum. A tile without a class has 0 / 0.
+    log_sums = torch.where(maxima == -torch.inf, -torch.inf, -inside.amax(-1).log())
+    return maxima, log_sums, inside.flatten(1)
+
+
+def _log_sum_exp(maxima: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(top [b, 1], log-sum-exp less top [b], fp64): a large top would take digits with it."""
+    top = maxima.amax(1, keepdim=True)
+    below = torch.where(maxima == top, 0.0, (maxima - top).double())
+    return top, (below + log_sums).exp().sum(1).log()
+
+
+def _draw_(
+    z: Tensor, law: RowLaw, noise: Tensor | None, level: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities, log of the kept mass, log-sum-exps; overwrites `z`."""
+    maxima, log_sums, inside = tile_sums(z)
+    top, lse_above = _log_sum_exp(maxima, log_sums)
+    lse = (top[:, 0].double() + lse_above).to(torch.float32)
+    # A row of NaN, of +inf or of nothing but -inf has no distribution to draw from.
+    proper = lse.isfinite()
+    log_kept = torch.zeros_like(lse)
+    if law.all_greedy:
+        tokens = _first_of_largest(z, maxima, proper)
+    else:
+        assert noise is not None and level is not None
+        choice = proper if law.greedy is None else proper & ~law.greedy
+        largest = None
+        if z.device.type != "cpu" or not bool(choice.all()):
+            largest = _first_of_largest(z, maxima, proper)
+        if law.filtered:
+            # The largest logit of a row stays, so that greedy rows lose nothing that they need.
+            drop_(z, top, lse_above, law)
+            maxima, log_sums, inside = tile_sums(z)
+            _, kept_above = _log_sum_exp(maxima, log_sums)
+            log_kept = torch.where(choice, (kept_above - lse_above).float(), log_kept)
+        tokens = _from_tiles(maxima - top, log_sums, inside, noise, level)
+        if largest is not None:
+            tokens = torch.where(choice, tokens, largest)
+    chosen = z.gather(1, tokens[:, None]) - top
+    logprob = torch.where(proper, (chosen[:, 0].double() - lse_above).float(), torch.nan)
+    log_kept = torch.where(proper, log_kept, torch.nan)
+    return tokens, logprob, log_kept, lse
+
+
+def _first_of_largest(z: Tensor, maxima: Tensor, proper: Tensor) -> Tensor:
+    """First class of the largest logit that is a number; 0 where there is none."""
+    tile = maxima.argmax(1, keepdim=True)
+    first = tile[:, 0] * TILE + _tile_of(z, tile).argmax(1)
+    if z.device.type == "cpu" and bool(proper.all()):
+        return first
+    return torch.where(proper, first, torch.where(z.isnan(), -torch.inf, z).argmax(1))
+
+
+def _tile_of(values: Tensor, tile: Tensor) -> Tensor:
+    """Tile `tile` [b, 1] of each row, [b, TILE]."""
+    tiled = values.unflatten(1, (-1, TILE))
+    return tiled.gather(1, tile[:, :, None].expand(-1, -1, TILE))[:, 0]
+
+
+def _from_tiles(
+    below_top: Tensor, log_sums: Tensor, inside: Tensor, noise: Tensor, level: Tensor
+) -> Tensor:
+    """A class of each row: the tile by its Gumbel score, the class in it by its level."""
+    # A sum rather than a test for -inf: NaN rows choose something, too.
+    tile = (below_top + log_sums + noise).argmax(1, keepdim=True)
+    p = _tile_of(inside, tile).double()
+    cumulative = p.cumsum(1)
+    # Below the whole sum, and at a class of positive mass, however the products are rounded.
+    reached = (cumulative > level.gather(1, tile) * cumulative[:, -1:]) & (p > 0)
+    reached[:, -1] |= ~reached.any(1)
+    return tile[:, 0] * TILE + reached.to(torch.int8).argmax(1)
+
+
+def drop_(z: Tensor, top: Tensor, lse_above: Tensor, law: RowLaw) -> None:
+    """-inf over the classes that the filters leave out.
+
+    Each filter keeps the first so many classes in the order (largest logit first, then lowest id),
+    so together they keep the fewest: the classes above a threshold, and at it the first ids.
+    """
+    threshold, at_threshold = _threshold(z, top, lse_above, law)
+    torch.where(z < threshold[:, None], torch.tensor(-torch.inf, dtype=z.dtype), z, out=z)
+    crowded = at_threshold < z.shape[1]
+    if z.device.type == "cpu":
+        rows = crowded.nonzero()[:, 0]
+        if len(rows) == 0:
+            return
+        some = z[rows]
+        z[rows] = _without_late_ties(some, threshold[rows, None], at_threshold[rows, None])
+    else:
+        z.copy_(_without_late_ties(z, threshold[:, None], at_threshold[:, None]))
+
+
+def _without_late_ties(z: Tensor, threshold: Tensor, keep: Tensor) -> Tensor:
+    """-inf over all but the first `keep` classes of a row that are at its threshold."""
+    ties = z == threshold
+    return torch.where(ties & (ties.cumsum(1, dtype=torch.int32) > keep), -torch.inf, z)
+
+
+def _threshold(z: Tensor, top: Tensor, lse_above: Tensor, law: RowLaw) -> tuple[Tensor, Tensor]:
+    """(threshold [b], how many classes at it are kept [b]; the row's width means all of them)."""
+    everything = z.shape[1]
+    threshold = torch.full_like(top[:, 0], -torch.inf)
+    at_threshold = torch.full_like(threshold, everything, dtype=torch.int64)
+    if law.top_k is not None or law.top_p is not None:
+        threshold, at_threshold = _ranked_threshold(z, top, lse_above, law)
+    if law.min_p is not None:
+        lowest = top[:, 0] + law.min_p.to(z.dtype).log()
+        higher = lowest > threshold
+        threshold = torch.where(higher, lowest, threshold)
+        at_threshold = torch.where(higher, everything, at_threshold)
+    return threshold, at_threshold
+
+
+def _ranked_threshold(
+    z: Tensor, top: Tensor, lse_above: Tensor, law: RowLaw
+) -> tuple[Tensor, Tensor]:
+    """What top-k and top-p keep, as `_threshold` says it.
+
+    Looks at a row's largest logits only, as many as top-k asks for or else a guess; a row whose
+    nucleus turns out to be larger is looked at again, further down, and in the end whole.
+    """
+    everything = z.shape[1]
+    k = torch.full_like(lse_above, everything, dtype=torch.int64)
+    if law.top_k is not None:
+        k = torch.where(law.top_k > 0, law.top_k.clamp(max=everything), everything)
+    p = torch.ones_like(lse_above) if law.top_p is None else law.top_p.double()
+    if z.device.type != "cpu":
+        threshold, at_threshold, _ = _prefix(z, top, lse_above, k, p, everything)
+        return threshold, at_threshold
+    threshold = torch.full_like(top[:, 0], -torch.inf)
+    at_threshold = torch.full_like(k, everything)
+    rows = ((k < everything) | (p < 1)).nonzero()[:, 0]
+    for guess in (_WIDTH, everything):
+        if len(rows) == 0:
+            break
+        ks = k[rows]
+        most = int(torch.where(ks < everything, ks, 0).max())
+        width = min(max(guess, most) if bool((ks == everything).any()) else most, everything)
+        # Indexing copies: not where every row is meant, as it usually is at first.
+        whole = len(rows) == len(z)
+        found, count, complete = _prefix(
+            z if whole else z[rows], top[rows], lse_above[rows], ks, p[rows], width
+        )
+        threshold[rows], at_threshold[rows] = found, count
+        rows = rows[~complete]
+    return threshold, at_threshold
+
+
+def _largest(z: Tensor, count: int) -> Tensor:
+    """The `count` largest logits of each row, descending."""
+    if z.device.type != "cpu":
+        return z.topk(count, dim=1).values
+    # NumPy sorts and partitions values by vector instructions, 5 to 20 times as fast.
+    values = z.numpy()
+    if count < z.shape[1]:
+        values = np.partition(values, -count, axis=1)[:, -count:]
+    return torch.from_numpy(np.sort(values, axis=1)).flip(1)
+
+
+def _prefix(
+    z: Tensor, top: Tensor, lse_above: Tensor, k: Tensor, p: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(threshold, kept at it, whether `width` logits were enough to know), each [b]."""
+    everything = z.shape[1]
+    # One more than needed, to see whether the next one ties with the last.
+    values = _largest(z, min(width + 1, everything))
+    mass = (values[:, :width] - top).double().exp().cumsum(1)
+    among_k = mass.gather(1, k.clamp(max=width)[:, None] - 1)[:, 0]
+    total = torch.where(k <= width, among_k, lse_above.exp())
+    nucleus = (mass < (p * total)[:, None]).sum(1) + 1
+    count = torch.where(p < 1, torch.minimum(nucleus, k), k)
+    complete = (count <= width) | (width == everything)
+    last = values.gather(1, count.clamp(max=width)[:, None] - 1)
+    tied = values.gather(1, count.clamp(max=values.shape[1] - 1)[:, None]) == last
+    tied &= (count < everything)[:, None]
+    above = (values > last).sum(1)
+    at_threshold = torch.where(tied[:, 0], count - above, everything)
+    return last[:, 0], at_threshold, complete
