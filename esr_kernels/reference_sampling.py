@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from esr_kernels.philox import SampleKeys, gumbel, tile_words, uniform
-from esr_kernels.reference import transformed_logits
 
 if TYPE_CHECKING:
     from esr_kernels.sampling import SamplingParams
@@ -54,16 +53,12 @@ def sample_from_logits(
         return torch.as_tensor(value, device=device).expand(batch)
 
     classes = num_classes or logits.shape[1]
-    z = transformed_logits(
-        logits,
-        torch.eye(logits.shape[1], device=device),
-        bias,
-        scale=logit_scale,
-        softcap=softcap,
-        temperature=1.0,
-        classes=slice(classes),
-        dtype=dtype,
-    )
+    z = logits[:, :classes].to(dtype)
+    if bias is not None:
+        z = z + bias[:classes].to(dtype)
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
     temperature = per_row(params.temperature).to(dtype)
     greedy = temperature == 0
     z = z / torch.where(greedy, 1.0, temperature)[:, None]
