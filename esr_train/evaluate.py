@@ -15,7 +15,7 @@ from esr_train.config import Config, ConfigError, LossConfig
 from esr_train.data import encode
 from esr_train.loss import divergence_from_hidden
 from esr_train.models import head
-from esr_train.rollout import Rollout, RolloutBatch
+from esr_train.rollout import PrefixRollout, RolloutBatch
 from esr_train.tasks import Task
 from esr_train.teacher import Sequences, Teacher, hidden_rows, sequences
 
@@ -36,7 +36,7 @@ class Evaluator:
         self.scored = self.problems[0].answer is not None
         self._teacher_text: list[tuple[Sequences, Tensor]] | None = None
         limits = max(config.eval.max_new_tokens, config.eval.teacher_text)
-        Rollout(teacher.model, tokenizer).check_fits(self.prompts, limits)
+        PrefixRollout(teacher.model, tokenizer).check_fits(self.prompts, limits)
 
     def evaluate(self, student: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics of the student as it is now, and a few of its answers, decoded.
@@ -63,7 +63,7 @@ class Evaluator:
         prompts = self.prompts if self.scored else self.prompts[:SHOWN]
         length = self.config.eval.max_new_tokens
         key = (SEED, "evaluation")
-        rollout = Rollout(student, self.tokenizer, self._classes(student))
+        rollout = PrefixRollout(student, self.tokenizer, self._classes(student))
         return rollout.generate(prompts, 1, length, temperature, key)
 
     def _classes(self, student: Any) -> int:
@@ -104,7 +104,7 @@ class Evaluator:
         device = self.teacher.head.weight.device
         length = self.config.eval.teacher_text
         key = (SEED, "teacher text")
-        rollout = Rollout(self.teacher.model, self.tokenizer, classes)
+        rollout = PrefixRollout(self.teacher.model, self.tokenizer, classes)
         text = rollout.generate(self.prompts, 1, length, 1.0, key)
         batches = []
         for part in torch.arange(len(self.prompts)).split(16):

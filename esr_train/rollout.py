@@ -1,22 +1,29 @@
 """Sampling responses from the student with the weights that are being trained.
 
-One engine for short and full rollouts: left-padded prefill, then one token a time for all rows.
-Prompts are computed once and their keys and values repeated for their samples. Padding is known by
-position, never by id, so pad == eos is harmless. The generation config of the model is not applied:
-what is sampled is softmax(logits / temperature) and nothing else.
+One engine for short and full rollouts. Prompts are computed once and their keys and values shared
+by their responses (`decode`, `prefix_cache`); then one token a time for all rows, drawn by
+`esr_kernels.sample_from_hidden` with noise that belongs to the row. Padding is known by position,
+never by id, so pad == eos is harmless. The generation config of the model is not applied: what is
+sampled is softmax(logits / temperature), filtered where filters are asked for, and nothing else.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from esr_kernels import SampleKeys, SamplingParams, sample_from_hidden
 from esr_train.data import seed_from
-from esr_train.models import decoder, eos_ids, head, max_positions
+from esr_train.decode import CapturedStep, Decoder, decoder_for, evaluating
+from esr_train.models import Head, decoder, eos_ids, head, max_positions
+
+# Steps between looks at which rows have ended, on CUDA: each look is at the state of the one
+# before, copied while the device went on, so the host never waits for a step it has just queued.
+_POLL_EVERY = 8
 
 
 class ContextError(ValueError):
@@ -25,12 +32,24 @@ class ContextError(ValueError):
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """B = prompts x samples responses, the samples of one prompt next to each other. On the CPU."""
+    """B = prompts x samples responses, the samples of one prompt next to each other. On the CPU.
+
+    The last three are there for what `PrefixRollout` sampled, and None where a batch was made by
+    hand.
+    """
 
     prompts: list[list[int]]  # token ids, one list per response
     tokens: Tensor  # [B, N] int64; 0 from `lengths` on
     lengths: Tensor  # [B] int64, EOS counted
     finished_by_eos: Tensor  # [B] bool; False: cut at N
+    # [B, N] fp32, log softmax(logits / temperature)[token], of the whole distribution whatever the
+    # filters; 0 from `lengths` on. Greedy rows: at temperature 1.
+    logprob: Tensor | None = None
+    # [B, N] fp32, log of the mass that the filters kept: logprob - log_kept is the log-probability
+    # with which a token was drawn. 0 without filters.
+    log_kept: Tensor | None = None
+    # [B] int64: with the same prompt, seed_key and row key a response is sampled again alone.
+    row_keys: Tensor | None = None
 
     def response(self, row: int) -> list[int]:
         """Token ids of one response, EOS included."""
@@ -39,15 +58,22 @@ class RolloutBatch:
 
     def select(self, rows: Tensor) -> RolloutBatch:
         """The responses at `rows`."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
         return RolloutBatch(
             prompts=[self.prompts[row] for row in rows.tolist()],
             tokens=self.tokens[rows],
             lengths=self.lengths[rows],
             finished_by_eos=self.finished_by_eos[rows],
+            logprob=cut(self.logprob),
+            log_kept=cut(self.log_kept),
+            row_keys=cut(self.row_keys),
         )
 
 
-class Rollout:
+class PrefixRollout:
     """Generates with a causal language model.
 
     Args:
@@ -60,6 +86,9 @@ class Rollout:
         self.model = model
         self.classes = classes or head(model).weight.shape[0]
         self.eos_ids = eos_ids(model, tokenizer)
+        # Keys and values that the last `generate` began with: P * L + B * N of them where the
+        # model reads shared prompts.
+        self.kv_bytes = 0
 
     def check_fits(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         """Raise ContextError where a prompt is empty, or with its response exceeds the context."""
@@ -78,85 +107,206 @@ class Rollout:
         prompts_token_ids: list[list[int]],
         samples_per_prompt: int,
         max_new_tokens: int,
-        temperature: float,
+        temperature: float | Tensor,
         seed_key: tuple[int | str, ...],
+        *,
+        top_k: int | Tensor = 0,
+        top_p: float | Tensor = 1.0,
+        min_p: float | Tensor = 0.0,
+        row_keys: Tensor | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> RolloutBatch:
         """Sample up to `max_new_tokens` tokens for each prompt; temperature 0 is greedy.
 
-        The same arguments and weights give the same tokens, bit for bit.
+        The same arguments and weights give the same tokens, bit for bit. A row's noise is a
+        function of (seed_key, row key, position) alone: neighbours change a sample only by the
+        rounding of its logits.
+
+        Args:
+            temperature, top_k, top_p, min_p: as in `esr_kernels.SamplingParams`; numbers, or
+                tensors with a value for each response.
+            row_keys: [B] int64, distinct; default 0 to B - 1. `batch.row_keys[[3]]` with the
+                prompt of row 3 samples that row again.
+            on_progress: called with (tokens a response so far, responses not known to have ended).
+
+        Raises:
+            ContextError: before any work, naming the longest prompt.
         """
         self.check_fits(prompts_token_ids, max_new_tokens)
-        model, top = decoder(self.model), head(self.model).first(self.classes)
-        device = top.weight.device
-        generator = torch.Generator(device).manual_seed(seed_from(*seed_key))
-        eos = torch.tensor(self.eos_ids, dtype=torch.int64, device=device)
-
-        ids, mask = _left_padded(prompts_token_ids, device)
-        cache = DynamicCache(config=self.model.config)
-        hidden = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        cache.batch_repeat_interleave(samples_per_prompt)
-        hidden = hidden.repeat_interleave(samples_per_prompt, dim=0)
-        mask = mask.repeat_interleave(samples_per_prompt, dim=0)
-        position = mask.sum(1)  # of the next token
-
-        batch = hidden.shape[0]
-        rows = torch.arange(batch, device=device)  # which response each row of the cache belongs to
-        alive = torch.ones(batch, dtype=torch.bool, device=device)  # rows that have not ended
-        tokens = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
-        lengths = torch.full((batch,), max_new_tokens, device=device)
-        by_eos = torch.zeros(batch, dtype=torch.bool, device=device)
-        for index in range(max_new_tokens):
-            token = _sample(top.logits(hidden), temperature, generator)
-            tokens[rows, index] = torch.where(alive, token, 0)
-            ended = alive & torch.isin(token, eos)
-            lengths[rows[ended]] = index + 1
-            by_eos[rows[ended]] = True
-            alive = alive & ~ended
-            count = int(alive.sum())
-            if count == 0 or index + 1 == max_new_tokens:
-                break
-            if 2 * count < len(rows):  # mostly finished rows: stop computing them
-                kept = alive.nonzero()[:, 0]
-                cache.batch_select_indices(kept)
-                rows, token, mask, position = rows[kept], token[kept], mask[kept], position[kept]
-                alive = alive[kept]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            hidden = model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            position = position + 1
-        return RolloutBatch(
-            prompts=[p for p in prompts_token_ids for _ in range(samples_per_prompt)],
-            tokens=tokens.cpu(),
-            lengths=lengths.cpu(),
-            finished_by_eos=by_eos.cpu(),
+        if samples_per_prompt < 1 or max_new_tokens < 1:
+            raise ValueError(
+                "samples_per_prompt and max_new_tokens must be at least 1, "
+                f"got {samples_per_prompt} and {max_new_tokens}"
+            )
+        batch = len(prompts_token_ids) * samples_per_prompt
+        if row_keys is None:
+            row_keys = torch.arange(batch)
+        if row_keys.shape != (batch,) or row_keys.dtype != torch.int64:
+            raise ValueError(
+                f"row_keys must be int64 of shape [{batch}], one for each response, "
+                f"got {row_keys.dtype} {list(row_keys.shape)}"
+            )
+        params = SamplingParams(temperature, top_k, top_p, min_p)
+        with evaluating(self.model):
+            engine = decoder_for(decoder(self.model))
+            # The last token is drawn and never read: no room for it.
+            hidden = engine.prefill(prompts_token_ids, samples_per_prompt, max_new_tokens - 1)
+            self.kv_bytes = engine.kv_bytes
+            sampling = _Sampling(
+                engine,
+                head(self.model),
+                self.classes,
+                self.eos_ids,
+                params,
+                seed_from(*seed_key),
+                row_keys.to(hidden.device),
+                max_new_tokens,
+            )
+            sampling.run(hidden.repeat_interleave(samples_per_prompt, dim=0), on_progress)
+        return sampling.result(
+            [prompt for prompt in prompts_token_ids for _ in range(samples_per_prompt)],
+            row_keys.cpu(),
         )
 
 
-def _left_padded(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask [B, P], both 0 in the padding."""
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, width - len(sequence) :] = torch.tensor(sequence)
-        mask[row, width - len(sequence) :] = 1
-    return ids.to(device), mask.to(device)
+class _Sampling:
+    """The loop over steps: draw, feed, and leave out rows that have ended.
+
+    A step is a function of tensors that stay where they are, so that it can be captured.
+    """
+
+    def __init__(
+        self,
+        engine: Decoder,
+        head: Head,
+        classes: int,
+        eos: list[int],
+        params: SamplingParams,
+        seed: int,
+        row_keys: Tensor,
+        max_new_tokens: int,
+    ) -> None:
+        device, batch = row_keys.device, len(row_keys)
+        self.engine, self.head, self.classes = engine, head, classes
+        self.params, self.seed, self.max_new_tokens = params, seed, max_new_tokens
+        self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        # By response; beyond the end of a response its row may go on for a while, see `result`.
+        self.tokens = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
+        self.logprob = torch.zeros(batch, max_new_tokens, device=device)
+        self.log_kept = torch.zeros(batch, max_new_tokens, device=device)
+        # By row that is computed.
+        self.rows = torch.arange(batch, device=device)  # which response it is
+        self.keys = row_keys
+        self.token = torch.zeros_like(self.rows)
+        self.alive = torch.ones_like(self.rows, dtype=torch.bool)
+
+    def run(self, hidden: Tensor, on_progress: Callable[[int, int], None] | None) -> None:
+        """From the hidden states [B, D] at the end of the prompts."""
+        on_cuda = hidden.is_cuda
+        watch = _Watch(on_cuda)
+        step = CapturedStep(self._advance, on_cuda and self.engine.captures)
+        self._draw(hidden)
+        for done in range(1, self.max_new_tokens):
+            alive = watch.look(self.alive)
+            if alive is not None:
+                count = int(alive.sum())
+                if on_progress:
+                    on_progress(done, count)
+                if count == 0:
+                    break
+                if _pays(count, len(alive), self.max_new_tokens - done, on_cuda):
+                    self._select(alive.nonzero()[:, 0], done - 1)
+                    watch, step = _Watch(on_cuda), CapturedStep(self._advance, step.capture)
+            step()
+
+    def _advance(self) -> None:
+        hidden = self.engine.step(self.token)
+        self.step += 1
+        self._draw(hidden)
+
+    def _draw(self, hidden: Tensor) -> None:
+        """The next token of each row."""
+        sample = sample_from_hidden(
+            hidden,
+            self.head.weight,
+            SampleKeys(self.seed, self.keys, self.step),
+            self.params,
+            bias=self.head.bias,
+            softcap=self.head.softcap,
+            logit_scale=self.head.scale,
+            num_classes=self.classes,
+        )
+        self.token.copy_(sample.tokens)
+        self.tokens[self.rows, self.step] = sample.tokens
+        self.logprob[self.rows, self.step] = sample.logprob
+        self.log_kept[self.rows, self.step] = sample.log_kept
+        self.alive &= ~self._is_eos(sample.tokens)
+
+    def _is_eos(self, tokens: Tensor) -> Tensor:
+        return (tokens[..., None] == self.eos).any(-1)
+
+    def _select(self, rows: Tensor, used: int) -> None:
+        """Compute only `rows`, int64 on the CPU, from here on; `used` tokens of each are stored."""
+        self.engine.select(rows, used)
+        rows = rows.to(self.rows.device, non_blocking=True)
+        self.rows, self.keys = self.rows[rows], self.keys[rows]
+        self.token, self.alive = self.token[rows], self.alive[rows]
+        self.params = SamplingParams(
+            *(
+                value[rows] if isinstance(value, Tensor) else value
+                for value in (getattr(self.params, field.name) for field in fields(self.params))
+            )
+        )
+
+    def result(self, prompts: list[list[int]], row_keys: Tensor) -> RolloutBatch:
+        """The responses, each to its first EOS."""
+        ends = self._is_eos(self.tokens)
+        by_eos = ends.any(1)
+        lengths = torch.where(by_eos, ends.int().argmax(1) + 1, self.max_new_tokens)
+        inside = torch.arange(self.max_new_tokens, device=lengths.device) < lengths[:, None]
+        return RolloutBatch(
+            prompts=prompts,
+            tokens=self.tokens.masked_fill(~inside, 0).cpu(),
+            lengths=lengths.cpu(),
+            finished_by_eos=by_eos.cpu(),
+            logprob=self.logprob.masked_fill(~inside, 0.0).cpu(),
+            log_kept=self.log_kept.masked_fill(~inside, 0.0).cpu(),
+            row_keys=row_keys,
+        )
 
 
-def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One token a row from softmax(logits / temperature), by an exponential race: [B, V] -> [B]."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits / temperature - noise.log()).argmax(dim=-1)
+class _Watch:
+    """Which rows are alive, as far as the host can know without waiting for the device."""
+
+    def __init__(self, on_cuda: bool) -> None:
+        self.on_cuda, self.calls = on_cuda, 0
+        self.seen: Tensor | None = None
+        self.copied: torch.cuda.Event | None = None
+
+    def look(self, alive: Tensor) -> Tensor | None:
+        """[B] bool on the CPU; None between polls. Of an earlier step on CUDA."""
+        if not self.on_cuda:
+            return alive
+        self.calls += 1
+        if self.calls % _POLL_EVERY:
+            return None
+        before = self.seen
+        if self.copied is not None:
+            self.copied.synchronize()
+        self.seen = torch.empty(alive.shape, dtype=torch.bool, pin_memory=True)
+        self.seen.copy_(alive, non_blocking=True)
+        self.copied = torch.cuda.Event()
+        self.copied.record()
+        return before
+
+
+def _pays(alive: int, rows: int, steps_left: int, on_cuda: bool) -> bool:
+    """Whether to copy the rows that are alive for the sake of fewer rows in the steps to come.
+
+    A copy costs less than a step of all rows. On CUDA it means another graph, which takes about
+    three steps without one, and the time of a small batch hardly depends on its rows.
+    """
+    if on_cuda:
+        return 2 * alive <= rows and steps_left >= 32
+    return (rows - alive) * steps_left >= 2 * rows

@@ -24,7 +24,7 @@ from esr_train.loss import divergence_from_hidden, token_weights
 from esr_train.metrics import JsonLines, Spans
 from esr_train.models import head
 from esr_train.optim import Optimizer, learning_rate
-from esr_train.rollout import Rollout, RolloutBatch
+from esr_train.rollout import PrefixRollout, RolloutBatch
 from esr_train.tasks import Task
 from esr_train.teacher import Teacher, hidden_rows, sequences
 
@@ -55,7 +55,7 @@ class Trainer:
         self.evaluator, self.save = evaluator, save
         self.on_step, self.on_first_rollout = on_step, on_first_rollout
         classes = min(head(student).weight.shape[0], teacher.head.weight.shape[0])
-        self.rollout = Rollout(student, tokenizer, classes)
+        self.rollout = PrefixRollout(student, tokenizer, classes)
         self.prompts = PromptStream(task, tokenizer, config.rollout.prompts, seed)
         self.optimizer = Optimizer(student)
         self.device = head(student).weight.device
@@ -200,7 +200,7 @@ class Trainer:
     def _check_context(self) -> None:
         """Refuse prompts that do not fit before any work, rather than at the step they come up."""
         length = self.config.rollout.max_new_tokens
-        for model in (self.rollout, Rollout(self.teacher.model, self.tokenizer)):
+        for model in (self.rollout, PrefixRollout(self.teacher.model, self.tokenizer)):
             for step in range(1, self.config.steps + 1):
                 model.check_fits(self.prompts.prompts_for(step), length)
                 if step * self.prompts.per_step >= len(self.prompts.problems):

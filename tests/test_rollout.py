@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from esr_train.models import head
-from esr_train.rollout import ContextError, Rollout, RolloutBatch
+from esr_train.rollout import ContextError, PrefixRollout, RolloutBatch
 from tests.tiny import char_tokenizer, tiny_llama
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [3, 3]]
@@ -12,7 +12,7 @@ TOKENIZER = char_tokenizer()
 
 
 def greedy(model: torch.nn.Module, length: int, prompts: list[list[int]] = PROMPTS) -> RolloutBatch:
-    return Rollout(model, TOKENIZER).generate(prompts, 1, length, 0.0, (0,))
+    return PrefixRollout(model, TOKENIZER).generate(prompts, 1, length, 0.0, (0,))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -35,7 +35,7 @@ def test_greedy_is_what_transformers_generates(seed: int) -> None:
 
 
 def test_the_same_key_replays_and_another_does_not() -> None:
-    engine = Rollout(tiny_llama(), TOKENIZER)
+    engine = PrefixRollout(tiny_llama(), TOKENIZER)
     first, again, other = (
         engine.generate(PROMPTS, 3, 12, 1.0, key) for key in [(0, 1), (0, 1), (0, 2)]
     )
@@ -46,7 +46,7 @@ def test_the_same_key_replays_and_another_does_not() -> None:
 def test_samples_follow_the_softmax_of_the_model() -> None:
     model, count = tiny_llama(), 20_000
     for temperature in (1.0, 0.5):
-        batch = Rollout(model, TOKENIZER).generate([[3, 4]], count, 1, temperature, (0,))
+        batch = PrefixRollout(model, TOKENIZER).generate([[3, 4]], count, 1, temperature, (0,))
         seen = torch.bincount(batch.tokens[:, 0], minlength=32)
         with torch.no_grad():
             expected = (model(torch.tensor([[3, 4]])).logits[0, -1] / temperature).softmax(-1)
@@ -92,7 +92,7 @@ def test_no_eos_is_a_cut_and_eos_at_the_cut_is_an_end() -> None:
 def test_every_eos_id_ends_a_response() -> None:
     model = _constant_model(7)
     model.generation_config.eos_token_id = [5, 7]
-    engine = Rollout(model, TOKENIZER)
+    engine = PrefixRollout(model, TOKENIZER)
     assert engine.eos_ids == [0, 5, 7]
     assert engine.generate(PROMPTS, 1, 5, 0.0, (0,)).finished_by_eos.all()
 
@@ -109,18 +109,20 @@ def test_a_pad_token_inside_a_prompt_is_a_token() -> None:
 def test_defaults_of_the_generation_config_are_not_applied() -> None:
     model, changed = tiny_llama(), tiny_llama()
     changed.generation_config.update(do_sample=True, top_k=1, temperature=0.1)
-    a, b = (Rollout(m, TOKENIZER).generate(PROMPTS, 2, 8, 1.0, (0,)) for m in (model, changed))
+    a, b = (
+        PrefixRollout(m, TOKENIZER).generate(PROMPTS, 2, 8, 1.0, (0,)) for m in (model, changed)
+    )
     assert torch.equal(a.tokens, b.tokens)
 
 
 def test_tokens_beyond_the_shared_classes_are_never_sampled() -> None:
-    engine = Rollout(_constant_model(30), TOKENIZER, classes=26)
+    engine = PrefixRollout(_constant_model(30), TOKENIZER, classes=26)
     assert int(engine.generate(PROMPTS, 4, 8, 1.0, (0,)).tokens.max()) < 26
     assert head(engine.model).first(26).weight.shape[0] == 26
 
 
 def test_context_overflow_is_refused_before_work() -> None:
-    engine = Rollout(tiny_llama(), TOKENIZER)
+    engine = PrefixRollout(tiny_llama(), TOKENIZER)
     engine.check_fits([[3] * 28], 100)
     with pytest.raises(ContextError, match=r"longest prompt has 29 tokens.*100 new.*128"):
         engine.generate([[3], [3] * 29], 1, 100, 1.0, (0,))
