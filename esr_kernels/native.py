@@ -1,0 +1,110 @@
+"""Compiling and loading the C of this package: the fast row passes on CPU, where a compiler is.
+
+Compiled once per machine with `$CC`, cc, gcc or clang, for the instructions of that machine, into
+`$ESR_CACHE` (default ~/.cache/esr); takes about two seconds, and a few milliseconds afterwards.
+Without a compiler, or with ESR_NATIVE=0, the PyTorch passes take over, with a note in the log.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+_log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("rows_native.c")
+# Nothing here licenses the compiler to reorder sums or to forget about NaN and infinity.
+_FLAGS = (
+    "-O3 -std=gnu11 -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "
+    "-shared -fPIC"
+).split()
+_TUNING = (["-march=native"], ["-mcpu=native"], [])  # the first that the compiler knows
+# Below this many logits a second thread costs more than it brings.
+_WORTH_A_THREAD = 1 << 16
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled row passes, or None where they cannot be had."""
+    if os.environ.get("ESR_NATIVE") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("No compiled row passes (%s); the PyTorch ones are used instead", error)
+        return None
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        path = shutil.which(name) if name else None
+        if path:
+            return path
+    raise OSError("no C compiler found: looked for $CC, cc, gcc and clang")
+
+
+def _machine() -> str:
+    """What `-march=native` depends on: a cache may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("flags", "Features", "model name", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _compiled() -> Path:
+    compiler, source = _compiler(), _SOURCE.read_bytes()
+    identity = [compiler, *_FLAGS, platform.platform(), _machine()]
+    digest = hashlib.sha256(source + "\0".join(identity).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("ESR_CACHE") or Path.home() / ".cache" / "esr").expanduser()
+    target = cache / "native" / f"rows-{digest}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        built = Path(directory) / "rows.so"
+        for tuning in _TUNING:
+            command = [compiler, *_FLAGS, *tuning, str(_SOURCE), "-o", str(built), "-lm"]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if run.returncode == 0:
+                break
+        else:
+            raise OSError(f"{' '.join(command)}: {run.stderr.strip()[-300:]}")
+        os.replace(built, target)  # two processes may build at once: either file will do
+    return target
+
+
+@functools.cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="esr-rows")
+
+
+def over_rows(work: Callable[[int, int], object], rows: int, classes: int) -> None:
+    """work(first, last) over all rows, on as many threads as PyTorch would use.
+
+    `work` is a call through ctypes, which lets go of the interpreter's lock. Rows are not shared
+    between threads, so results do not depend on how many there are.
+    """
+    parts = min(torch.get_num_threads(), rows, max(1, rows * classes // _WORTH_A_THREAD))
+    if parts <= 1:
+        work(0, rows)
+        return
+    ends = [rows * part // parts for part in range(parts + 1)]
+    # A pool's threads do not survive a fork: one pool for each process.
+    pool = _threads(os.getpid())
+    waiting = [pool.submit(work, a, b) for a, b in zip(ends[1:-1], ends[2:], strict=True)]
+    work(ends[0], ends[1])
+    for done in waiting:
+        done.result()

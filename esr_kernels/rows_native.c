@@ -1,0 +1,502 @@
+/* Row passes on CPU, compiled: the arithmetic of rows_torch.py in as few trips through memory as it
+ * takes. A row is walked in blocks that stay in the first-level cache: one walk for the statistics,
+ * online, one for the gradient; divergences that are no mix of the two KLs take one more.
+ *
+ * Written so that a compiler vectorises every loop: no branches, no calls, sums in fp32 within a
+ * block and in double across blocks. Loaded through ctypes by rows_native.py, whose structures
+ * mirror the ones here.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 256
+#define SIMD _Pragma("omp simd")
+#define INLINE static inline __attribute__((always_inline))
+
+enum { MIX, JSD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION };
+/* Columns of a part's statistics: row_stats.py. */
+enum { MAX = 0, LOG_SUM = 2, GAP = 4, CENTRED = 6, ARGMAX = 8, COLUMNS = 10 };
+
+struct transform { /* softcap * tanh(scale * z / softcap) / temperature */
+    const float *bias; /* [classes] or NULL */
+    float slope;       /* scale / temperature */
+    float inner;       /* scale / softcap, 0 without a softcap */
+    float outer;       /* softcap / temperature */
+};
+
+struct tile {
+    float *s, *t; /* raw logits, rows of `stride` elements; overwritten */
+    int64_t s_stride, t_stride, classes;
+    struct transform student, teacher;
+    int32_t kind;     /* of divergence */
+    float a, b;       /* MIX: weights of KL(q||p), KL(p||q); else the parameter */
+    const float *row_weight; /* [n] or NULL for 1 */
+    const int64_t *labels;   /* [n] counted from the tile's first class, or NULL */
+    float label_weight;
+    float label_pull; /* pull of a label that is not ignored: -label_weight */
+    int64_t ignored_label;
+};
+
+struct known { /* of whole rows, [n] each */
+    const float *student_lse, *teacher_lse, *lse_gap, *pull_sum;
+};
+
+/* ---- elementwise ---------------------------------------------------------------------------- */
+
+INLINE float bits_to_float(int32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE int32_t float_to_bits(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* x = n ln 2 + r, |r| <= ln 2 / 2: returns exp(r) - 1 by its Taylor series (next term 6e-9), and
+ * 2^n. x within [-87, 88]; NaN passes through. */
+INLINE float expm1_reduced(float x, float *scale) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    float n = (x * 1.44269504f + magic) - magic;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float tail = 1.98412698e-4f;
+    tail = tail * r + 1.38888889e-3f;
+    tail = tail * r + 8.33333333e-3f;
+    tail = tail * r + 4.16666667e-2f;
+    tail = tail * r + 1.66666667e-1f;
+    tail = tail * r + 0.5f;
+    *scale = bits_to_float(((int32_t)n + 127) << 23);
+    return r + r * r * tail;
+}
+
+/* exp(x) for x <= 88; 0 below -87, where fp32 has no normal numbers left. */
+INLINE float exp_(float x) {
+    float scale, inside = x < -87.0f ? -87.0f : x;
+    float value = expm1_reduced(inside, &scale);
+    value = value * scale + scale;
+    return x < -87.0f ? 0.0f : value;
+}
+
+INLINE float expm1_(float x) {
+    float scale, inside = x < -87.0f ? -87.0f : x;
+    float value = expm1_reduced(inside, &scale);
+    return value * scale + (scale - 1.0f);
+}
+
+/* log(1 + y) for finite y > -1, with small relative error for small y too. */
+INLINE float log1p_(float y) {
+    float u = 1.0f + y;
+    float lost = (y - (u - 1.0f)) / u; /* what rounding 1 + y threw away */
+    lost = u > 1e8f ? 0.0f : lost;
+    int32_t bits = float_to_bits(u);
+    int32_t k = (bits - 0x3f3504f3) >> 23; /* u = 2^k * (1 + f), sqrt(1/2) <= 1 + f < sqrt(2) */
+    float f = bits_to_float(bits - (int32_t)((uint32_t)k << 23)) - 1.0f;
+    float z = 7.0376836292e-2f;
+    z = z * f - 1.1514610310e-1f;
+    z = z * f + 1.1676998740e-1f;
+    z = z * f - 1.2420140846e-1f;
+    z = z * f + 1.4249322787e-1f;
+    z = z * f - 1.6668057665e-1f;
+    z = z * f + 2.0000714765e-1f;
+    z = z * f - 2.4999993993e-1f;
+    z = z * f + 3.3333331174e-1f;
+    float square = f * f;
+    z = z * f * square - (float)k * 2.12194440e-4f - 0.5f * square;
+    return (f + (z + lost)) + (float)k * 0.693359375f;
+}
+
+INLINE float tanh_(float x) {
+    float inside = x > 20.0f ? 20.0f : x;
+    inside = inside < -20.0f ? -20.0f : inside;
+    float e = expm1_(2.0f * inside);
+    return e / (e + 2.0f);
+}
+
+INLINE float clamp_gap(float gap) { /* divergences.py, _LARGEST_GAP */
+    gap = gap > 80.0f ? 80.0f : gap;
+    return gap < -80.0f ? -80.0f : gap;
+}
+
+/* Summand and pull of divergences.py, for a kind that is a constant where this is inlined. */
+INLINE float summand_and_pull(int kind, float a, float p, float q, float gap, float *pull) {
+    if (kind == TOTAL_VARIATION) {
+        float sign = (gap > 0.0f ? 1.0f : 0.0f) - (gap < 0.0f ? 1.0f : 0.0f);
+        *pull = -0.5f * p * sign;
+        return 0.5f * fabsf(p - q);
+    }
+    float teacher_share = kind == SKEW_REVERSE_KL ? 1.0f - a : a;
+    gap = clamp_gap(gap);
+    float excess = teacher_share * expm1_(gap); /* m / p - 1 */
+    float log_m = log1p_(excess);
+    if (kind == JSD) {
+        *pull = (a - 1.0f) * p * log_m;
+        return a * q * (gap - log_m) - (1.0f - a) * p * log_m;
+    }
+    if (kind == SKEW_FORWARD_KL) {
+        *pull = (a - 1.0f) * q / (1.0f + excess);
+        return q * (gap - log_m);
+    }
+    *pull = -p * (log_m - a * excess / (1.0f + excess));
+    return -p * log_m;
+}
+
+/* ---- one block of a row --------------------------------------------------------------------- */
+
+INLINE void transform_block(float *z, int64_t start, int64_t n, const struct transform *how) {
+    if (how->bias) {
+        const float *bias = how->bias + start;
+        SIMD for (int64_t i = 0; i < n; i++) z[i] += bias[i];
+    }
+    if (how->inner != 0.0f) {
+        float inner = how->inner, outer = how->outer;
+        SIMD for (int64_t i = 0; i < n; i++) z[i] = tanh_(z[i] * inner) * outer;
+    } else if (how->slope != 1.0f) {
+        float slope = how->slope;
+        SIMD for (int64_t i = 0; i < n; i++) z[i] *= slope;
+    }
+}
+
+/* d(transformed)/d(raw) over its constant part, of a transformed logit. `capped` is a constant where
+ * this is inlined. */
+INLINE float chain(int capped, float z, float inverse_outer) {
+    float x = z * inverse_outer;
+    return capped ? 1.0f - x * x : 1.0f;
+}
+
+INLINE float inverse_outer_of(const struct transform *how) {
+    return how->inner != 0.0f ? 1.0f / how->outer : 0.0f;
+}
+
+INLINE float block_max(const float *z, int64_t n) {
+    float top = -INFINITY;
+    _Pragma("omp simd reduction(max : top)") for (int64_t i = 0; i < n; i++) top =
+        z[i] > top ? z[i] : top;
+    return top;
+}
+
+/* Online statistics of one model's row: sums relative to the running maximum. */
+struct running {
+    float top;
+    int64_t top_block; /* where the maximum was first met */
+    double sum, gap, centred;
+};
+
+INLINE void raise_top(struct running *r, float top, int64_t start) {
+    if (!(top > r->top)) return;
+    if (r->sum != 0.0) {
+        double by = (double)r->top - (double)top, factor = exp(by);
+        r->centred = factor * (r->centred + r->sum * by);
+        r->gap *= factor;
+        r->sum *= factor;
+    }
+    r->top = top;
+    r->top_block = start;
+}
+
+/* Sums of p, p * gap, p * (s - top), q, q * gap, q * (t - top), unnormalised. `careful` where an
+ * infinite logit makes products 0 * inf: a class of probability 0 then counts 0 whatever its logit,
+ * and NaN still passes through. */
+INLINE void block_sums(
+    int careful, const float *s, const float *t, int64_t n, float s_top, float t_top, float sums[6]
+) {
+    float s_sum = 0, s_gap = 0, s_centred = 0, t_sum = 0, t_gap = 0, t_centred = 0;
+    _Pragma("omp simd reduction(+ : s_sum, s_gap, s_centred, t_sum, t_gap, t_centred)")
+    for (int64_t i = 0; i < n; i++) {
+        float ds = s[i] - s_top, dt = t[i] - t_top, gap = t[i] - s[i];
+        float p = exp_(ds), q = exp_(dt);
+        s_sum += p;
+        t_sum += q;
+        s_gap += careful && p == 0.0f ? 0.0f : p * gap;
+        t_gap += careful && q == 0.0f ? 0.0f : q * gap;
+        s_centred += careful && p == 0.0f ? 0.0f : p * ds;
+        t_centred += careful && q == 0.0f ? 0.0f : q * dt;
+    }
+    sums[0] = s_sum, sums[1] = s_gap, sums[2] = s_centred;
+    sums[3] = t_sum, sums[4] = t_gap, sums[5] = t_centred;
+}
+
+INLINE void row_statistics(
+    float *s, float *t, const struct tile *x, struct running *student, struct running *teacher
+) {
+    struct running one = {-INFINITY, 0, 0, 0, 0}, two = one;
+    for (int64_t start = 0; start < x->classes; start += BLOCK) {
+        int64_t n = x->classes - start < BLOCK ? x->classes - start : BLOCK;
+        float *bs = s + start, *bt = t + start;
+        transform_block(bs, start, n, &x->student);
+        transform_block(bt, start, n, &x->teacher);
+        raise_top(&one, block_max(bs, n), start);
+        raise_top(&two, block_max(bt, n), start);
+        float sums[6];
+        block_sums(0, bs, bt, n, one.top, two.top, sums);
+        float check = sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5];
+        if (!(check - check == 0.0f)) block_sums(1, bs, bt, n, one.top, two.top, sums);
+        /* Nothing but -inf so far: no mass, rather than exp(-inf - -inf). */
+        if (one.top != -INFINITY || isnan(bs[0]))
+            one.sum += sums[0], one.gap += sums[1], one.centred += sums[2];
+        if (two.top != -INFINITY || isnan(bt[0]))
+            two.sum += sums[3], two.gap += sums[4], two.centred += sums[5];
+    }
+    *student = one;
+    *teacher = two;
+}
+
+INLINE void write_part(float *part, int model, const float *z, int64_t n, const struct running *r) {
+    int64_t at = r->top_block;
+    while (at < n && !(z[at] == r->top)) at++;
+    part[MAX + model] = r->top;
+    part[ARGMAX + model] = (float)(at < n ? at : 0);
+    part[LOG_SUM + model] = (float)log(r->sum);
+    part[GAP + model] = r->sum == 0.0 ? 0.0f : (float)(r->gap / r->sum);
+    part[CENTRED + model] = r->sum == 0.0 ? 0.0f : (float)(r->centred / r->sum);
+}
+
+/* p = exp(s - s_top) * s_scale and q likewise; log q - log p = t - s + lse_gap. */
+struct normaliser {
+    float s_top, s_scale, t_top, t_scale, lse_gap;
+};
+
+INLINE float normalised_gap(float s, float t, float p, float q, float lse_gap) {
+    return p == 0.0f && q == 0.0f ? 0.0f : (t - s) + lse_gap;
+}
+
+/* s <- weight * chain * (pull - p * pull_sum), for a mix of the two KLs. */
+INLINE void mix_gradient(
+    int capped, float *s, const float *t, int64_t n, const struct tile *x, struct normaliser norm,
+    float pull_sum, float weight
+) {
+    float forward = x->a, reverse = x->b;
+    float inverse_outer = inverse_outer_of(&x->student);
+    if (forward == 0.0f) {
+        SIMD for (int64_t i = 0; i < n; i++) {
+            float p = exp_(s[i] - norm.s_top) * norm.s_scale;
+            float dz = p * (-reverse * (t[i] - s[i]) - pull_sum);
+            s[i] = (p != 0.0f ? dz : 0.0f) * (weight * chain(capped, s[i], inverse_outer));
+        }
+        return;
+    }
+    SIMD for (int64_t i = 0; i < n; i++) {
+        float p = exp_(s[i] - norm.s_top) * norm.s_scale;
+        float q = exp_(t[i] - norm.t_top) * norm.t_scale;
+        float dz = p * (-reverse * (t[i] - s[i]) - pull_sum);
+        s[i] = ((p != 0.0f ? dz : 0.0f) - forward * q) * (weight * chain(capped, s[i], inverse_outer));
+    }
+}
+
+/* As mix_gradient where only KL(q||p) counts: the gap stays out, which may be infinite. */
+INLINE void forward_gradient(
+    int capped, float *s, const float *t, int64_t n, const struct tile *x, struct normaliser norm,
+    float pull_sum, float weight
+) {
+    float forward = x->a;
+    float inverse_outer = inverse_outer_of(&x->student);
+    SIMD for (int64_t i = 0; i < n; i++) {
+        float p = exp_(s[i] - norm.s_top) * norm.s_scale;
+        float q = exp_(t[i] - norm.t_top) * norm.t_scale;
+        s[i] = (-p * pull_sum - forward * q) * (weight * chain(capped, s[i], inverse_outer));
+    }
+}
+
+#define FOR_KIND(kind, call)                                                                       \
+    switch (kind) {                                                                                \
+    case JSD: call(JSD); break;                                                                    \
+    case SKEW_FORWARD_KL: call(SKEW_FORWARD_KL); break;                                            \
+    case SKEW_REVERSE_KL: call(SKEW_REVERSE_KL); break;                                            \
+    case TOTAL_VARIATION: call(TOTAL_VARIATION); break;                                            \
+    }
+
+/* Sums of summands, pulls and p over a row. With `keep`, p and pulls, times the chain of the
+ * student's transform, take the place of s and t. */
+INLINE void pull_sums_of(
+    int kind, int keep, int capped, float *s, float *t, const struct tile *x, struct normaliser norm,
+    double sums[3]
+) {
+    float a = x->a, inverse_outer = inverse_outer_of(&x->student);
+    sums[0] = sums[1] = sums[2] = 0;
+    for (int64_t start = 0; start < x->classes; start += BLOCK) {
+        int64_t n = x->classes - start < BLOCK ? x->classes - start : BLOCK;
+        float *bs = s + start, *bt = t + start, value = 0, pulls = 0, mass = 0;
+        _Pragma("omp simd reduction(+ : value, pulls, mass)") for (int64_t i = 0; i < n; i++) {
+            float p = exp_(bs[i] - norm.s_top) * norm.s_scale;
+            float q = exp_(bt[i] - norm.t_top) * norm.t_scale;
+            float pull, gap = normalised_gap(bs[i], bt[i], p, q, norm.lse_gap);
+            value += summand_and_pull(kind, a, p, q, gap, &pull);
+            pulls += pull;
+            mass += p;
+            if (keep) {
+                float slope = chain(capped, bs[i], inverse_outer);
+                bt[i] = pull * slope;
+                bs[i] = p * slope;
+            }
+        }
+        sums[0] += value, sums[1] += pulls, sums[2] += mass;
+    }
+}
+
+static void pull_sums_kept(
+    float *s, float *t, const struct tile *x, struct normaliser norm, double total[3]
+) {
+#define CAPPED(kind) pull_sums_of(kind, 1, 1, s, t, x, norm, total)
+#define UNCAPPED(kind) pull_sums_of(kind, 1, 0, s, t, x, norm, total)
+    if (x->student.inner != 0.0f) {
+        FOR_KIND(x->kind, CAPPED)
+    } else {
+        FOR_KIND(x->kind, UNCAPPED)
+    }
+#undef CAPPED
+#undef UNCAPPED
+}
+
+INLINE void two_pass_gradient(
+    int kind, int capped, float *s, const float *t, int64_t n, const struct tile *x, struct normaliser norm,
+    float pull_sum, float weight
+) {
+    float a = x->a, inverse_outer = inverse_outer_of(&x->student);
+    SIMD for (int64_t i = 0; i < n; i++) {
+        float p = exp_(s[i] - norm.s_top) * norm.s_scale;
+        float q = exp_(t[i] - norm.t_top) * norm.t_scale;
+        float pull, gap = normalised_gap(s[i], t[i], p, q, norm.lse_gap);
+        summand_and_pull(kind, a, p, q, gap, &pull);
+        s[i] = (pull - p * pull_sum) * (weight * chain(capped, s[i], inverse_outer));
+    }
+}
+
+INLINE int has_label(const struct tile *x, int64_t row) {
+    return x->labels && x->labels[row] >= 0 && x->labels[row] < x->classes;
+}
+
+/* A row of weight 0 has no gradient, even where its logits are NaN. */
+INLINE int silenced(const struct tile *x, int64_t row) {
+    if (!x->row_weight || x->row_weight[row] != 0.0f) return 0;
+    memset(x->s + row * x->s_stride, 0, x->classes * sizeof(float));
+    return 1;
+}
+
+INLINE float weight_of(const struct tile *x, int64_t row) {
+    return x->row_weight ? x->row_weight[row] : 1.0f;
+}
+
+INLINE float label_chain(const struct tile *x, const float *s, int64_t label) {
+    return x->student.inner != 0.0f ? chain(1, s[label], inverse_outer_of(&x->student)) : 1.0f;
+}
+
+/* ---- the four passes, over rows [first, last) ------------------------------------------------ */
+
+/* parts [n, COLUMNS] of a tile of classes. */
+void tile_stats(const struct tile *x, int64_t first, int64_t last, float *parts) {
+    for (int64_t row = first; row < last; row++) {
+        float *s = x->s + row * x->s_stride, *t = x->t + row * x->t_stride;
+        struct running student, teacher;
+        row_statistics(s, t, x, &student, &teacher);
+        write_part(parts + row * COLUMNS, 0, s, x->classes, &student);
+        write_part(parts + row * COLUMNS, 1, t, x->classes, &teacher);
+    }
+}
+
+static void transform_rows(const struct tile *x, float *s, float *t) {
+    for (int64_t start = 0; start < x->classes; start += BLOCK) {
+        int64_t n = x->classes - start < BLOCK ? x->classes - start : BLOCK;
+        transform_block(s + start, start, n, &x->student);
+        transform_block(t + start, start, n, &x->teacher);
+    }
+}
+
+INLINE struct normaliser known_normaliser(const struct known *k, int64_t row) {
+    struct normaliser norm = {k->student_lse[row], 1, k->teacher_lse[row], 1, k->lse_gap[row]};
+    return norm;
+}
+
+/* sums [n, 3] of summands, pulls and p over a tile. */
+void tile_pull_sums(
+    const struct tile *x, int64_t first, int64_t last, const struct known *k, float *sums
+) {
+    for (int64_t row = first; row < last; row++) {
+        float *s = x->s + row * x->s_stride, *t = x->t + row * x->t_stride;
+        struct normaliser norm = known_normaliser(k, row);
+        double total[3] = {0, 0, 0};
+        transform_rows(x, s, t);
+#define SUMS(kind) pull_sums_of(kind, 0, 0, s, t, x, norm, total)
+        FOR_KIND(x->kind, SUMS)
+#undef SUMS
+        for (int i = 0; i < 3; i++) sums[row * 3 + i] = (float)total[i];
+    }
+}
+
+INLINE void gradient_of(
+    int capped, float *s, const float *t, int64_t n, const struct tile *x, struct normaliser norm,
+    float pull_sum, float weight
+) {
+    if (x->kind == MIX && x->b == 0.0f) {
+        forward_gradient(capped, s, t, n, x, norm, pull_sum, weight);
+    } else if (x->kind == MIX) {
+        mix_gradient(capped, s, t, n, x, norm, pull_sum, weight);
+    } else {
+#define GRADIENT(kind) two_pass_gradient(kind, capped, s, t, n, x, norm, pull_sum, weight)
+        FOR_KIND(x->kind, GRADIENT)
+#undef GRADIENT
+    }
+}
+
+static void gradient_block(
+    float *s, const float *t, int64_t n, const struct tile *x, struct normaliser norm,
+    float pull_sum, float weight
+) {
+    if (x->student.inner != 0.0f)
+        gradient_of(1, s, t, n, x, norm, pull_sum, weight);
+    else
+        gradient_of(0, s, t, n, x, norm, pull_sum, weight);
+}
+
+/* s <- dz of a tile whose rows are known. */
+void tile_gradient(const struct tile *x, int64_t first, int64_t last, const struct known *k) {
+    for (int64_t row = first; row < last; row++) {
+        float *s = x->s + row * x->s_stride, *t = x->t + row * x->t_stride;
+        struct normaliser norm = known_normaliser(k, row);
+        float weight = weight_of(x, row), at_label = 0;
+        if (silenced(x, row)) continue;
+        for (int64_t start = 0; start < x->classes; start += BLOCK) {
+            int64_t n = x->classes - start < BLOCK ? x->classes - start : BLOCK;
+            transform_block(s + start, start, n, &x->student);
+            transform_block(t + start, start, n, &x->teacher);
+            if (has_label(x, row) && x->labels[row] >= start && x->labels[row] < start + n)
+                at_label = label_chain(x, s, x->labels[row]);
+            gradient_block(s + start, t + start, n, x, norm, k->pull_sum[row], weight);
+        }
+        if (has_label(x, row)) s[x->labels[row]] -= x->label_weight * weight * at_label;
+    }
+}
+
+/* Whole rows at once: parts [n, COLUMNS], sums [n, 3] (not for MIX), and s <- dz. */
+void stash_rows(const struct tile *x, int64_t first, int64_t last, float *parts, float *sums) {
+    for (int64_t row = first; row < last; row++) {
+        float *s = x->s + row * x->s_stride, *t = x->t + row * x->t_stride;
+        float *part = parts + row * COLUMNS, weight = weight_of(x, row), at_label = 0;
+        struct running student, teacher;
+        row_statistics(s, t, x, &student, &teacher);
+        write_part(part, 0, s, x->classes, &student);
+        write_part(part, 1, t, x->classes, &teacher);
+        double lse_gap = (double)student.top - teacher.top + log(student.sum / teacher.sum);
+        struct normaliser norm = {
+            student.top, (float)(1.0 / student.sum), teacher.top, (float)(1.0 / teacher.sum),
+            (float)lse_gap,
+        };
+        int64_t label = has_label(x, row) ? x->labels[row] : -1;
+        if (label >= 0) at_label = label_chain(x, s, label);
+        float label_pull = x->labels && x->labels[row] != x->ignored_label ? x->label_pull : 0.0f;
+        if (x->kind == MIX) {
+            float pull_sum = -x->a - (x->b != 0.0f ? x->b * part[GAP] : 0.0f) + label_pull;
+            gradient_block(s, t, x->classes, x, norm, pull_sum, weight);
+        } else {
+            double total[3] = {0, 0, 0};
+            pull_sums_kept(s, t, x, norm, total);
+            for (int i = 0; i < 3; i++) sums[row * 3 + i] = (float)total[i];
+            float pull_sum = (float)(total[1] / total[2]) + label_pull;
+            int64_t n = x->classes;
+            SIMD for (int64_t i = 0; i < n; i++) s[i] = weight * (t[i] - s[i] * pull_sum);
+        }
+        if (label >= 0) s[label] -= x->label_weight * weight * at_label;
+        silenced(x, row);
+    }
+}

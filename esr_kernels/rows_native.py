@@ -1,0 +1,209 @@
+"""Row passes on CPU in compiled C, with the signatures of `rows_torch`, which serves what C does not:
+fp64, and divergences defined outside of this package.
+
+A row is read once from memory and about three times from the cache; PyTorch's operations touch it
+some fifteen times. Sums run in fp32 within blocks of 256 classes and in double across them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from esr_kernels import rows_torch
+from esr_kernels.divergences import (
+    JSD,
+    Divergence,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from esr_kernels.native import library, over_rows
+from esr_kernels.row_stats import (
+    COLUMNS,
+    IGNORED_LABEL,
+    LogitTransform,
+    RowsKnown,
+    RowSpec,
+    RowStats,
+    Tile,
+    from_pull_sums,
+    merge_parts,
+    mixed_kl,
+)
+
+_Pointer = ctypes.c_void_p
+
+
+class _Transform(ctypes.Structure):
+    _fields_ = [
+        ("bias", _Pointer),
+        ("slope", ctypes.c_float),
+        ("inner", ctypes.c_float),
+        ("outer", ctypes.c_float),
+    ]
+
+
+class _Tile(ctypes.Structure):
+    _fields_ = [
+        ("s", _Pointer),
+        ("t", _Pointer),
+        ("s_stride", ctypes.c_int64),
+        ("t_stride", ctypes.c_int64),
+        ("classes", ctypes.c_int64),
+        ("student", _Transform),
+        ("teacher", _Transform),
+        ("kind", ctypes.c_int32),
+        ("a", ctypes.c_float),
+        ("b", ctypes.c_float),
+        ("row_weight", _Pointer),
+        ("labels", _Pointer),
+        ("label_weight", ctypes.c_float),
+        ("label_pull", ctypes.c_float),
+        ("ignored_label", ctypes.c_int64),
+    ]
+
+
+class _Known(ctypes.Structure):
+    _fields_ = [
+        ("student_lse", _Pointer),
+        ("teacher_lse", _Pointer),
+        ("lse_gap", _Pointer),
+        ("pull_sum", _Pointer),
+    ]
+
+
+def available() -> bool:
+    """Whether the C could be compiled and loaded."""
+    return library() is not None
+
+
+def _kind(divergence: Divergence) -> tuple[int, float, float] | None:
+    """(kind, a, b) as rows_native.c numbers them; None for a divergence that it does not know."""
+    mix = divergence.kl_weights
+    if mix is not None:
+        return 0, *mix
+    if type(divergence) is JSD:
+        return 1, divergence.beta, 0.0
+    if type(divergence) is SkewForwardKL:
+        return 2, divergence.alpha, 0.0
+    if type(divergence) is SkewReverseKL:
+        return 3, divergence.alpha, 0.0
+    return (4, 0.0, 0.0) if type(divergence) is TotalVariation else None
+
+
+class _Call:
+    """The arguments of one call; holds on to the tensors that they point into."""
+
+    def __init__(self, tile: Tile, row_weight: Tensor | None, spec: RowSpec) -> None:
+        self._kept: list[Tensor] = [tile.s, tile.t]
+        self.rows, self.classes = tile.s.shape
+        kind = _kind(spec.divergence)
+        assert kind is not None
+        self.tile = _Tile(
+            s=tile.s.data_ptr(),
+            t=tile.t.data_ptr(),
+            s_stride=tile.s.stride(0),
+            t_stride=tile.t.stride(0),
+            classes=self.classes,
+            student=self._transform(spec.student, tile.student_bias),
+            teacher=self._transform(spec.teacher, tile.teacher_bias),
+            kind=kind[0],
+            a=kind[1],
+            b=kind[2],
+            row_weight=self._pointer(row_weight, torch.float32),
+            labels=self._pointer(tile.labels, torch.int64),
+            label_weight=spec.label_weight,
+            label_pull=-spec.label_weight,
+            ignored_label=IGNORED_LABEL,
+        )
+
+    def _pointer(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+        if tensor is None:
+            return None
+        tensor = tensor.to(dtype).contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _transform(self, transform: LogitTransform, bias: Tensor | None) -> _Transform:
+        softcap, temperature = transform.softcap, transform.temperature
+        return _Transform(
+            bias=self._pointer(bias, torch.float32),
+            slope=transform.slope,
+            inner=0.0 if softcap is None else transform.scale / softcap,
+            outer=0.0 if softcap is None else softcap / temperature,
+        )
+
+    def known(self, *fields: Tensor) -> _Known:
+        return _Known(*(self._pointer(field, torch.float32) for field in fields))
+
+    def run(self, name: str, *arguments: object) -> None:
+        function = getattr(library(), name)
+        function.restype = None
+        tile = ctypes.byref(self.tile)
+
+        def work(first: int, last: int) -> None:
+            function(tile, ctypes.c_int64(first), ctypes.c_int64(last), *arguments)
+
+        over_rows(work, self.rows, self.classes)
+
+
+def _serves(tile: Tile, spec: RowSpec) -> bool:
+    fits = tile.s.stride(1) == tile.t.stride(1) == 1 or tile.s.shape[1] <= 1
+    return tile.s.dtype == torch.float32 and fits and _kind(spec.divergence) is not None
+
+
+def _out(tensor: Tensor) -> _Pointer:
+    return _Pointer(tensor.data_ptr())
+
+
+def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
+    """Statistics [n, 1, COLUMNS] of a tile of classes; overwrites the logits."""
+    if not _serves(tile, spec):
+        return rows_torch.tile_stats(tile, spec)
+    parts = tile.s.new_empty(tile.s.shape[0], 1, COLUMNS)
+    _Call(tile, None, spec).run("tile_stats", _out(parts))
+    return parts
+
+
+def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
+    """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
+    if not _serves(tile, spec):
+        return rows_torch.tile_pull_sums(tile, stats, spec)
+    sums = tile.s.new_empty(tile.s.shape[0], 3)
+    call = _Call(tile, None, spec)
+    known = call.known(stats.student_lse, stats.teacher_lse, stats.lse_gap)
+    call.run("tile_pull_sums", ctypes.byref(known), _out(sums))
+    return sums
+
+
+def tile_gradient_(
+    tile: Tile, known: RowsKnown, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
+) -> None:
+    """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
+    if not _serves(tile, spec):
+        return rows_torch.tile_gradient_(tile, known, row_weight, spec, dz)
+    call = _Call(tile, row_weight, spec)
+    fields = call.known(known.student_lse, known.teacher_lse, known.lse_gap, known.pull_sum)
+    call.run("tile_gradient", ctypes.byref(fields))
+    if dz is not tile.s:
+        dz.copy_(tile.s)
+
+
+def stash_rows_(
+    tile: Tile, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
+) -> tuple[Tensor, RowStats]:
+    """(divergence [n], statistics) of whole rows; writes their dz [n, V], which may be `tile.s`."""
+    if not _serves(tile, spec):
+        return rows_torch.stash_rows_(tile, row_weight, spec, dz)
+    n, mix = tile.s.shape[0], spec.divergence.kl_weights
+    parts = tile.s.new_empty(n, 1, COLUMNS)
+    sums = tile.s.new_empty(n if mix is None else 0, 3)
+    _Call(tile, row_weight, spec).run("stash_rows", _out(parts), _out(sums))
+    if dz is not tile.s:
+        dz.copy_(tile.s)
+    stats = merge_parts(parts)
+    value, _ = from_pull_sums(sums) if mix is None else mixed_kl(stats, *mix)
+    return value, stats
