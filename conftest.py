@@ -30,5 +30,26 @@ def _round_like_a_gpu() -> None:
     interpreter.InterpreterBuilder.create_fp_trunc = round_to_nearest
 
 
+def _multiply_like_a_gpu() -> None:
+    """Triton 3.7's interpreter holds bf16 as raw bits, and multiplies the bits."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widen(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = operand.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot(self, a, b, accumulator, *options):
+        return multiply(self, widen(a), widen(b), accumulator, *options)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_like_a_gpu()
+    _multiply_like_a_gpu()

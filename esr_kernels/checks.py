@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esr_kernels import gemm
 from esr_kernels.head import (
     check_bias,
     check_impl,
@@ -66,6 +67,7 @@ def check_inputs(
     teacher_ids: Tensor | None,
     labels: Tensor | None,
     label_weight: float,
+    weight_grad: Tensor | None,
     reduction: str,
     group: Any,
     impl: str,
@@ -110,7 +112,9 @@ def check_inputs(
         raise ValueError(f"label_weight is {label_weight} and there are no labels")
     if group is not None and impl == "reference":
         raise ValueError("impl='reference' does not shard the vocabulary: group must be None")
-    logits_dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+    if weight_grad is not None:
+        _check_weight_grad(weight_grad, student_weight, impl)
+    logits_dtype = gemm.logits_dtype(student_hidden.dtype)
     if (student_hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
         raise TypeError(
             "student and teacher must both be float64 or neither, got "
@@ -154,6 +158,26 @@ def check_inputs(
         ),
         classes,
     )
+
+
+def _check_weight_grad(weight_grad: Tensor, student_weight: Tensor, impl: str) -> None:
+    if not isinstance(weight_grad, Tensor):
+        raise TypeError(f"weight_grad must be a torch.Tensor, got {type(weight_grad).__name__}")
+    shape, dtype = student_weight.shape, gemm.logits_dtype(student_weight.dtype)
+    if (weight_grad.shape, weight_grad.dtype) != (shape, dtype):
+        raise ValueError(
+            f"weight_grad must be {dtype} of student_weight's shape {list(shape)}, "
+            f"got {weight_grad.dtype} {list(weight_grad.shape)}"
+        )
+    if weight_grad.device != student_weight.device:
+        raise ValueError(
+            f"weight_grad must be on student_weight's device {student_weight.device}, "
+            f"got {weight_grad.device}"
+        )
+    if not weight_grad.is_contiguous() or weight_grad.requires_grad:
+        raise ValueError("weight_grad must be contiguous and require no gradient")
+    if impl == "reference":
+        raise ValueError("impl='reference' has autograd's gradients only: weight_grad must be None")
 
 
 def _classes(num_classes: int | None, student: int, teacher: int) -> int:

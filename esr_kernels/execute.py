@@ -72,6 +72,16 @@ class Operands(NamedTuple):
             None if self.labels is None else self.labels - classes.start,
         )
 
+    def take(self, rows: Tensor | None) -> Operands:
+        """The operands of these rows; of all for None."""
+        if rows is None:
+            return self
+        return self._replace(
+            student_hidden=self.student_hidden[rows],
+            teacher_hidden=self.teacher_hidden[rows],
+            labels=None if self.labels is None else self.labels[rows],
+        )
+
 
 def _select(weight: Tensor, ids: Tensor | None, classes: slice) -> tuple[Tensor, Tensor | None]:
     return (weight[classes], None) if ids is None else (weight, ids[classes])
@@ -227,13 +237,7 @@ class _Tiles:
 
 def forward_only(x: Operands, call: Call) -> tuple[Tensor, RowStats, RowsKnown]:
     """(divergence, statistics, what a backward needs) of every row, from discarded logits."""
-    tiles = _Tiles(x, call)
-    tile_parts = []
-    for classes in tiles.classes:
-        part = call.rows.tile_stats(tiles.project(classes)[1], call.spec)
-        part[:, :, ARGMAX] += classes.start
-        tile_parts.append(part)
-    parts = torch.cat(tile_parts, dim=1)
+    parts = _fused_parts(x, call) if call.plan.kind == "fused" else _tile_parts(x, call)
     if call.group is not None:
         parts = _gather(merge_to_part(parts), call.group)
     stats = merge_parts(parts)
@@ -242,12 +246,38 @@ def forward_only(x: Operands, call: Call) -> tuple[Tensor, RowStats, RowsKnown]:
         value, pull_sum = mixed_kl(stats, *mix)
     else:
         sums = torch.zeros_like(stats.student_lse)[:, None].repeat(1, 3)
+        tiles = _Tiles(x, call)
         for classes in tiles.classes:
             sums += call.rows.tile_pull_sums(tiles.project(classes)[1], stats, call.spec)
         if call.group is not None:
             dist.all_reduce(sums, group=call.group)
         value, pull_sum = from_pull_sums(sums)
     return value, stats, known_rows(stats, pull_sum, x.labels, call.spec)
+
+
+def _tile_parts(x: Operands, call: Call) -> Tensor:
+    """Statistics [T, parts, COLUMNS] of all classes, a tile of logits at a time."""
+    tiles, parts = _Tiles(x, call), []
+    for classes in tiles.classes:
+        part = call.rows.tile_stats(tiles.project(classes)[1], call.spec)
+        part[:, :, ARGMAX] += classes.start
+        parts.append(part)
+    return torch.cat(parts, dim=1)
+
+
+def _fused_parts(x: Operands, call: Call) -> Tensor:
+    """The same without logits in memory."""
+    from esr_kernels.fused_triton import fused_stats
+
+    return fused_stats(
+        x.student_hidden,
+        x.student_weight,
+        x.teacher_hidden,
+        x.teacher_weight,
+        call.spec,
+        x.student_bias,
+        x.teacher_bias,
+    )
 
 
 def _gather(part: Tensor, group: Any) -> Tensor:
@@ -258,9 +288,18 @@ def _gather(part: Tensor, group: Any) -> Tensor:
 
 
 def recompute_gradients(
-    x: Operands, call: Call, known: RowsKnown, row_weight: Tensor, gradients: Gradients
+    x: Operands,
+    call: Call,
+    known: RowsKnown,
+    row_weight: Tensor,
+    gradients: Gradients,
+    *,
+    add_weight: bool,
 ) -> None:
-    """Fill the gradients of sum(row_weight * row), walking the classes outside."""
+    """Fill the gradients of sum(row_weight * row), walking the classes outside.
+
+    `add_weight`: the weight gradient is added to what its buffer holds.
+    """
     weights: Tensor | None = row_weight
     restore = None
     if x.student_hidden.dtype == torch.float16:
@@ -283,7 +322,10 @@ def recompute_gradients(
                 accumulate=classes.start > 0,
             )
         if gradients.weight is not None:
-            _weight_tile(dz, own, classes, gradients.weight, restore)
+            target = gradients.weight
+            if own.student_ids is None:
+                target = target[classes]
+            _weight_tile(dz, own, target, restore, add_weight)
         if gradients.bias is not None:
             gradients.bias[classes] = dz.sum(0, dtype=tile.s.dtype)
     if hidden_sum is not None and call.group is not None:
@@ -293,15 +335,19 @@ def recompute_gradients(
 
 
 def _weight_tile(
-    dz: Tensor, own: Operands, classes: slice, gradient: Tensor, restore: Tensor | None
+    dz: Tensor, own: Operands, target: Tensor, restore: Tensor | None, add: bool
 ) -> None:
-    """Write the weight gradient of a tile of classes, once, in its final dtype."""
-    if own.student_ids is not None:
-        tile = gradient.new_empty(classes.stop - classes.start, gradient.shape[1])
+    """Write (or add) the weight gradient of a tile of classes, once, in its final dtype."""
+    hidden, ids = own.student_hidden, own.student_ids
+    if restore is None:
+        gemm.weight_gradient(dz, hidden, target, ids, alpha=1.0, accumulate=add)
+        return
+    tile = torch.empty(dz.shape[1], hidden.shape[1], dtype=torch.float32, device=dz.device)
+    gemm.weight_gradient(dz, hidden, tile, alpha=1.0, accumulate=False)
+    tile = tile.mul_(restore).to(target.dtype)
+    if ids is not None:
+        (target.index_add_ if add else target.index_copy_)(0, ids, tile)
+    elif add:
+        target.add_(tile)
     else:
-        tile = gradient[classes]
-    total = tile if restore is None else torch.empty_like(tile, dtype=torch.float32)
-    gemm.weight_gradient(dz, own.student_hidden, total, alpha=1.0, accumulate=False)
-    _finish(tile, total, restore)
-    if own.student_ids is not None:
-        gradient.index_copy_(0, own.student_ids, tile)
+        target.copy_(tile)

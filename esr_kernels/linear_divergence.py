@@ -3,18 +3,19 @@ states and output heads, over the whole vocabulary, without ever holding the [T,
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from esr_kernels import gemm, reference, rows_torch
+from esr_kernels import gemm, reference
 from esr_kernels.autograd import RecomputeFunction, StashFunction
 from esr_kernels.checks import Inputs, check_inputs
 from esr_kernels.divergences import Divergence, resolve_divergence
-from esr_kernels.execute import Call
-from esr_kernels.plan import Plan, Problem, make_plan
+from esr_kernels.execute import Operands
+from esr_kernels.passes import active_rows
+from esr_kernels.plan import Plan
+from esr_kernels.request import Request
 from esr_kernels.row_stats import RowSpec
 
 
@@ -32,29 +33,6 @@ class LinearDivergence(NamedTuple):
     student_lse: Tensor  # log-sum-exp of the transformed logits
     teacher_lse: Tensor
     agreement: Tensor  # 1 where both models' most probable class is the same
-
-
-def _rows_module(impl: str, device: torch.device) -> ModuleType:
-    if impl == "torch" or (impl == "auto" and device.type == "cpu"):
-        return rows_torch
-    from esr_kernels import rows_triton
-
-    return rows_triton
-
-
-def _active_rows(token_weights: Tensor | None, compact: bool | None) -> Tensor | None:
-    """Indices of the rows worth computing, or None for all of them.
-
-    Counting them on a GPU would stall the host, so by default that is done only where it is free.
-    """
-    if token_weights is None or compact is False:
-        return None
-    if compact is None and token_weights.device.type != "cpu":
-        return None
-    live = token_weights != 0
-    if bool(live.all()):
-        return None
-    return live.nonzero()[:, 0]
 
 
 def linear_divergence(
@@ -78,6 +56,7 @@ def linear_divergence(
     teacher_ids: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: float = 0.0,
+    weight_grad: Tensor | None = None,
     reduction: str = "sum",
     plan: str | Plan = "auto",
     memory_budget: int | None = None,
@@ -118,8 +97,13 @@ def linear_divergence(
             is checked. Heads are gathered a strip at a time, never copied whole.
         labels: [T] int64 classes for a cross-entropy of weight `label_weight`, -100 for none. They
             count shared classes: with ids, they index `student_ids`.
+        weight_grad: [Vs, Ds] fp32 (fp64 for fp64 operands) memory that the backward adds the head's
+            gradient to, unrounded, such as Megatron's `main_grad`; autograd then has none for
+            student_weight, whether or not it requires one. Plan "recompute" adds tile by tile and
+            needs no buffer; "stash" keeps its own until the backward knows the upstream factor.
         reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).
-        plan: "auto", "stash", "recompute" or a `Plan` from `plan_linear_divergence`.
+        plan: "auto", "stash", "recompute", "fused" (a recompute whose forward is one Triton kernel,
+            GPU only) or a `Plan` from `plan_linear_divergence`.
         memory_budget: bytes to use beyond inputs and gradients; None takes
             `default_memory_budget(device)`.
         compact: drop rows of weight 0 before the GEMMs. None does so when the weights lie on the
@@ -129,7 +113,8 @@ def linear_divergence(
             be uneven; `labels` are numbered within the rank that owns them, -1 for another rank's
             (-100 for none). Statistics travel as ten floats a token, and the hidden gradient is
             summed over ranks in the backward. Takes the recompute plan.
-        impl: "auto" (Triton on GPU, PyTorch on CPU), "torch", "triton", or "reference" (plain
+        impl: "auto" (Triton on GPU; on CPU compiled C where a compiler is found, else PyTorch),
+            "torch", "triton", or "reference" (plain
             PyTorch with autograd and all logits held, in fp32).
 
     Returns:
@@ -173,64 +158,46 @@ def linear_divergence(
         teacher_ids=teacher_ids,
         labels=labels,
         label_weight=label_weight,
+        weight_grad=weight_grad,
         reduction=reduction,
         group=group,
         impl=impl,
     )
     if impl == "reference":
         return _reference(inputs, resolved, reduction, student_bias, teacher_bias, label_weight)
-    active = _active_rows(token_weights, compact)
-    hidden, t_hidden = inputs.student_hidden, inputs.teacher_hidden
-    row_weight, rows_labels = inputs.row_weight, inputs.labels
+    # Counting rows on a GPU would stall the host: by default that is done only where it is free.
+    if compact is None:
+        compact = token_weights is not None and token_weights.device.type == "cpu"
+    active = active_rows(token_weights, compact)
     if active is not None:
-        active = active.to(hidden.device)
-        hidden, t_hidden = hidden[active], t_hidden[active]
-        row_weight = None if row_weight is None else row_weight[active]
-        rows_labels = None if rows_labels is None else rows_labels[active]
-    rows = _rows_module(impl, hidden.device)
-    if not isinstance(plan, Plan):
-        trains = torch.is_grad_enabled()
-        problem = Problem(
-            tokens=hidden.shape[0],
-            classes=inputs.classes,
-            student_dim=hidden.shape[1],
-            teacher_dim=t_hidden.shape[1],
-            hidden_dtype=hidden.dtype,
-            weight_dtype=inputs.student_weight.dtype,
-            device="cpu" if rows is rows_torch and hidden.device.type == "cpu" else "cuda",
-            train_hidden=trains and hidden.requires_grad,
-            train_weight=trains and inputs.student_weight.requires_grad,
-            two_pass=resolved.kl_weights is None,
-            per_token_gradient=reduction == "none",
-            sharded=group is not None,
-            mapped=inputs.student_ids is not None,
-        )
-        plan = make_plan(problem, plan, memory_budget)
+        active = active.to(inputs.student_hidden.device)
+    operands = Operands(
+        inputs.student_hidden,
+        inputs.student_weight,
+        inputs.student_bias,
+        inputs.student_ids,
+        inputs.teacher_hidden.detach(),
+        inputs.teacher_weight.detach(),
+        inputs.teacher_bias,
+        inputs.teacher_ids,
+        inputs.labels,
+    )
     spec = RowSpec(
         resolved,
         inputs.student_transform,
         inputs.teacher_transform,
-        label_weight if rows_labels is not None else 0.0,
+        label_weight if inputs.labels is not None else 0.0,
     )
-    function = StashFunction if plan.kind == "stash" else RecomputeFunction
-    loss, *fields = function.apply(
-        Call(spec, plan, rows, inputs.classes, reduction, group),
-        row_weight,
-        hidden,
-        inputs.student_weight,
-        inputs.student_bias,
-        inputs.student_ids,
-        t_hidden.detach(),
-        inputs.teacher_weight.detach(),
-        inputs.teacher_bias,
-        inputs.teacher_ids,
-        rows_labels,
+    request = Request(spec, inputs.classes, reduction, plan, memory_budget, group, impl)
+    trains = torch.is_grad_enabled()
+    wanted = (
+        trains and operands.student_hidden.requires_grad,
+        trains and (operands.student_weight.requires_grad or weight_grad is not None),
     )
-    if active is not None:
-        tokens = student_hidden.shape[0]
-        fields = [_scatter(field, active, tokens) for field in fields]
-        if reduction == "none":
-            loss = _scatter(loss, active, tokens)
+    tokens = operands.student_hidden.shape[0] if active is None else active.shape[0]
+    call = request.call(request.problem(operands, tokens, wanted, weight_grad is not None))
+    function = StashFunction if call.plan.kind == "stash" else RecomputeFunction
+    loss, *fields = function.apply(call, active, inputs.row_weight, weight_grad, *operands)
     return LinearDivergence(loss, *fields)
 
 
@@ -266,7 +233,3 @@ def _reference(
         dtype=gemm.logits_dtype(inputs.student_hidden.dtype),
     )
     return LinearDivergence(**fields)
-
-
-def _scatter(row: Tensor, index: Tensor, tokens: int) -> Tensor:
-    return row.new_zeros(tokens).index_put((index,), row)

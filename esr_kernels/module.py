@@ -82,6 +82,7 @@ class LinearDivergenceLoss(nn.Module):
         teacher_bias: Tensor | None = None,
         student_ids: Tensor | None = None,
         teacher_ids: Tensor | None = None,
+        weight_grad: Tensor | None = None,
     ) -> LinearDivergence:
         """What `linear_divergence` returns for these tensors and the module's options.
 
@@ -107,6 +108,7 @@ class LinearDivergenceLoss(nn.Module):
             teacher_ids=teacher_ids,
             labels=labels,
             label_weight=self.label_weight if labels is not None else 0.0,
+            weight_grad=weight_grad,
             reduction=self.reduction,
             plan=self.plan,
             memory_budget=self.memory_budget,

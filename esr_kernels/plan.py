@@ -5,6 +5,9 @@ stash      Chunks of tokens. Both models' logits of a chunk exist at once; their
 recompute  The forward keeps a few floats a token. The backward walks tiles of classes, projects
            them again, and writes each tile of the weight gradient once. 6 GEMMs (8 where the
            divergence takes two passes), tiny memory, any upstream gradient.
+fused      recompute whose forward is one Triton kernel, projections and statistics: no logits in
+           memory at all. For calls that want no gradient, and where its GEMMs, slower than the
+           vendor's, cost less than writing logits and reading them back.
 
 Every candidate chunking that fits the budget is priced by a roofline sum, FLOPs over the machine's
 rate plus bytes over its bandwidth, and the cheapest wins. Nothing here depends on a launcher.
@@ -12,13 +15,14 @@ rate plus bytes over its bandwidth, and the cheapest wins. Nothing here depends 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 
 MIB = 1 << 20
-_KINDS = ("stash", "recompute")
+KINDS = ("stash", "recompute", "fused")
 # FLOPs done in the time that one byte takes to move: H100-class GPU, and a CPU core with AVX2.
 _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
 _DEFAULT_BUDGET = {"cuda": 2048 * MIB, "cpu": 320 * MIB}
@@ -26,6 +30,15 @@ _DEFAULT_BUDGET = {"cuda": 2048 * MIB, "cpu": 320 * MIB}
 _SMALLEST_TILE = 64
 # Blocks of the CPU row passes: probabilities of both models, and the temporaries of two-pass ones.
 _CPU_SCRATCH = 4 * 5 * 640_000
+# The fused kernel's share of the vendor GEMM's rate, and its epilogue (25 FLOPs and 2 exponentials
+# a logit pair, not overlapped) as the bytes that move in that time. Estimates from the instruction
+# mix on an H100, not measured.
+_FUSED_RATE = 0.7
+_FUSED_EPILOGUE = 4.4
+# As in `fused_triton`: the tokens of a tile, and the programs wanted. A GPU runs about 128 at once.
+_FUSED_TILE, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 512, 128
+# A token's statistics from one split of the classes, and what merging them takes.
+_PART_BYTES = 2 * 4 * 10
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,8 @@ class Problem:
     per_token_gradient: bool = False
     sharded: bool = False
     mapped: bool = False
+    weight_grad_given: bool = False  # the caller has memory that the head's gradient is added to
+    triton: bool = True  # on a GPU, whether the row passes are Triton kernels
 
     @property
     def logit_bytes(self) -> int:
@@ -54,6 +69,11 @@ class Problem:
     def gradient_bytes(self) -> int:
         """Bytes of one element of dz: rounded to the operands' dtype on GPU, kept on CPU."""
         return self.logit_bytes if self.device == "cpu" else self.hidden_dtype.itemsize
+
+    @property
+    def weight_gradient_bytes(self) -> int:
+        """Bytes of one element of the buffer for the head's gradient."""
+        return self.logit_bytes if self.weight_grad_given else self.weight_dtype.itemsize
 
     @property
     def in_place(self) -> bool:
@@ -70,9 +90,9 @@ class Plan:
     """One way to compute a `Problem`.
 
     token_chunk: tokens whose dz exists at once; logit_chunk: tokens whose logits are projected at
-    once (stash); vocab_chunk: classes in a tile (recompute). extra_bytes is the predicted peak
-    beyond the inputs and the returned gradients; on CPU the buffers stay for the next call
-    (`release_workspace`).
+    once (stash); vocab_chunk: classes in a tile (recompute, backward of fused). extra_bytes is the
+    predicted peak beyond the inputs and the returned gradients; on CPU the buffers stay for the
+    next call (`release_workspace`).
     """
 
     kind: str
@@ -90,16 +110,29 @@ class Plan:
             logits = self.logit_chunk * p.classes * p.logit_bytes * buffers
             dz = self.token_chunk * p.classes * p.gradient_bytes
             return logits + dz + self._accumulator_bytes + scratch
-        tile = p.tokens * self.vocab_chunk * (2 * p.logit_bytes)
+        tile = 2 * p.logit_bytes if self._has_tiles else 0
         if p.needs_gradient and not p.in_place:
-            tile += p.tokens * self.vocab_chunk * p.gradient_bytes
-        return tile + self._accumulator_bytes + scratch
+            tile += p.gradient_bytes
+        parts = _PART_BYTES * self._fused_splits if self.kind == "fused" else 0
+        return p.tokens * (self.vocab_chunk * tile + parts) + self._accumulator_bytes + scratch
+
+    @property
+    def _has_tiles(self) -> bool:
+        """Whether any pass takes logits from memory (all kinds but a fused one-pass forward)."""
+        return self.kind != "fused" or self.problem.needs_gradient or self.problem.two_pass
+
+    @property
+    def _fused_splits(self) -> int:
+        """Splits of the classes over programs, of the narrowest tile: an upper bound."""
+        programs = math.ceil(self.problem.tokens / _FUSED_TILE)
+        tiles = math.ceil(self.problem.classes / _SMALLEST_TILE)
+        return min(tiles, max(1, _FUSED_PROGRAMS // max(programs, 1)))
 
     @property
     def sums_weight_apart(self) -> bool:
         """Whether the weight gradient is summed in an fp32 buffer before it takes its dtype."""
         p = self.problem
-        narrow = p.weight_dtype.itemsize < 4
+        narrow = p.weight_gradient_bytes < 4
         return narrow and (self.token_chunk < p.tokens or p.hidden_dtype == torch.float16)
 
     @property
@@ -111,7 +144,7 @@ class Plan:
         """
         p = self.problem
         idle = self.token_chunk >= p.tokens or self.sums_weight_apart
-        room = p.student_dim * p.weight_dtype.itemsize // p.logit_bytes  # rows of logits
+        room = p.student_dim * p.weight_gradient_bytes // p.logit_bytes  # rows of logits
         return p.train_weight and not p.mapped and idle and self.logit_chunk <= room
 
     @property
@@ -120,6 +153,9 @@ class Plan:
         if self.kind == "stash":
             apart = p.train_weight and self.sums_weight_apart
             weight = p.classes * p.student_dim * 4 if apart else 0
+            if p.train_weight and p.weight_grad_given:
+                # The gradient waits for its upstream factor here, not in memory that is returned.
+                weight += p.classes * p.student_dim * p.weight_gradient_bytes
             fp16 = p.hidden_dtype == torch.float16
             return weight + (p.tokens * p.student_dim * 4 if p.train_hidden and fp16 else 0)
         narrow = p.hidden_dtype.itemsize < 4
@@ -153,21 +189,36 @@ class Plan:
             # Statistics read both logits, the gradient pass reads them again and writes dz.
             row = written_and_read + logits + dz + gradient_reads
             weight_traffic = calls * heads + updates * int(p.train_hidden) * student_head
-            accumulate = p.classes * p.student_dim * 4 * (2 * updates - 1) * int(p.train_weight)
+            passes = 2 * updates - 1 + 3 * int(p.weight_grad_given)
+            accumulate = p.classes * p.student_dim * 4 * passes * int(p.train_weight)
             return elements * row + weight_traffic + accumulate
         tiles = math.ceil(p.classes / self.vocab_chunk) if p.classes else 1
         hidden = p.tokens * (p.student_dim + p.teacher_dim) * p.hidden_dtype.itemsize
-        forward_passes = 1 + int(p.two_pass)
-        total = forward_passes * (elements * 2 * logits + tiles * hidden + heads)
+        pass_from_memory = elements * 2 * logits + tiles * hidden + heads
+        total = pass_from_memory * int(p.two_pass)
+        if self.kind == "fused":
+            # Programs that run at once and walk the same split share its heads in the cache.
+            rounds = math.ceil(p.tokens / (_FUSED_TILE * _FUSED_WAVE))
+            total += rounds * heads + hidden + p.tokens * _PART_BYTES * self._fused_splits
+        else:
+            total += pass_from_memory
         if p.needs_gradient:
             total += elements * (2 * logits + dz + gradient_reads) + tiles * hidden + 2 * heads
             total += tiles * 2 * 4 * p.tokens * p.student_dim * int(p.train_hidden)
+            total += p.classes * p.student_dim * 4 * int(p.weight_grad_given)
         return total
 
     @property
     def cost(self) -> float:
         """Roofline price in units of bytes: comparable between plans on one machine only."""
-        return self.gemm_flops / _FLOPS_PER_BYTE[_family(self.problem.device)] + self.bytes_moved
+        p = self.problem
+        flops: float = self.gemm_flops
+        epilogue = 0.0
+        if self.kind == "fused":
+            fused = 2 * p.tokens * p.classes * (p.student_dim + p.teacher_dim)
+            flops += fused * (1 / _FUSED_RATE - 1)
+            epilogue = _FUSED_EPILOGUE * p.tokens * p.classes
+        return flops / _FLOPS_PER_BYTE[_family(p.device)] + epilogue + self.bytes_moved
 
     def __str__(self) -> str:
         p = self.problem
@@ -177,8 +228,10 @@ class Plan:
         )
         if self.kind == "stash":
             chunks = f"{self.token_chunk} tokens a chunk, {self.logit_chunk} projected at once"
-        else:
+        elif self._has_tiles:
             chunks = f"{self.vocab_chunk} classes a tile"
+        else:
+            chunks = "no logits in memory"
         return (
             f"{self.kind}: {chunks}; "
             f"extra memory {self.extra_bytes / MIB:.0f} MiB; "
@@ -196,34 +249,26 @@ def default_memory_budget(device: str) -> int:
     return _DEFAULT_BUDGET[_family(device)]
 
 
+@functools.lru_cache(maxsize=1024)
 def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = None) -> Plan:
-    """The cheapest plan of `kind` ("auto", "stash", "recompute") within `memory_budget` bytes.
+    """The cheapest plan of `kind` ("auto" or one of KINDS) within `memory_budget` bytes.
 
     Raises ValueError where the kind is unknown, cannot serve the problem, or needs more bytes.
     """
-    if kind != "auto" and kind not in _KINDS:
-        raise ValueError(f"plan must be 'auto', 'stash' or 'recompute', got {kind!r}")
+    if kind != "auto" and kind not in KINDS:
+        raise ValueError(f"plan must be 'auto', 'stash', 'recompute' or 'fused', got {kind!r}")
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
-    if kind == "stash" and problem.per_token_gradient:
-        raise ValueError(
-            "plan='stash' computes the gradient in the forward pass and cannot serve "
-            "reduction='none'; use plan='recompute', or pass token_weights and reduce"
-        )
-    if kind == "stash" and problem.sharded:
-        raise ValueError("plan='stash' does not shard the vocabulary; use plan='recompute'")
+    obstacle = _OBSTACLES[kind](problem) if kind in _OBSTACLES else None
+    if obstacle is not None:
+        raise ValueError(f"plan={kind!r} {obstacle}")
     budget = default_memory_budget(problem.device) if memory_budget is None else memory_budget
-    # A forward without gradients has nothing to stash.
-    may_stash = problem.needs_gradient and not (problem.per_token_gradient or problem.sharded)
-    kinds = _KINDS if kind == "auto" else (kind,)
     candidates = [
         plan
-        for name in kinds
-        if name == "recompute" or may_stash
-        for plan in (_stash_plans(problem) if name == "stash" else _recompute_plans(problem))
+        for name in (KINDS if kind == "auto" else (kind,))
+        if name not in _OBSTACLES or _OBSTACLES[name](problem) is None
+        for plan in _PLANS_OF_KIND[name](problem)
     ]
-    if kind == "stash" and not candidates:
-        candidates = _recompute_plans(problem)
     fitting = [plan for plan in candidates if plan.extra_bytes <= budget]
     if fitting:
         return min(fitting, key=lambda plan: plan.cost)
@@ -234,6 +279,23 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
         f"memory_budget of {budget} bytes is too small for plan={kind!r}: "
         f"the smallest needs {smallest.extra_bytes} bytes"
     )
+
+
+def _obstacle_to_stash(problem: Problem) -> str | None:
+    if problem.per_token_gradient:
+        return (
+            "computes the gradient in the forward pass and cannot serve reduction='none'; "
+            "use plan='recompute', or pass token_weights and reduce"
+        )
+    return "does not shard the vocabulary; use plan='recompute'" if problem.sharded else None
+
+
+def _obstacle_to_fused(problem: Problem) -> str | None:
+    if problem.device == "cpu" or not problem.triton:
+        return "is a Triton kernel and needs a GPU and impl='triton'; use plan='recompute'"
+    if problem.mapped:
+        return "takes no student_ids and teacher_ids; use plan='recompute'"
+    return None
 
 
 def _even_chunks(size: int, smallest: int) -> list[int]:
@@ -248,6 +310,9 @@ def _even_chunks(size: int, smallest: int) -> list[int]:
 
 
 def _stash_plans(problem: Problem) -> list[Plan]:
+    if not problem.needs_gradient:
+        # Nothing to stash.
+        return _recompute_plans(problem)
     base = Plan("stash", problem, 1, 1, problem.classes)
     return [
         replace(base, token_chunk=token_chunk, logit_chunk=logit_chunk)
@@ -263,6 +328,16 @@ def _recompute_plans(problem: Problem) -> list[Plan]:
     ]
 
 
+def _fused_plans(problem: Problem) -> list[Plan]:
+    plans = [replace(plan, kind="fused") for plan in _recompute_plans(problem)]
+    return plans if problem.needs_gradient or problem.two_pass else plans[:1]
+
+
+_PLANS_OF_KIND = {"stash": _stash_plans, "recompute": _recompute_plans, "fused": _fused_plans}
+# Why a kind cannot serve a problem, or None.
+_OBSTACLES = {"stash": _obstacle_to_stash, "fused": _obstacle_to_fused}
+
+
 def plan_linear_divergence(
     tokens: int,
     classes: int,
@@ -271,6 +346,7 @@ def plan_linear_divergence(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
+    train_hidden: bool = True,
     train_weight: bool = True,
     reduction: str = "sum",
     two_pass: bool = False,
@@ -282,7 +358,8 @@ def plan_linear_divergence(
     Args:
         tokens, classes, student_dim, teacher_dim: T, the shared V, Ds, Dt.
         dtype: of hidden states and heads; `device`: "cuda" or "cpu".
-        train_weight: False for a frozen head, as with LoRA.
+        train_weight: False for a frozen head, as with LoRA; with `train_hidden` False too, for a
+            call that wants no gradient.
         two_pass: True for divergences other than mixes of the two KLs, such as JSD.
 
     Example:
@@ -296,6 +373,7 @@ def plan_linear_divergence(
         hidden_dtype=dtype,
         weight_dtype=dtype,
         device=device,
+        train_hidden=train_hidden,
         train_weight=train_weight,
         two_pass=two_pass,
         per_token_gradient=reduction == "none",

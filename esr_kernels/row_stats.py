@@ -145,9 +145,12 @@ class RowsKnown:
     lse_gap: Tensor
     pull_sum: Tensor  # of the divergence and the labels together
 
+    @property
+    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.student_lse, self.teacher_lse, self.lse_gap, self.pull_sum
+
     def rows(self, rows: slice) -> RowsKnown:
-        fields = (self.student_lse, self.teacher_lse, self.lse_gap, self.pull_sum)
-        return RowsKnown(*(field[rows] for field in fields))
+        return RowsKnown(*(field[rows] for field in self.fields))
 
 
 def known_rows(

@@ -6,7 +6,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from esr_kernels.divergences import ReverseKL
@@ -17,29 +16,6 @@ from tests.kernels import cases
 TINY = Blocks(tokens=16, classes=16, depth=16, warps=4, stages=2)
 PLAIN = LogitTransform()
 TOKENS, CLASSES = 37, 203
-
-
-@pytest.fixture(autouse=True)
-def _dot_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.7's interpreter holds bf16 as raw bits, and multiplies the bits."""
-    if not triton.knobs.runtime.interpret:
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def widen(operand):
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        bits = operand.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    def dot(self, a, b, accumulator, *options):
-        return multiply(self, widen(a), widen(b), accumulator, *options)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 def _operands(

@@ -1,0 +1,71 @@
+"""What a caller asked for besides the tensors, and the `Call` that it becomes with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from esr_kernels import rows_torch
+from esr_kernels.execute import Call, Operands
+from esr_kernels.plan import Plan, Problem, make_plan
+from esr_kernels.row_stats import RowSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """The checked options of one call."""
+
+    spec: RowSpec
+    classes: int  # that both models have, on this rank
+    reduction: str
+    plan: str | Plan
+    memory_budget: int | None
+    group: Any  # torch.distributed group or None
+    impl: str
+
+    def problem(
+        self, x: Operands, tokens: int, wanted: tuple[bool, bool], weight_grad_given: bool
+    ) -> Problem:
+        """The sizes of a call on `tokens` rows that wants gradients of (hidden, head)."""
+        hidden = x.student_hidden
+        on_gpu = hidden.device.type != "cpu" or self.impl == "triton"
+        return Problem(
+            tokens=tokens,
+            classes=self.classes,
+            student_dim=hidden.shape[1],
+            teacher_dim=x.teacher_hidden.shape[1],
+            hidden_dtype=hidden.dtype,
+            weight_dtype=x.student_weight.dtype,
+            device="cuda" if on_gpu else "cpu",
+            train_hidden=wanted[0],
+            train_weight=wanted[1],
+            two_pass=self.spec.divergence.kl_weights is None,
+            per_token_gradient=self.reduction == "none",
+            sharded=self.group is not None,
+            mapped=x.student_ids is not None,
+            weight_grad_given=weight_grad_given,
+            triton=on_gpu and self.impl != "torch" and hidden.dtype != torch.float64,
+        )
+
+    def call(self, problem: Problem) -> Call:
+        """Raises ValueError where no plan of the wanted kind fits the budget."""
+        plan = self.plan
+        if not isinstance(plan, Plan):
+            plan = make_plan(problem, plan, self.memory_budget)
+        rows = _rows_module(self.impl, problem)
+        return Call(self.spec, plan, rows, self.classes, self.reduction, self.group)
+
+
+def _rows_module(impl: str, problem: Problem) -> ModuleType:
+    if problem.triton:
+        from esr_kernels import rows_triton
+
+        return rows_triton
+    if impl == "auto" and problem.device == "cpu":
+        from esr_kernels import rows_native
+
+        return rows_native if rows_native.available() else rows_torch
+    return rows_torch
