@@ -65,7 +65,8 @@ def _machine() -> str:
 
 
 def _compiled() -> Path:
-    compiler, source = _compiler(), _SOURCE.read_bytes()
+    compiler = _compiler()
+    source = b"".join(path.read_bytes() for path in (_SOURCE, *_SOURCE.parent.glob("*.h")))
     identity = [compiler, *_FLAGS, platform.platform(), _machine()]
     digest = hashlib.sha256(source + "\0".join(identity).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("ESR_CACHE") or Path.home() / ".cache" / "esr").expanduser()

@@ -1,5 +1,6 @@
-"""Row passes on CPU in compiled C, with the signatures of `rows_torch`, which serves what C does not:
-fp64, and divergences defined outside of this package.
+"""Row passes on CPU in compiled C, with the signatures of `rows_torch`.
+
+What C does not serve goes there: fp64, and divergences defined outside of this package.
 
 A row is read once from memory and about three times from the cache; PyTorch's operations touch it
 some fifteen times. Sums run in fp32 within blocks of 256 classes and in double across them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -239,10 +240,17 @@ def test_without_the_compiled_passes_pytorch_serves(why, tmp_path):
     assert ("PyTorch ones are used instead" in err) == (why != "switched off")
 
 
+def _not_c(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith((".c", ".h"))]
+
+
 def test_a_changed_source_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setenv("ESR_CACHE", str(tmp_path))
     first = native._compiled()
-    changed = tmp_path / "changed.c"
-    changed.write_text(native._SOURCE.read_text() + "\n/* changed */\n")
+    shutil.copytree(native._SOURCE.parent, tmp_path / "package", ignore=_not_c)
+    changed = tmp_path / "package" / native._SOURCE.name
     monkeypatch.setattr(native, "_SOURCE", changed)
+    assert native._compiled() == first
+    header = next(changed.parent.glob("*.h"))
+    header.write_text(header.read_text() + "\n/* changed */\n")
     assert native._compiled() != first and native._compiled().exists()
