@@ -6,23 +6,26 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Tests run on all cores, up to eight, and each on one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 .PHONY: demo test lint sanitize static smollm2 bench clean
 
 demo: $(VENV)/.train
 	$(BIN)/esr-train compare configs/demo.yaml --out runs/demo
 
 test: $(VENV)/.train
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 lint: $(VENV)/.train
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The GPU's code path without a GPU: compiled kernels executed on the CPU, with bounds and races
-# checked. ttsem declares Python 3.12, and works on 3.11.
+# The GPU's code path without a GPU: every test of a kernel, on compiled kernels executed on the CPU
+# with bounds and races checked. ttsem declares Python 3.12, and works on 3.11.
 sanitize: $(VENV)/.train $(VENV)/.sanitize
-	ESR_TRITON_ON_CPU=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels -q -k sanitize
+	ESR_TRITON_ON_CPU=1 $(PYTEST) tests/kernels
 
 # Compiles every Triton kernel for sm_80, sm_90, sm_100 and gfx942, and fails on spilled registers.
 static: $(VENV)/.train

@@ -7,8 +7,11 @@ GPU without them, and lies at the root, where pytest reads it first.
 
 import os
 
+import pytest
+
 _HAS_GPU = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/kfd")
-if not _HAS_GPU and os.environ.get("ESR_TRITON_ON_CPU") != "1":
+SANITIZES = os.environ.get("ESR_TRITON_ON_CPU") == "1"
+if not _HAS_GPU and not SANITIZES:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -53,3 +56,45 @@ def _multiply_like_a_gpu() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_like_a_gpu()
     _multiply_like_a_gpu()
+
+
+_SESSION = pytest.StashKey()  # the sanitizer's own
+
+
+def launches_kernels(item: pytest.Item) -> bool:
+    """Whether a test is marked so, named so, or parametrized with impl="triton"."""
+    callspec = getattr(item, "callspec", None)
+    asked = callspec is not None and callspec.params.get("impl") == "triton"
+    named = "sanitize" in item.nodeid
+    return asked or named or item.get_closest_marker("kernels") is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Open the sanitizer in this process, so that it serves the workers of `-n` as well."""
+    if not SANITIZES:
+        return
+    from ttsem.sanitize import session
+
+    opened = session(source="<pytest>")
+    config.stash[_SESSION] = opened.__enter__()
+    config.add_cleanup(lambda: opened.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A sanitizer run is about kernels: what launches none is for `make test`."""
+    if not SANITIZES:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if not launches_kernels(item)])
+    items[:] = [item for item in items if launches_kernels(item)]
+
+
+@pytest.fixture(autouse=True)
+def _checked_for_races(request: pytest.FixtureRequest):
+    """Fails a test one of whose launches was too large for the sanitizer to look for races in."""
+    if not SANITIZES:
+        yield
+        return
+    state = request.config.stash[_SESSION]
+    before = state.races_unchecked
+    yield
+    assert state.races_unchecked == before, "a launch too large to be checked for races"

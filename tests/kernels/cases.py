@@ -11,8 +11,10 @@ the gradient of the logits is rounded once before them.
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,20 @@ STATISTICS_ULPS = 4.0
 # A gradient that errs less than one rounding of its numbers is right whatever the yardstick does;
 # how lucky that is depends on the GEMM that a machine picks.
 GRADIENT_ULPS = 1.0
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_Combination = TypeVar("_Combination")
+
+
+def thinned(combinations: list[_Combination], every: int) -> list[_Combination]:
+    """All combinations where kernels are compiled, every so many in Triton's interpreter.
+
+    The interpreter takes a second for a case, the sanitizer (`make sanitize`) a third of that, with
+    the compiled kernels. `every` has no factor in common with the sizes of the axes, so that
+    whatever is left has every value of each axis about equally often.
+    """
+    return combinations[:: every if _INTERPRETED else 1]
 
 
 @dataclass
@@ -262,6 +278,15 @@ def ours(case: Case, divergence: Any, **how: Any) -> dict[str, Tensor]:
         **{**options, **how},
     )
     return _results(case, leaves, output._asdict())
+
+
+@functools.lru_cache(maxsize=4)
+def yardsticks(
+    case_name: str, divergence: Any, dtype: torch.dtype, rounds_dz: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(`plain`, `oracle`) of a case of `CASES`; neighbouring tests ask for the same."""
+    case = CASES[case_name](dtype)
+    return plain(case, divergence, rounds_dz), oracle(case, divergence)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -13,6 +13,8 @@ from esr_kernels.fused_triton import BLOCKS, Blocks, _split_classes, fused_stats
 from esr_kernels.row_stats import LogitTransform, RowSpec, RowStats, merge_parts
 from tests.kernels import cases
 
+pytestmark = pytest.mark.kernels
+
 TINY = Blocks(tokens=16, classes=16, depth=16, warps=4, stages=2)
 PLAIN = LogitTransform()
 TOKENS, CLASSES = 37, 203

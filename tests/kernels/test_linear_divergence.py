@@ -95,7 +95,7 @@ def test_a_row_of_weight_0_is_as_if_it_were_absent_even_if_nan(plan, compact, im
     absent.loss.backward()
     expected = case.student_weight.grad
     case.student_weight.grad = None
-    if compact is False:
+    if compact is False or (compact is None and weights.device.type != "cpu"):
         # Its dz is 0, but 0 * NaN reaches the weight gradient: only dropping the row avoids that.
         hidden = case.student_hidden.detach().requires_grad_()
     out = linear_divergence(

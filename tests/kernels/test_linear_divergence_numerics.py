@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -33,37 +35,70 @@ def _name(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("plan", ["stash", "recompute"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=_name)
-@pytest.mark.parametrize("case_name", cases.CASES)
-def test_no_worse_than_plain_pytorch(case_name, divergence, dtype, plan, impl):
-    if dtype == torch.float16 and divergence not in ("reverse_kl", JSD(0.3)):
-        return  # fp16 differs from bf16 in range only: one divergence of each kind shows it
-    case = cases.CASES[case_name](dtype)
-    truth = cases.oracle(case, divergence)
-    baseline = cases.plain(case, divergence, rounds_dz=impl == "triton")
-    result = cases.ours(case, divergence, plan=plan, impl=impl)
-    cases.assert_as_good_as_plain(result, baseline, truth)
+PLANS = ["stash", "recompute"]
+# fp16 differs from bf16 in range only: one divergence of each kind shows it.
+COMBINATIONS = [
+    (case_name, divergence, dtype, plan)
+    for case_name, divergence, dtype, plan in product(cases.CASES, DIVERGENCES, DTYPES, PLANS)
+    if dtype != torch.float16 or divergence in ("reverse_kl", JSD(0.3))
+]
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("plan", ["stash", "recompute"])
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=_name)
-def test_identical_models_have_no_divergence_and_no_gradient(divergence, plan, impl):
-    """Up to rounding: 1e-6 of the gradient of a random pair, or what plain PyTorch leaves."""
+def _ids(combinations: list[tuple]) -> list[str]:
+    return ["-".join(map(_name, combination)) for combination in combinations]
+
+
+def _check(case_name, divergence, dtype, plan, impl):
+    result = cases.ours(cases.CASES[case_name](dtype), divergence, plan=plan, impl=impl)
+    yardsticks = cases.yardsticks(case_name, divergence, dtype, rounds_dz=impl == "triton")
+    cases.assert_as_good_as_plain(result, *yardsticks)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=_ids(COMBINATIONS))
+def test_no_worse_than_plain_pytorch(combination):
+    _check(*combination, impl="torch")
+
+
+_THINNED = cases.thinned(COMBINATIONS, every=13)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("combination", _THINNED, ids=_ids(_THINNED))
+def test_kernels_are_no_worse_than_plain_pytorch(combination):
+    _check(*combination, impl="triton")
+
+
+def _check_identical(divergence, plan, impl):
+    """No divergence and no gradient but for rounding.
+
+    That is 1e-6 of the gradient of a random pair, or what plain PyTorch leaves.
+    """
     case = cases.identical(torch.float32)
     baseline = cases.plain(case, divergence)
     result = cases.ours(case, divergence, plan=plan, impl=impl)
-    scale = cases.ours(cases.random_pair(torch.float32), divergence, plan=plan, impl=impl)
+    scale = cases.plain(cases.random_pair(torch.float32), divergence)
     assert result["per_token"].abs().max() <= 4e-6
     assert result["agreement"].eq(1).all()
     for name in ("d student_hidden", "d student_weight"):
         assert result[name].norm() <= max(1e-6 * scale[name].norm(), baseline[name].norm())
 
 
-@pytest.mark.parametrize("plan", ["stash", "recompute"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=_name)
+def test_identical_models_have_no_divergence_and_no_gradient(divergence, plan):
+    _check_identical(divergence, plan, "torch")
+
+
+_IDENTICAL = cases.thinned(list(product(DIVERGENCES, PLANS)), every=5)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("combination", _IDENTICAL, ids=_ids(_IDENTICAL))
+def test_kernels_find_no_divergence_between_identical_models(combination):
+    _check_identical(*combination, impl="triton")
+
+
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("chunks", ["one", "many"])
 def test_chunking_does_not_change_the_result(plan, chunks):
     """Many tokens, a budget that forces several chunks, and still no worse than plain PyTorch."""
@@ -74,8 +109,9 @@ def test_chunking_does_not_change_the_result(plan, chunks):
     cases.assert_as_good_as_plain(result, baseline, truth)
 
 
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("damage", ["zero dX", "halve dX", "zero dW", "halve dW", "bf16 logits"])
-def test_the_suite_notices_a_wrong_gradient(damage, monkeypatch):
+def test_the_suite_notices_a_wrong_gradient(damage, plan, monkeypatch):
     """A mutation check: the criterion above must fail when the op is broken on purpose."""
     name = {"dX": "hidden_gradient", "dW": "weight_gradient"}.get(damage[-2:])
     if name is None:
@@ -97,6 +133,6 @@ def test_the_suite_notices_a_wrong_gradient(damage, monkeypatch):
         for make in (cases.random_pair, cases.nearly_equal):
             case = make(dtype)
             truth, baseline = cases.oracle(case, "reverse_kl"), cases.plain(case, "reverse_kl")
-            result = cases.ours(case, "reverse_kl", impl="torch", plan="stash")
+            result = cases.ours(case, "reverse_kl", impl="torch", plan=plan)
             with pytest.raises(AssertionError, match="d student"):
                 cases.assert_as_good_as_plain(result, baseline, truth)

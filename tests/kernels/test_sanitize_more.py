@@ -13,6 +13,8 @@ from esr_kernels import linear_topk_divergence, reference, token_logprob
 from tests.kernels import cases, head_cases
 from tests.kernels.cases import DEVICE
 
+pytestmark = pytest.mark.kernels
+
 # Three tiles of 384 classes, at 4 bytes a logit and 2 a gradient; ids at their edges, and padding.
 BUDGET = head_cases.TOKENS * 384 * 6
 IDS = torch.tensor([0, 383, 384, 767, 768, 997, -1, 5, 300, -1, 600, 601], device=DEVICE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -54,13 +56,20 @@ def _three(case, tokens, backward=_backward, **how):
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("likely", [False, True], ids=["any token", "likely token"])
-@pytest.mark.parametrize("head", HEADS)
-def test_no_worse_than_plain_pytorch(head, likely, dtype, impl):
+_ALL = list(product(HEADS, [False, True], DTYPES))
+
+
+@pytest.mark.parametrize(("head", "likely", "dtype"), _ALL, ids=str)
+def test_no_worse_than_plain_pytorch(head, likely, dtype):
     case = HEADS[head](dtype)
-    cases.assert_as_good_as_plain(*_three(case, _tokens(case, likely), impl=impl))
+    cases.assert_as_good_as_plain(*_three(case, _tokens(case, likely), impl="torch"))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("head", "likely", "dtype"), cases.thinned(_ALL, 7), ids=str)
+def test_kernels_are_no_worse_than_plain_pytorch(head, likely, dtype):
+    case = HEADS[head](dtype)
+    cases.assert_as_good_as_plain(*_three(case, _tokens(case, likely), impl="triton"))
 
 
 @pytest.mark.parametrize("output", ["logprob", "entropy", "lse"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -61,28 +62,49 @@ def _three(case, teacher, **how):
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("head", HEADS)
-def test_no_worse_than_plain_pytorch(head, divergence, tail, dtype, impl):
+def _check(head, divergence, tail, dtype, impl):
     case = HEADS[head](dtype)
     cases.assert_as_good_as_plain(
         *_three(case, _teacher(case), divergence=divergence, tail=tail, impl=impl)
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_no_worse_where_the_teacher_nearly_agrees(divergence, tail, dtype, impl):
+def _check_nearly_equal(divergence, tail, dtype, impl):
     case = head_cases.head(dtype, 3.0)
     teacher = _teacher(case, noise=0.02)
     cases.assert_as_good_as_plain(
         *_three(case, teacher, divergence=divergence, tail=tail, impl=impl)
     )
+
+
+_NEAR = list(product(DIVERGENCES, TAILS, DTYPES))
+_ALL = [(head, *rest) for head in HEADS for rest in _NEAR]
+
+
+def _ids(combinations: list[tuple]) -> list[str]:
+    return ["-".join(map(str, combination)) for combination in combinations]
+
+
+@pytest.mark.parametrize("combination", _ALL, ids=_ids(_ALL))
+def test_no_worse_than_plain_pytorch(combination):
+    _check(*combination, impl="torch")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("combination", cases.thinned(_ALL, 7), ids=_ids(cases.thinned(_ALL, 7)))
+def test_kernels_are_no_worse_than_plain_pytorch(combination):
+    _check(*combination, impl="triton")
+
+
+@pytest.mark.parametrize("combination", _NEAR, ids=_ids(_NEAR))
+def test_no_worse_where_the_teacher_nearly_agrees(combination):
+    _check_nearly_equal(*combination, impl="torch")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("combination", cases.thinned(_NEAR, 5), ids=_ids(cases.thinned(_NEAR, 5)))
+def test_kernels_are_no_worse_where_the_teacher_nearly_agrees(combination):
+    _check_nearly_equal(*combination, impl="triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
