@@ -28,7 +28,7 @@ from esr_kernels.row_stats import (
     merge_to_part,
     mixed_kl,
 )
-from esr_kernels.workspace import borrow
+from esr_kernels.workspace import borrow, borrow_rows, row_stride
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Call:
 
     spec: RowSpec
     plan: Plan
-    rows: ModuleType  # rows_torch or rows_triton
+    rows: ModuleType  # rows_triton, rows_native or rows_torch
     classes: int  # that both models have, on this rank
     reduction: str
     group: Any = None  # torch.distributed group over whose ranks the classes are sharded
@@ -139,15 +139,14 @@ def stash(
         row_weight, restore = _into_fp16_range(row_weight, x.student_hidden)
 
     def buffer(name: str, rows: int, of: torch.dtype) -> Tensor:
-        return borrow(name, (min(rows, tokens), call.classes), x.student_hidden, of)
+        return borrow_rows(name, min(rows, tokens), call.classes, x.student_hidden, of)
 
     dz_buffer = buffer("dz", plan.token_chunk, dtype if in_place else x.student_hidden.dtype)
     if plan.teacher_in_gradient and gradients.weight is not None:
-        size = min(plan.logit_chunk, tokens), call.classes
-        idle = gradients.weight.flatten()[
-            : size[0] * size[1] * dtype.itemsize // gradients.weight.dtype.itemsize
-        ]
-        teacher_buffer = idle.view(dtype).view(size)
+        rows, row = min(plan.logit_chunk, tokens), row_stride(call.classes)
+        per_logit = dtype.itemsize // gradients.weight.dtype.itemsize
+        idle = gradients.weight.flatten()[: rows * row * per_logit]
+        teacher_buffer = idle.view(dtype).view(rows, row)[:, : call.classes]
     else:
         teacher_buffer = buffer("teacher", plan.logit_chunk, dtype)
     student_buffer = None if in_place else buffer("student", plan.logit_chunk, dtype)
@@ -218,7 +217,7 @@ class _Tiles:
 
     def __init__(self, x: Operands, call: Call) -> None:
         dtype = gemm.logits_dtype(x.student_hidden.dtype)
-        size = (x.student_hidden.shape[0] * call.plan.vocab_chunk,)
+        size = (x.student_hidden.shape[0] * row_stride(call.plan.vocab_chunk),)
         self._s = borrow("dz", size, x.student_hidden, dtype)
         self._t = borrow("teacher", size, x.student_hidden, dtype)
         self._x, step = x, call.plan.vocab_chunk
@@ -228,8 +227,11 @@ class _Tiles:
 
     def project(self, classes: slice) -> tuple[Operands, Tile]:
         x = self._x.over(classes)
-        shape = x.student_hidden.shape[0], classes.stop - classes.start
-        s, t = (flat[: shape[0] * shape[1]].view(shape) for flat in (self._s, self._t))
+        tokens, width = x.student_hidden.shape[0], classes.stop - classes.start
+        padded = tokens, row_stride(width)
+        s, t = (
+            flat[: padded[0] * padded[1]].view(padded)[:, :width] for flat in (self._s, self._t)
+        )
         gemm.project(x.student_hidden, x.student_weight, s, x.student_ids)
         gemm.project(x.teacher_hidden, x.teacher_weight, t, x.teacher_ids)
         return x, Tile(s, t, x.student_bias, x.teacher_bias, x.labels)
@@ -310,7 +312,8 @@ def recompute_gradients(
         own, tile = tiles.project(classes)
         dz = tile.s
         if not call.plan.problem.in_place:
-            dz = torch.empty_like(tile.s, dtype=own.student_hidden.dtype)
+            h = own.student_hidden
+            dz = borrow_rows("rounded", *tile.s.shape, h, h.dtype)
         call.rows.tile_gradient_(tile, known, weights, call.spec, dz)
         if hidden_sum is not None:
             gemm.hidden_gradient(

@@ -46,6 +46,11 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def cpu_rows() -> str:
+    """Who computes row passes on CPU: "native" where `library` is there, else "torch"."""
+    return "torch" if library() is None else "native"
+
+
 def _compiler() -> str:
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         path = shutil.which(name) if name else None

@@ -21,6 +21,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from esr_kernels.native import cpu_rows
+from esr_kernels.workspace import row_stride
+
 MIB = 1 << 20
 KINDS = ("stash", "recompute", "fused")
 # FLOPs done in the time that one byte takes to move: H100-class GPU, and a CPU core with AVX2.
@@ -28,8 +31,9 @@ _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
 _DEFAULT_BUDGET = {"cuda": 2048 * MIB, "cpu": 320 * MIB}
 # Below this many classes or tokens in a tile a GEMM is no longer a GEMM.
 _SMALLEST_TILE = 64
-# Blocks of the CPU row passes: probabilities of both models, and the temporaries of two-pass ones.
-_CPU_SCRATCH = 4 * 5 * 640_000
+_MOST_DOUBLINGS = 24
+# Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
+_TORCH_SCRATCH = 4 * 5 * 640_000
 # The fused kernel's share of the vendor GEMM's rate, and its epilogue (25 FLOPs and 2 exponentials
 # a logit pair, not overlapped) as the bytes that move in that time. Estimates from the instruction
 # mix on an H100, not measured.
@@ -59,7 +63,7 @@ class Problem:
     sharded: bool = False
     mapped: bool = False
     weight_grad_given: bool = False  # the caller has memory that the head's gradient is added to
-    triton: bool = True  # on a GPU, whether the row passes are Triton kernels
+    rows: str = "triton"  # who computes the row passes: "triton", "torch" or "native" (C, on CPU)
 
     @property
     def logit_bytes(self) -> int:
@@ -104,11 +108,12 @@ class Plan:
     @property
     def extra_bytes(self) -> int:
         p = self.problem
-        scratch = _CPU_SCRATCH if p.device == "cpu" else 0
+        scratch = _TORCH_SCRATCH if p.device == "cpu" and p.rows == "torch" else 0
         if self.kind == "stash":
             buffers = int(not p.in_place) + int(not self.teacher_in_gradient)
-            logits = self.logit_chunk * p.classes * p.logit_bytes * buffers
-            dz = self.token_chunk * p.classes * p.gradient_bytes
+            row = row_stride(p.classes)
+            logits = self.logit_chunk * row * p.logit_bytes * buffers
+            dz = self.token_chunk * row * p.gradient_bytes
             return logits + dz + self._accumulator_bytes + scratch
         tile = 2 * p.logit_bytes if self._has_tiles else 0
         if p.needs_gradient and not p.in_place:
@@ -144,8 +149,9 @@ class Plan:
         """
         p = self.problem
         idle = self.token_chunk >= p.tokens or self.sums_weight_apart
-        room = p.student_dim * p.weight_gradient_bytes // p.logit_bytes  # rows of logits
-        return p.train_weight and not p.mapped and idle and self.logit_chunk <= room
+        room = p.classes * p.student_dim * p.weight_gradient_bytes
+        fits = self.logit_chunk * row_stride(p.classes) * p.logit_bytes <= room
+        return p.train_weight and not p.mapped and idle and fits
 
     @property
     def _accumulator_bytes(self) -> int:
@@ -281,6 +287,23 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
     )
 
 
+def stash_limit(problem: Problem, memory_budget: int | None) -> int:
+    """The most tokens, a power of two, for which "auto" is a stash; 0 where it never is.
+
+    For compiled code, whose graph must not depend on the number of tokens: `problem.tokens` is not
+    looked at.
+    """
+    limit = 0
+    for doublings in range(_MOST_DOUBLINGS):
+        try:
+            plan = make_plan(replace(problem, tokens=1 << doublings), "auto", memory_budget)
+        except ValueError:  # Not even a recompute fits.
+            break
+        if plan.kind == "stash" and problem.needs_gradient:
+            limit = 1 << doublings
+    return limit
+
+
 def _obstacle_to_stash(problem: Problem) -> str | None:
     if problem.per_token_gradient:
         return (
@@ -291,7 +314,7 @@ def _obstacle_to_stash(problem: Problem) -> str | None:
 
 
 def _obstacle_to_fused(problem: Problem) -> str | None:
-    if problem.device == "cpu" or not problem.triton:
+    if problem.device == "cpu" or problem.rows != "triton":
         return "is a Triton kernel and needs a GPU and impl='triton'; use plan='recompute'"
     if problem.mapped:
         return "takes no student_ids and teacher_ids; use plan='recompute'"
@@ -324,7 +347,8 @@ def _stash_plans(problem: Problem) -> list[Plan]:
 def _recompute_plans(problem: Problem) -> list[Plan]:
     base = Plan("recompute", problem, problem.tokens, problem.tokens, 1)
     return [
-        replace(base, vocab_chunk=size) for size in _even_chunks(problem.classes, _SMALLEST_TILE)
+        replace(base, vocab_chunk=row_stride(size))
+        for size in _even_chunks(problem.classes, _SMALLEST_TILE)
     ]
 
 
@@ -377,5 +401,6 @@ def plan_linear_divergence(
         train_weight=train_weight,
         two_pass=two_pass,
         per_token_gradient=reduction == "none",
+        rows=cpu_rows() if device == "cpu" else "triton",
     )
     return make_plan(problem, plan, memory_budget)

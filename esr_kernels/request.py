@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from esr_kernels import rows_torch
+from esr_kernels import rows_native, rows_torch
 from esr_kernels.execute import Call, Operands
+from esr_kernels.native import cpu_rows
 from esr_kernels.plan import Plan, Problem, make_plan
 from esr_kernels.row_stats import RowSpec
 
@@ -47,25 +48,28 @@ class Request:
             sharded=self.group is not None,
             mapped=x.student_ids is not None,
             weight_grad_given=weight_grad_given,
-            triton=on_gpu and self.impl != "torch" and hidden.dtype != torch.float64,
+            rows=self._rows(on_gpu, hidden.dtype),
         )
+
+    def _rows(self, on_gpu: bool, dtype: torch.dtype) -> str:
+        if self.impl == "torch":
+            return "torch"
+        if on_gpu:
+            return "torch" if dtype == torch.float64 else "triton"
+        return cpu_rows() if rows_native.serves(self.spec.divergence, dtype) else "torch"
 
     def call(self, problem: Problem) -> Call:
         """Raises ValueError where no plan of the wanted kind fits the budget."""
         plan = self.plan
         if not isinstance(plan, Plan):
             plan = make_plan(problem, plan, self.memory_budget)
-        rows = _rows_module(self.impl, problem)
+        rows = _rows_module(problem.rows)
         return Call(self.spec, plan, rows, self.classes, self.reduction, self.group)
 
 
-def _rows_module(impl: str, problem: Problem) -> ModuleType:
-    if problem.triton:
+def _rows_module(name: str) -> ModuleType:
+    if name == "triton":
         from esr_kernels import rows_triton
 
         return rows_triton
-    if impl == "auto" and problem.device == "cpu":
-        from esr_kernels import rows_native
-
-        return rows_native if rows_native.available() else rows_torch
-    return rows_torch
+    return rows_native if name == "native" else rows_torch

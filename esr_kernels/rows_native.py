@@ -1,6 +1,6 @@
 """Row passes on CPU in compiled C, with the signatures of `rows_torch`.
 
-What C does not serve goes there: fp64, and divergences defined outside of this package.
+fp32 only, and no divergences defined outside of this package: see `serves`.
 
 A row is read once from memory and about three times from the cache; PyTorch's operations touch it
 some fifteen times. Sums run in fp32 within blocks of 256 classes and in double across them.
@@ -13,7 +13,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-from esr_kernels import rows_torch
 from esr_kernels.divergences import (
     JSD,
     Divergence,
@@ -74,11 +73,6 @@ class _Known(ctypes.Structure):
         ("lse_gap", _Pointer),
         ("pull_sum", _Pointer),
     ]
-
-
-def available() -> bool:
-    """Whether the C could be compiled and loaded."""
-    return library() is not None
 
 
 def _kind(divergence: Divergence) -> tuple[int, float, float] | None:
@@ -151,9 +145,9 @@ class _Call:
         over_rows(work, self.rows, self.classes)
 
 
-def _serves(tile: Tile, spec: RowSpec) -> bool:
-    fits = tile.s.stride(1) == tile.t.stride(1) == 1 or tile.s.shape[1] <= 1
-    return tile.s.dtype == torch.float32 and fits and _kind(spec.divergence) is not None
+def serves(divergence: Divergence, dtype: torch.dtype) -> bool:
+    """Whether logits of `dtype` and this divergence are what the C computes."""
+    return dtype != torch.float64 and _kind(divergence) is not None
 
 
 def _out(tensor: Tensor) -> _Pointer:
@@ -162,8 +156,6 @@ def _out(tensor: Tensor) -> _Pointer:
 
 def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     """Statistics [n, 1, COLUMNS] of a tile of classes; overwrites the logits."""
-    if not _serves(tile, spec):
-        return rows_torch.tile_stats(tile, spec)
     parts = tile.s.new_empty(tile.s.shape[0], 1, COLUMNS)
     _Call(tile, None, spec).run("tile_stats", _out(parts))
     return parts
@@ -171,8 +163,6 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
 
 def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
-    if not _serves(tile, spec):
-        return rows_torch.tile_pull_sums(tile, stats, spec)
     sums = tile.s.new_empty(tile.s.shape[0], 3)
     call = _Call(tile, None, spec)
     known = call.known(stats.student_lse, stats.teacher_lse, stats.lse_gap)
@@ -184,8 +174,6 @@ def tile_gradient_(
     tile: Tile, known: RowsKnown, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> None:
     """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
-    if not _serves(tile, spec):
-        return rows_torch.tile_gradient_(tile, known, row_weight, spec, dz)
     call = _Call(tile, row_weight, spec)
     fields = call.known(known.student_lse, known.teacher_lse, known.lse_gap, known.pull_sum)
     call.run("tile_gradient", ctypes.byref(fields))
@@ -197,8 +185,6 @@ def stash_rows_(
     tile: Tile, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> tuple[Tensor, RowStats]:
     """(divergence [n], statistics) of whole rows; writes their dz [n, V], which may be `tile.s`."""
-    if not _serves(tile, spec):
-        return rows_torch.stash_rows_(tile, row_weight, spec, dz)
     n, mix = tile.s.shape[0], spec.divergence.kl_weights
     parts = tile.s.new_empty(n, 1, COLUMNS)
     sums = tile.s.new_empty(n if mix is None else 0, 3)
