@@ -12,7 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from esr_kernels import fused_triton, picked_triton, prefix_attention_triton, rows_triton
+from esr_kernels import (
+    fused_triton,
+    picked_triton,
+    prefix_attention_triton,
+    rows_triton,
+    sampling_fused_triton,
+    sampling_triton,
+)
 from esr_kernels.divergences import (
     JSD,
     Divergence,
@@ -23,9 +30,11 @@ from esr_kernels.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from esr_kernels.philox import SampleKeys
 from esr_kernels.picked import RestGradient
 from esr_kernels.prefix_attention import RowGroups
 from esr_kernels.row_stats import LogitTransform, RowSpec, Tile
+from esr_kernels.sampling_law import Classes, RowLaw
 
 KERNELS = (
     "row_statistics_kernel",
@@ -38,6 +47,10 @@ KERNELS = (
     "rest_gradient_kernel",
     "prefix_attention_kernel",
     "suffix_attention_kernel",
+    "tile_statistics_kernel",
+    "cutoff_kernel",
+    "draw_kernel",
+    "fused_tiles_kernel",
 )
 
 _TOKENS, _CLASSES, _DIMS = 1024, 151_936, (1536, 3584)
@@ -114,6 +127,33 @@ def _prefix_attention(
     )
 
 
+def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None) -> None:
+    """A draw from logits, or from hidden states of `fused_dim`; unfiltered, or everything."""
+    transform = LogitTransform(0.5, 30.0) if everything else _PLAIN
+    rows, row = 64, _empty(64)
+    classes = Classes(
+        _CLASSES,
+        _empty(_CLASSES, dtype=dtype) if everything else None,
+        transform,
+        _empty(_CLASSES, dtype=torch.bool) if everything else None,
+    )
+    filters = everything and fused_dim is None
+    law = RowLaw(
+        row if everything else None,
+        _empty(rows, dtype=torch.bool) if everything else None,
+        False,
+        _empty(rows, dtype=torch.int64) if filters else None,
+        row if filters else None,
+        row if filters else None,
+    )
+    keys = SampleKeys(1 << 40, _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.int64))
+    if fused_dim is None:
+        sampling_triton.sample_rows(_empty(rows, _CLASSES, dtype=dtype), classes, law, keys)
+    else:
+        hidden, weight = (_empty(n, fused_dim, dtype=dtype) for n in (rows, _CLASSES))
+        sampling_fused_triton.sample(hidden, weight, classes, law, keys)
+
+
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 WALKS: dict[str, Callable[[], None]] = {
     "rows: forward": partial(_rows, ForwardKL(), _BF16, False),
@@ -144,4 +184,13 @@ WALKS: dict[str, Callable[[], None]] = {
     "prefix attention: fp32, all, D 64": partial(_prefix_attention, _FP32, True, (9, 3), 64),
     "prefix attention: fp32, all": partial(_prefix_attention, _FP32, True),
     "prefix attention: fp32, all, D 256": partial(_prefix_attention, _FP32, True, (8, 4), 256),
+    "sampling: fp32": partial(_sampling, _FP32, False),
+    "sampling: fp32, all": partial(_sampling, _FP32, True),
+    "sampling: bf16, all": partial(_sampling, _BF16, True),
+    "sampling: fused, bf16": partial(_sampling, _BF16, False, 1536),
+    "sampling: fused, bf16, all": partial(_sampling, _BF16, True, 1536),
+    "sampling: fused, fp16, all": partial(_sampling, _FP16, True, 1536),
+    "sampling: fused, fp32, all": partial(_sampling, _FP32, True, 1536),
+    "sampling: fused, bf16, all, odd D": partial(_sampling, _BF16, True, 1535),
+    "sampling: fused, fp32, all, odd D": partial(_sampling, _FP32, True, 1535),
 }

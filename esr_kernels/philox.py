@@ -59,6 +59,12 @@ def step_tensor(keys: SampleKeys) -> Tensor:
     return torch.full((1,), keys.step, dtype=torch.int64, device=keys.rows.device)
 
 
+def keys_of(keys: SampleKeys, rows: slice) -> SampleKeys:
+    """The keys of some of the rows."""
+    step = step_tensor(keys)
+    return SampleKeys(keys.seed, keys.rows[rows], step if step.numel() == 1 else step[rows])
+
+
 def tile_words(keys: SampleKeys, tiles: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four words of every row and tile, each [B, tiles]."""
     row = keys.rows[:, None]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from esr_kernels import gemm, reference_sampling, sampling_torch
 from esr_kernels.head import check_bias, check_head, check_impl, checked_transform
-from esr_kernels.philox import SampleKeys
+from esr_kernels.philox import SampleKeys, keys_of
 from esr_kernels.plan import default_memory_budget
 from esr_kernels.sampling_checks import (
     check_invalid,
@@ -111,10 +111,13 @@ def sample_from_logits(
             )
         )
     count = num_classes or logits.shape[1]
-    classes = checked_classes(count, logits, logits.shape[1], bias, transform, invalid)
+    on_triton = _on_triton(impl, logits)
+    classes = checked_classes(
+        count, logits, logits.shape[1], bias, transform, invalid, mask=on_triton
+    )
     with torch.no_grad():
         law = row_law(params, logits.shape[0], count, logits.device)
-        return sampling_torch.sample_rows(logits, classes, law, keys)
+        return _sample_rows(logits, classes, law, keys, on_triton)
 
 
 def sample_from_hidden(
@@ -148,7 +151,8 @@ def sample_from_hidden(
     Exactness: as there, given the logits. A matrix product may round a row differently in another
         batch, which moves a token's probability by about 1e-6 and, with the same key, the token in
         as many draws.
-    Memory: a chunk of fp32 logits within the budget.
+    Memory: a chunk of fp32 logits within the budget. On GPU few rows without filters
+        (`sampling_fused_triton.FUSED_ROWS`) are drawn without any logits in memory.
     Gradients: none.
     Reference: `esr_kernels.reference_sampling.sample_from_logits` of the product in fp64.
     """
@@ -181,36 +185,50 @@ def sample_from_hidden(
                     invalid=check_invalid(invalid, hidden, weight.shape[0]),
                 )
             )
+        on_triton = _on_triton(impl, hidden)
         classes = checked_classes(
-            head.classes, hidden, weight.shape[0], head.bias, head.transform, invalid
+            head.classes,
+            hidden,
+            weight.shape[0],
+            head.bias,
+            head.transform,
+            invalid,
+            mask=on_triton,
         )
         law = row_law(params, rows, head.classes, hidden.device)
-        if rows <= chunk:
-            return _sample_chunk(head.hidden, head.weight, classes, law, keys, dtype)
-        parts = [
-            _sample_chunk(
-                head.hidden[start : start + chunk],
-                head.weight,
-                classes,
-                law.rows(slice(start, start + chunk)),
-                sampling_torch.keys_of(keys, slice(start, start + chunk)),
-                dtype,
+        if on_triton and not law.filtered:
+            from esr_kernels import sampling_fused_triton
+
+            if sampling_fused_triton.pays(rows, hidden.shape[1]):
+                return sampling_fused_triton.sample(head.hidden, head.weight, classes, law, keys)
+
+        def sample(some: slice) -> Sample:
+            logits = borrow(
+                "logits to sample", (some.stop - some.start, head.classes), hidden, dtype
             )
-            for start in range(0, rows, chunk)
+            gemm.project(head.hidden[some], head.weight[: head.classes], logits)
+            return _sample_rows(logits, classes, law.rows(some), keys_of(keys, some), on_triton)
+
+        parts = [
+            sample(slice(start, min(start + chunk, rows)))
+            for start in range(0, max(rows, 1), chunk)
         ]
         return Sample(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
-def _sample_chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    classes: Classes,
-    law: RowLaw,
-    keys: SampleKeys,
-    dtype: torch.dtype,
+def _on_triton(impl: str, operand: Tensor) -> bool:
+    if impl == "auto":
+        return operand.device.type != "cpu" and operand.dtype != torch.float64
+    return impl == "triton"
+
+
+def _sample_rows(
+    logits: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys, on_triton: bool
 ) -> Sample:
-    logits = borrow("logits to sample", (hidden.shape[0], classes.count), hidden, dtype)
-    gemm.project(hidden, weight[: classes.count], logits)
+    if on_triton:
+        from esr_kernels import sampling_triton
+
+        return sampling_triton.sample_rows(logits, classes, law, keys)
     return sampling_torch.sample_rows(logits, classes, law, keys)
 
 

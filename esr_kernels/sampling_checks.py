@@ -103,8 +103,10 @@ def checked_classes(
     bias: Tensor | None,
     transform: LogitTransform,
     invalid: Tensor | None,
+    *,
+    mask: bool,
 ) -> Classes:
-    """The classes that exist, less the invalid ones."""
+    """The classes that exist, less the invalid ones, as a mask or as ids."""
     removed = check_invalid(invalid, like, rows_of_head)
     if removed is not None:
         if removed.dtype != torch.bool:
@@ -112,6 +114,6 @@ def checked_classes(
             removed = torch.zeros(rows_of_head, dtype=torch.bool, device=like.device)
             removed.index_fill_(0, ids, True)
         removed = removed[:count]
-        if like.device.type == "cpu":  # a few columns rather than a look at every logit
+        if like.device.type == "cpu" and not mask:  # a few columns rather than all logits
             removed = removed.nonzero()[:, 0]
     return Classes(count, None if bias is None else bias[:count].detach(), transform, removed)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm
-from esr_kernels.philox import SampleKeys, gumbel, step_tensor, tile_words, uniform
+from esr_kernels.philox import SampleKeys, gumbel, keys_of, tile_words, uniform
 from esr_kernels.sampling_law import TILE, Classes, RowLaw, Sample
 from esr_kernels.workspace import borrow
 
@@ -62,11 +62,6 @@ def _blocks(rows: int, width: int, elements: int) -> Iterator[slice]:
     height = max(1, elements // width)
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
-
-
-def keys_of(keys: SampleKeys, rows: slice) -> SampleKeys:
-    step = step_tensor(keys)
-    return SampleKeys(keys.seed, keys.rows[rows], step if step.numel() == 1 else step[rows])
 
 
 def _load_(z: Tensor, raw: Tensor, classes: Classes, law: RowLaw) -> None:

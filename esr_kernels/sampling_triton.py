@@ -1,0 +1,180 @@
+"""Draws from rows of logits in Triton: the GPU path of the sampler, as `sampling_torch` draws them.
+
+statistics  One program per (row, 8 tiles): maximum and log-sum of each tile of 256 classes. Reads
+            the logits once, writes 8 bytes a tile.
+cutoff      With filters, one program per row: `sampling_cutoff_triton`. Then the statistics once
+            more, over the kept classes.
+draw        One program per row: a Gumbel variate for each tile (594 of a Qwen vocabulary, not
+            151,936), the best tile, and in it a class by inverting its cumulative sum. Reads the
+            tiles' statistics and 256 logits.
+
+Nothing of the size of the logits is written. Every launch is independent of values on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from esr_kernels.philox import SampleKeys, key_words, step_tensor
+from esr_kernels.sampling_cutoff_triton import _cutoff_kernel
+from esr_kernels.sampling_kernels_triton import _draw_kernel, _tile_statistics_kernel
+from esr_kernels.sampling_law import TILE, Classes, RowLaw, Sample
+
+# (tiles in a program, warps): 16 logits a thread.
+STATISTICS_BLOCK = (8, 4)
+# (logits of a row at a time, warps), from bench/gpu_static.py: one program has a multiprocessor for
+# itself where there are few rows, so it takes many warps to keep loads in flight.
+CUTOFF_BLOCK = (8192, 16)
+# Columns of the head at a time where the draw recomputes a tile, and warps.
+DRAW_BLOCK = (32, 8)
+_MOST_TILES = 1024
+# The place of -inf in the order of the fp32 numbers.
+_LOWEST = -0x7F800001
+
+
+def sample_rows(raw: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys) -> Sample:
+    """Draw from raw logits [B, >= count] of bf16, fp16 or fp32, which are only read."""
+    raw = raw if raw.stride(1) == 1 else raw.contiguous()
+    statistics = tile_statistics(raw, classes, law)
+    cutoff, kept = None, None
+    if law.filtered:
+        cutoff = cutoffs(raw, classes, law, statistics[0])
+        kept = tile_statistics(raw, classes, law, cutoff)
+    return draw(raw, None, classes, law, keys, statistics, cutoff, kept)
+
+
+def _shared_arguments(classes: Classes, law: RowLaw) -> dict[str, object]:
+    invalid = classes.invalid
+    return {
+        "bias_ptr": classes.bias,
+        "invalid_ptr": None if invalid is None else invalid.view(torch.uint8),
+        "inv_temperature_ptr": law.inv_temperature,
+        "n_classes": classes.count,
+        "n_tiles": triton.cdiv(classes.count, TILE),
+        "scale": float(classes.transform.scale),
+        "softcap": float(classes.transform.softcap or 1.0),
+        "HAS_BIAS": classes.bias is not None,
+        "HAS_INVALID": invalid is not None,
+        "HAS_SOFTCAP": classes.transform.softcap is not None,
+        "HAS_TEMPERATURE": law.inv_temperature is not None,
+    }
+
+
+def tile_statistics(
+    raw: Tensor, classes: Classes, law: RowLaw, cutoff: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Maxima and log-sums [B, tiles] fp32, of the classes that `cutoff` keeps."""
+    rows, tiles = raw.shape[0], triton.cdiv(classes.count, TILE)
+    maxima, log_sums = torch.empty(2, rows, tiles, dtype=torch.float32, device=raw.device)
+    threshold, last = cutoff or (None, None)
+    block, warps = STATISTICS_BLOCK
+    if rows:
+        _tile_statistics_kernel[(rows, triton.cdiv(tiles, block))](
+            raw,
+            raw.stride(0),
+            threshold_ptr=threshold,
+            last_ptr=last,
+            maxima_ptr=maxima,
+            log_sums_ptr=log_sums,
+            HAS_CUTOFF=cutoff is not None,
+            TILE=TILE,
+            BLOCK_TILES=block,
+            num_warps=warps,
+            **_shared_arguments(classes, law),
+        )
+    return maxima, log_sums
+
+
+def cutoffs(raw: Tensor, classes: Classes, law: RowLaw, maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """(threshold fp32, last class kept at it int32), each [B]."""
+    rows = raw.shape[0]
+    threshold = torch.empty(rows, dtype=torch.float32, device=raw.device)
+    last = torch.empty(rows, dtype=torch.int32, device=raw.device)
+    block, warps = CUTOFF_BLOCK
+    if rows:
+        _cutoff_kernel[(rows,)](
+            raw,
+            raw.stride(0),
+            top_k_ptr=law.top_k,
+            top_p_ptr=law.top_p,
+            min_p_ptr=law.min_p,
+            maxima_ptr=maxima,
+            threshold_ptr=threshold,
+            last_ptr=last,
+            HAS_TOP_K=law.top_k is not None,
+            HAS_TOP_P=law.top_p is not None,
+            HAS_MIN_P=law.min_p is not None,
+            LOWEST=_LOWEST,
+            BLOCK_TILES=_tile_block(maxima.shape[1]),
+            BLOCK=min(block, triton.next_power_of_2(classes.count)),
+            num_warps=warps,
+            **_shared_arguments(classes, law),
+        )
+    return threshold, last
+
+
+def draw(
+    source: Tensor,
+    weight: Tensor | None,
+    classes: Classes,
+    law: RowLaw,
+    keys: SampleKeys,
+    statistics: tuple[Tensor, Tensor],
+    cutoff: tuple[Tensor, Tensor] | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> Sample:
+    """Draw by the statistics of tiles; `source` is logits, or hidden states with `weight`."""
+    rows, device = source.shape[0], source.device
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    fields = [torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3)]
+    if not rows:
+        return Sample(tokens, *fields)
+    step = step_tensor(keys)
+    threshold, last = cutoff or (None, None)
+    kept_maxima, kept_log_sums = kept or (None, None)
+    low, high = key_words(keys.seed)
+    block, warps = DRAW_BLOCK
+    _draw_kernel[(rows,)](
+        source,
+        source.stride(0),
+        weight,
+        0 if weight is None else weight.stride(0),
+        0 if weight is None else weight.shape[1],
+        greedy_ptr=None if law.greedy is None else law.greedy.view(torch.uint8),
+        threshold_ptr=threshold,
+        last_ptr=last,
+        maxima_ptr=statistics[0],
+        log_sums_ptr=statistics[1],
+        kept_maxima_ptr=kept_maxima,
+        kept_log_sums_ptr=kept_log_sums,
+        rows_ptr=keys.rows.contiguous(),
+        step_ptr=step,
+        step_stride=0 if step.numel() == 1 else step.stride(0),
+        seed_low=_signed(low),
+        seed_high=_signed(high),
+        tokens_ptr=tokens,
+        logprob_ptr=fields[0],
+        log_kept_ptr=fields[1],
+        lse_ptr=fields[2],
+        FROM_HIDDEN=weight is not None,
+        HAS_GREEDY=law.greedy is not None,
+        ALL_GREEDY=law.all_greedy,
+        HAS_CUTOFF=cutoff is not None,
+        TILE=TILE,
+        BLOCK_TILES=_tile_block(statistics[0].shape[1]),
+        BLOCK_D=block,
+        num_warps=warps,
+        **_shared_arguments(classes, law),
+    )
+    return Sample(tokens, *fields)
+
+
+def _tile_block(tiles: int) -> int:
+    return min(_MOST_TILES, triton.next_power_of_2(tiles))
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as Triton passes it, so that no seed compiles another kernel."""
+    return word - (1 << 32) if word >> 31 else word

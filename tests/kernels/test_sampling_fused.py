@@ -1,0 +1,73 @@
+"""Sampling fused into the projection draws what the logits' own pass draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from esr_kernels import sample_from_hidden, sampling_fused_triton
+from esr_kernels.sampling_fused_triton import BLOCKS, Blocks, pays
+from tests.kernels.test_sampling import HIDDEN, ODD_OPTIONS, PARAMS, WEIGHT, _keys
+
+TINY = Blocks(16, 16, 4, 2)
+ROWS = 19
+UNFILTERED = ("plain", "cold", "greedy")
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of rows, two of D."""
+    monkeypatch.setattr(sampling_fused_triton, "BLOCKS", dict.fromkeys(BLOCKS, TINY))
+
+
+def _both(name, dtype=torch.float32, rows=ROWS, keys=None, **options):
+    keys = keys or _keys(rows)
+    operands = HIDDEN[:rows].to(dtype), WEIGHT.to(dtype)
+    return tuple(
+        sample_from_hidden(*operands, keys, PARAMS[name], impl=impl, **options)
+        for impl in ("triton", "torch")
+    )
+
+
+@pytest.mark.parametrize("options", [{}, ODD_OPTIONS], ids=["plain", "odd_options"])
+@pytest.mark.parametrize("name", UNFILTERED)
+def test_the_tokens_of_the_logits(name, options):
+    fused, plain = _both(name, **options)
+    assert torch.equal(fused.tokens, plain.tokens)
+    for field in ("logprob", "log_kept", "lse"):
+        torch.testing.assert_close(getattr(fused, field), getattr(plain, field), rtol=0, atol=8e-6)
+
+
+def test_16_bit_operands():
+    fused, plain = _both("plain", torch.float16)
+    assert torch.equal(fused.tokens, plain.tokens)
+    torch.testing.assert_close(fused.lse, plain.lse, rtol=0, atol=8e-6)
+
+
+def test_a_row_alone_is_a_row_of_the_batch():
+    keys = _keys(ROWS)
+    whole, _ = _both("cold", keys=keys)
+    operands = HIDDEN[18:19], WEIGHT
+    alone = sample_from_hidden(
+        *operands, keys._replace(rows=keys.rows[18:19]), PARAMS["cold"], impl="triton"
+    )
+    assert all(torch.equal(a[18:19], b) for a, b in zip(whole, alone, strict=True))
+
+
+def test_a_hidden_state_of_nan_stays_in_its_row():
+    hidden = HIDDEN[:3].clone()
+    hidden[1, 5] = torch.nan
+    keys = _keys(3)
+    fused = sample_from_hidden(hidden, WEIGHT, keys, impl="triton")
+    healthy, _ = _both("plain", rows=3)
+    assert fused.tokens[1] == 0 and bool(fused.logprob[1].isnan())
+    assert torch.equal(fused.tokens[::2], healthy.tokens[::2])
+
+
+def test_which_batches_are_fused(monkeypatch):
+    assert pays(1, 8192) and pays(64, 4096) and not pays(65, 4096)
+    assert pays(128, 2048) and not pays(129, 1024)
+    monkeypatch.setattr(sampling_fused_triton, "sample", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        _both("plain", rows=1)
+    _both("top_k", rows=1)  # filters need the logits
