@@ -143,10 +143,10 @@ def stash(
 
     dz_buffer = buffer("dz", plan.token_chunk, dtype if in_place else x.student_hidden.dtype)
     if plan.teacher_in_gradient and gradients.weight is not None:
-        rows, row = min(plan.logit_chunk, tokens), row_stride(call.classes)
+        height, row = min(plan.logit_chunk, tokens), row_stride(call.classes)
         per_logit = dtype.itemsize // gradients.weight.dtype.itemsize
-        idle = gradients.weight.flatten()[: rows * row * per_logit]
-        teacher_buffer = idle.view(dtype).view(rows, row)[:, : call.classes]
+        idle = gradients.weight.flatten()[: height * row * per_logit]
+        teacher_buffer = idle.view(dtype).view(height, row)[:, : call.classes]
     else:
         teacher_buffer = buffer("teacher", plan.logit_chunk, dtype)
     student_buffer = None if in_place else buffer("student", plan.logit_chunk, dtype)
@@ -313,7 +313,7 @@ def recompute_gradients(
         dz = tile.s
         if not call.plan.problem.in_place:
             h = own.student_hidden
-            dz = borrow_rows("rounded", *tile.s.shape, h, h.dtype)
+            dz = borrow_rows("rounded", tile.s.shape[0], tile.s.shape[1], h, h.dtype)
         call.rows.tile_gradient_(tile, known, weights, call.spec, dz)
         if hidden_sum is not None:
             gemm.hidden_gradient(

@@ -29,7 +29,8 @@ _FLAGS = (
     "-O3 -std=gnu11 -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "
     "-shared -fPIC"
 ).split()
-_TUNING = (["-march=native"], ["-mcpu=native"], [])  # the first that the compiler knows
+# The first that the compiler knows.
+_TUNING: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 # Below this many logits a second thread costs more than it brings.
 _WORTH_A_THREAD = 1 << 16
 
