@@ -88,7 +88,7 @@ def attend(
         )
     if not parts:
         return torch.zeros_like(query)
-    return _merged(parts).view(batch, heads, dim).to(query.dtype)
+    return _merged(parts).reshape(batch, heads, dim).to(query.dtype)
 
 
 def _part(

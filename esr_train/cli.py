@@ -3,6 +3,7 @@
     esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
     esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--dry-run]
     esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
+    esr-train sample   CONFIG.yaml [key=value ...] --prompt TEXT [--samples G] [--teacher]
     esr-train report   RUN_DIR
     esr-train fetch    smollm2
 
@@ -17,6 +18,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import logging as transformers_logging
@@ -37,6 +39,7 @@ from esr_train.fetch import FetchError, fetch_smollm2
 from esr_train.models import ModelError
 from esr_train.report import summary_table, write_report
 from esr_train.rollout import ContextError, RolloutBatch
+from esr_train.sample import sample_text
 from esr_train.train import Trainer, TrainingError
 
 ERRORS = (
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--out", type=Path, help="run directory; default runs/CONFIG...")
         if run is _compare:
             command.add_argument("--steps", type=_positive, help="at most so many steps an arm")
+    _add_sample(commands)
     summary = "write report.html and the rest again from the files of a run"
     command = commands.add_parser("report", help=summary, description=summary)
     command.set_defaults(run=_report)
@@ -117,6 +121,26 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_fetch)
     command.add_argument("model", choices=["smollm2"])
     return parser
+
+
+def _add_sample(commands: Any) -> None:
+    summary = "answer prompts, and print what each token was worth"
+    command = commands.add_parser("sample", help=summary, description=summary)
+    command.set_defaults(run=_sample)
+    command.add_argument("config", type=Path, help="YAML file, see configs/")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="student.model=DIR")
+    command.add_argument(
+        "--prompt", action="append", required=True, help="may be given several times"
+    )
+    command.add_argument("--samples", type=_positive, help="answers a prompt; rollout.samples")
+    command.add_argument(
+        "--max-new-tokens", type=_positive, help="of an answer; rollout.max_new_tokens"
+    )
+    command.add_argument(
+        "--temperature", type=_temperature, help="0 is greedy; rollout.temperature"
+    )
+    command.add_argument("--seed", type=int, default=0, help="another one samples other answers")
+    command.add_argument("--teacher", action="store_true", help="ask the teacher instead")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -183,6 +207,22 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(json.dumps({"metrics": metrics, "samples": samples}, indent=2, ensure_ascii=False))
 
 
+def _sample(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    rollout = config.rollout
+    temperature = options.temperature
+    text = sample_text(
+        config,
+        config.teacher if options.teacher else config.student,
+        options.prompt,
+        options.samples or rollout.samples,
+        options.max_new_tokens or rollout.max_new_tokens,
+        rollout.temperature if temperature is None else temperature,
+        options.seed,
+    )
+    print(text)
+
+
 def _report(options: argparse.Namespace) -> None:
     try:
         path = write_report(options.run_dir)
@@ -239,4 +279,11 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {value}, must be at least 1")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not (value == 0 or 1e-6 <= value < float("inf")):
+        raise argparse.ArgumentTypeError(f"got {text}, must be 0 (greedy) or above")
     return value

@@ -111,7 +111,7 @@ def test_16_bit_errs_no_more_than_plain_pytorch(impl, std):
         ({"length": 130, "own": 1}, (0, 1, 2, 3)),
         ({"length": 20, "own": 70, "dim": 17}, (0, 0, 1, 1, 2, 2, 3, 3)),
         ({"length": 5, "own": 0}, (0, 0, 1, 1, 2, 2, 3, 3)),
-        ({"prompts": 1, "length": 300, "heads": (3, 1)}, (0,) * 11),
+        ({"prompts": 1, "length": 300, "heads": (6, 2)}, (0,) * 11),
     ],
     ids=["smallest", "one sample", "long suffix", "no suffix", "splits and query blocks"],
 )

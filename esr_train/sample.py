@@ -1,0 +1,78 @@
+"""Answers of a student or its teacher to prompts of one's own, with what each token was worth.
+
+Sampled by the engine that training samples with, so what is seen here is what training sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from esr_train.config import Config, ConfigError, ModelConfig
+from esr_train.data import encode
+from esr_train.models import load_model, load_tokenizer
+from esr_train.rollout import PrefixRollout, RolloutBatch
+from esr_train.tasks import Problem, load_task
+
+_TOKENS_A_LINE = 8
+
+
+def sample_text(
+    config: Config,
+    spec: ModelConfig,
+    prompts: list[str],
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> str:
+    """Every prompt with `samples` answers, as text for a terminal.
+
+    Prompts are put as the task of the config puts its own: through the chat template, or as they
+    are.
+
+    Raises:
+        ConfigError, ModelError, ContextError: an unknown task, a model that cannot be loaded,
+            prompts that do not fit its context.
+    """
+    try:
+        task = load_task(config.rollout.task)
+    except ValueError as error:
+        raise ConfigError(f"rollout.task: {error}") from error
+    tokenizer = load_tokenizer(spec, config.runtime)
+    ids = [encode(tokenizer, Problem(prompt), task.chat) for prompt in prompts]
+    rollout = PrefixRollout(load_model(spec, config.runtime), tokenizer)
+    batch = rollout.generate(ids, samples, max_new_tokens, temperature, (seed, "sample"))
+    parts = []
+    for row, prompt in enumerate(batch.prompts):
+        if row % samples == 0:
+            text = tokenizer.decode(prompt, skip_special_tokens=False)
+            parts.append(f"prompt ({len(prompt)} tokens): {text!r}")
+        parts.append(_answer(batch, row, row % samples + 1, tokenizer))
+    return "\n\n".join(parts)
+
+
+def _answer(batch: RolloutBatch, row: int, number: int, tokenizer: Any) -> str:
+    """One answer: how it ended, its log-prob, its text, and its tokens with a log-prob each."""
+    assert batch.logprob is not None
+    response = batch.response(row)
+    logprobs = batch.logprob[row, : len(response)]
+    total = float(logprobs.sum(dtype=torch.float64))
+    end = "ended by EOS" if batch.finished_by_eos[row] else "cut"
+    lines = [
+        f"sample {number}: {_count(len(response), 'token')}, {end}, log-prob {total:.3f} "
+        f"({total / len(response):.3f} a token)",
+        f"  {tokenizer.decode(response, skip_special_tokens=True)!r}",
+    ]
+    pieces = [
+        f"{tokenizer.decode([token], skip_special_tokens=False)!r} {logprob:.2f}"
+        for token, logprob in zip(response, logprobs.tolist(), strict=True)
+    ]
+    for start in range(0, len(pieces), _TOKENS_A_LINE):
+        lines.append("  " + "  ".join(pieces[start : start + _TOKENS_A_LINE]))
+    return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,229 @@
+"""Decoding over shared prompts through the attention of real architectures, with random weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from esr_train import decode, prefix_cache
+from esr_train.rollout import PrefixRollout, RolloutBatch
+from tests.tiny import char_tokenizer, tiny_llama
+
+TOKENIZER = char_tokenizer()
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13, 3, 9, 20, 21, 4], [3, 3]]
+LAYERS, WINDOW = 4, 6  # the third prompt is longer than the window
+COMMON = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+# With tied heads a random Gemma repeats its last token for ever.
+GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": WINDOW,
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2, windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3", GEMMA | {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+}
+
+
+def make(name: str, seed: int = 1) -> Any:
+    family, settings = MODELS[name]
+    suffix = "TextConfig" if family == "Gemma3" else "Config"
+    config = getattr(transformers, family + suffix)(**COMMON | settings)
+    torch.manual_seed(seed)
+    return getattr(transformers, family + "ForCausalLM")(config).eval()
+
+
+def greedy(model: Any, length: int = 16, samples: int = 1) -> RolloutBatch:
+    return PrefixRollout(model, TOKENIZER).generate(PROMPTS, samples, length, 0.0, (0,))
+
+
+def by_transformers(model: Any, prompt: list[int], length: int = 16) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=length,
+        do_sample=False,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def assert_greedy_is_theirs(model: Any, samples: int = 1) -> None:
+    ours = greedy(model, samples=samples)
+    for row, prompt in enumerate(ours.prompts):
+        assert ours.response(row) == by_transformers(model, prompt)
+    assert len(ours.tokens.unique()) > 5  # not one token over and over
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_is_what_transformers_generates(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = make(name)
+    attention = model.config._attn_implementation
+    assert_greedy_is_theirs(model, samples=2)
+    assert not [r for r in caplog.records if r.name == "esr_train.decode"]  # shared prompts
+    assert model.config._attn_implementation == attention
+
+
+def _bloom() -> Any:
+    """Its attention is of its own making, with biases by distance."""
+    settings = {"n_layer": 2, "n_head": 4, "eos_token_id": 0, "bos_token_id": None}
+    config = transformers.BloomConfig(
+        vocab_size=32, hidden_size=32, initializer_range=0.3, **settings
+    )
+    return transformers.BloomForCausalLM(config)
+
+
+def _gpt_oss() -> Any:
+    """It goes through the interface with attention sinks, which the kernel does not know."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.GptOssConfig(**COMMON, head_dim=16, sliding_window=WINDOW, **experts)
+    return transformers.GptOssForCausalLM(config)
+
+
+class _OtherPositions(transformers.LlamaForCausalLM):
+    """A model that looks like any other, and computes something else with a cache that is full."""
+
+    def __init__(self, config: transformers.LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.rotary_emb.register_forward_pre_hook(
+            lambda _, args, kwargs: (
+                (args, {"position_ids": kwargs["position_ids"] * 0 + 1})
+                if args[0].shape[1] == 1 and prefix_cache._active
+                else None
+            ),
+            with_kwargs=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (_bloom, "does not use transformers' attention interface"),
+        (_gpt_oss, "s_aux"),
+        (lambda: _OtherPositions(tiny_llama().config), "hidden states differ by"),
+    ],
+    ids=["bloom", "gpt-oss", "another answer"],
+)
+def test_other_models_decode_with_a_note(
+    build: Callable[[], Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(1)
+    model = build().eval()
+    with caplog.at_level(logging.WARNING, "esr_train"):
+        assert_greedy_is_theirs(model)
+        greedy(model)
+    # Once a model.
+    [note] = [r.getMessage() for r in caplog.records if r.name == "esr_train.decode"]
+    assert "decodes without shared prompts" in note and reason in note
+
+
+def test_keys_and_values_are_those_of_prompts_and_responses() -> None:
+    """P * L + B * N of them, not B * (L + N); the last of N tokens is drawn and never read."""
+    samples, length = 16, 9
+    engine = PrefixRollout(make("llama"), TOKENIZER)
+    engine.generate(PROMPTS, samples, length, 1.0, (0,))
+    of_a_token = 2 * LAYERS * 2 * 8 * 4  # keys and values, layers, heads, head dimension, fp32
+    prompts, longest = len(PROMPTS), max(map(len, PROMPTS))
+    tokens = prompts * longest + prompts * samples * (length - 1)
+    assert engine.kv_bytes == of_a_token * tokens
+    assert engine.kv_bytes < 0.5 * of_a_token * prompts * samples * (longest + length - 1)
+
+
+def test_prompts_prefilled_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("gemma3")
+    whole = greedy(model)
+    monkeypatch.setattr(decode, "_PREFILL_TOKENS", 6)
+    assert list(decode._chunks([1, 2, 3, 12])) == [(0, 2), (2, 3), (3, 4)]
+    parts = greedy(model)
+    assert torch.equal(parts.tokens, whole.tokens)
+
+
+def test_everything_is_put_back_when_a_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama").train()
+    model.model.layers[1].eval()
+    training = [module.training for module in model.modules()]
+    greedy(model, 2)
+
+    def fail(*_: Any, **__: Any) -> None:
+        assert model.config._attn_implementation == prefix_cache.ATTENTION
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(prefix_cache, "shared_prefix_attention", fail)
+    with pytest.raises(RuntimeError, match="^no$"):
+        greedy(model, 2)
+    assert model.config._attn_implementation == "sdpa" and not prefix_cache._active
+    assert [module.training for module in model.modules()] == training
+
+
+def test_a_model_in_training_samples_without_dropout_and_checkpointing() -> None:
+    model = tiny_llama(1, attention_dropout=0.5)
+    expected = greedy(model)
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    model.train()
+    assert torch.equal(greedy(model).tokens, expected.tokens)
+    assert model.training and all(module.training for module in model.modules())
+
+
+class _Adapter(nn.Module):
+    """A linear layer and a low-rank update beside it."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+        self.down = nn.Linear(inner.in_features, 2, bias=False)
+        self.up = nn.Linear(2, inner.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.up(self.down(x))
+
+
+def test_adapters_take_part() -> None:
+    model = make("qwen3")
+    before = greedy(model)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj = _Adapter(layer.self_attn.k_proj)
+        layer.mlp.up_proj = _Adapter(layer.mlp.up_proj)
+    assert_greedy_is_theirs(model)
+    assert not torch.equal(greedy(model).tokens, before.tokens)
+
+
+def test_a_peft_student_samples_through_its_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    model = make("llama")
+    before = greedy(model)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    student = peft.get_peft_model(model, config).eval()
+    ours = greedy(student)
+    for row, prompt in enumerate(ours.prompts):
+        assert ours.response(row) == by_transformers(student, prompt)
+    assert not torch.equal(ours.tokens, before.tokens)
