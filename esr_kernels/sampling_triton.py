@@ -27,9 +27,10 @@ STATISTICS_BLOCK = (8, 4)
 # (logits of a row at a time, warps), from bench/gpu_static.py: one program has a multiprocessor for
 # itself where there are few rows, so it takes many warps to keep loads in flight.
 CUTOFF_BLOCK = (8192, 16)
-# Columns of the head at a time where the draw recomputes a tile, and warps.
-DRAW_BLOCK = (32, 8)
-_MOST_TILES = 1024
+# Maxima of tiles at a time there.
+_MAXIMA = 1024
+# Tiles of a row at a time in the draw; columns of the head where it recomputes a tile; warps.
+DRAW_BLOCK = (512, 32, 8)
 # The place of -inf in the order of the fp32 numbers.
 _LOWEST = -0x7F800001
 
@@ -107,7 +108,7 @@ def cutoffs(raw: Tensor, classes: Classes, law: RowLaw, maxima: Tensor) -> tuple
             HAS_TOP_P=law.top_p is not None,
             HAS_MIN_P=law.min_p is not None,
             LOWEST=_LOWEST,
-            BLOCK_TILES=_tile_block(maxima.shape[1]),
+            BLOCK_TILES=min(_MAXIMA, triton.next_power_of_2(maxima.shape[1])),
             BLOCK=min(block, triton.next_power_of_2(classes.count)),
             num_warps=warps,
             **_shared_arguments(classes, law),
@@ -135,7 +136,7 @@ def draw(
     threshold, last = cutoff or (None, None)
     kept_maxima, kept_log_sums = kept or (None, None)
     low, high = key_words(keys.seed)
-    block, warps = DRAW_BLOCK
+    tiles, depth, warps = DRAW_BLOCK
     _draw_kernel[(rows,)](
         source,
         source.stride(0),
@@ -163,16 +164,12 @@ def draw(
         ALL_GREEDY=law.all_greedy,
         HAS_CUTOFF=cutoff is not None,
         TILE=TILE,
-        BLOCK_TILES=_tile_block(statistics[0].shape[1]),
-        BLOCK_D=block,
+        BLOCK_TILES=min(tiles, triton.next_power_of_2(statistics[0].shape[1])),
+        BLOCK_D=depth,
         num_warps=warps,
         **_shared_arguments(classes, law),
     )
     return Sample(tokens, *fields)
-
-
-def _tile_block(tiles: int) -> int:
-    return min(_MOST_TILES, triton.next_power_of_2(tiles))
 
 
 def _signed(word: int) -> int:
