@@ -81,11 +81,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A sanitizer run is about kernels: what launches none is for `make test`."""
-    if not SANITIZES:
-        return
-    config.hook.pytest_deselected(items=[item for item in items if not launches_kernels(item)])
-    items[:] = [item for item in items if launches_kernels(item)]
+    """A sanitizer run is about kernels: what launches none is for `make test`. A slow test runs
+    only where -m asks for some."""
+    kept = [item for item in items if not SANITIZES or launches_kernels(item)]
+    if not config.getoption("-m"):
+        kept = [item for item in kept if item.get_closest_marker("slow") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

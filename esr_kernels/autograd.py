@@ -3,8 +3,8 @@ one that does in the backward.
 
 Both return (loss, the [T] fields of `LinearDivergence`) and give gradients to the student's hidden
 states, head and bias. `custom_ops` has the same for compiled code. Eager code does not go through
-those operators: a function can scale the stashed gradient in place, knows which gradients are
-wanted without being told, and is dispatched in a fifth of the time.
+those operators: a function can scale the stashed gradient in place, and costs half a millisecond
+less to call (on a CPU, for tensors of a few elements).
 """
 
 from __future__ import annotations

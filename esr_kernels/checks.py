@@ -17,6 +17,7 @@ from esr_kernels.head import (
     checked_transform,
     one_of,
     ready,
+    values_are_at_hand,
 )
 from esr_kernels.row_stats import IGNORED_LABEL, LogitTransform
 
@@ -106,7 +107,7 @@ def check_inputs(
         classes = student_ids.shape[0]
     if labels is not None:
         labels = _labels(labels, tokens, classes, device, group is not None)
-    if not math.isfinite(label_weight):
+    if not abs(label_weight) < math.inf:
         raise ValueError(f"label_weight must be finite, got {label_weight}")
     if label_weight and labels is None:
         raise ValueError(f"label_weight is {label_weight} and there are no labels")
@@ -223,8 +224,7 @@ def _mapped_classes(
             raise ValueError(
                 f"{name} must be a non-empty int64 vector, got {ids.dtype} {list(ids.shape)}"
             )
-        # Looking at values on a GPU would stall the host.
-        if ids.device.type == "cpu":
+        if values_are_at_hand(ids):
             if int(ids.min()) < 0 or int(ids.max()) >= rows:
                 raise ValueError(
                     f"{name} must lie in [0, {rows}), the rows of the head, "
@@ -248,7 +248,7 @@ def _labels(
         raise ValueError(
             f"labels must be int64 of shape [{tokens}], got {labels.dtype} {list(labels.shape)}"
         )
-    if labels.device.type == "cpu" and tokens:
+    if values_are_at_hand(labels) and tokens:
         other_rank = -1 if sharded else IGNORED_LABEL
         wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORED_LABEL))
         wrong &= labels != other_rank

@@ -132,11 +132,12 @@ def checked_transform(
     scale: tuple[str, float], softcap: tuple[str, float | None], temperature: tuple[str, float]
 ) -> LogitTransform:
     """The transform of the logits from (argument name, value) pairs; raises on a bad value."""
-    if not (math.isfinite(temperature[1]) and temperature[1] > 0):
+    # Comparisons, which NaN fails too: a compiler may hold a number that changes as a symbol.
+    if not 0 < temperature[1] < math.inf:
         raise ValueError(f"{temperature[0]} must be finite and above 0, got {temperature[1]}")
-    if not (math.isfinite(scale[1]) and scale[1] != 0):
+    if not 0 < abs(scale[1]) < math.inf:
         raise ValueError(f"{scale[0]} must be finite and not 0, got {scale[1]}")
-    if softcap[1] is not None and not (math.isfinite(softcap[1]) and softcap[1] > 0):
+    if softcap[1] is not None and not 0 < softcap[1] < math.inf:
         raise ValueError(f"{softcap[0]} must be None or finite and above 0, got {softcap[1]}")
     return LogitTransform(scale[1], softcap[1], temperature[1])
 
@@ -167,6 +168,11 @@ def check_ids(name: str, ids: Tensor, shape: str, hidden: Tensor) -> None:
         raise ValueError(
             f"{name} must be on the device of the hidden states, {hidden.device}, got {ids.device}"
         )
+
+
+def values_are_at_hand(tensor: Tensor) -> bool:
+    """Whether the host may look at values: a GPU would stall it, and a compiler has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _triton_runs_on_cpu() -> bool:

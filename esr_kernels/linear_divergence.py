@@ -132,6 +132,9 @@ def linear_divergence(
     Memory: never [T, V]; `plan_linear_divergence` prints the peak.
     Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
         "recompute" (any number). Neither supports double backward.
+    torch.compile: a node of the graph, forward and backward, for any number of tokens up to a limit
+        where "auto" changes from a stash to a recompute. Numbers, the temperature among them, are
+        constants of a graph: one that changes compiles again.
     Source: GKD (arXiv 2306.13649) for the divergences; the plans are derived in `plan.py`.
 
     Example:
@@ -168,9 +171,6 @@ def linear_divergence(
     # Counting rows on a GPU would stall the host: by default that is done only where it is free.
     if compact is None:
         compact = token_weights is not None and token_weights.device.type == "cpu"
-    active = active_rows(token_weights, compact)
-    if active is not None:
-        active = active.to(inputs.student_hidden.device)
     operands = Operands(
         inputs.student_hidden,
         inputs.student_weight,
@@ -190,12 +190,23 @@ def linear_divergence(
     )
     request = Request(spec, inputs.classes, reduction, plan, memory_budget, group, impl)
     trains = torch.is_grad_enabled()
+    bias = operands.student_bias
     wanted = (
         trains and operands.student_hidden.requires_grad,
         trains and (operands.student_weight.requires_grad or weight_grad is not None),
+        trains and bias is not None and bias.requires_grad,
     )
+    if torch.compiler.is_compiling():
+        from esr_kernels.custom_ops import traced
+
+        return LinearDivergence(
+            *traced(request, operands, token_weights, weight_grad, compact, wanted)
+        )
+    active = active_rows(token_weights, compact)
+    if active is not None:
+        active = active.to(inputs.student_hidden.device)
     tokens = operands.student_hidden.shape[0] if active is None else active.shape[0]
-    call = request.call(request.problem(operands, tokens, wanted, weight_grad is not None))
+    call = request.call(request.problem(operands, tokens, wanted[:2], weight_grad is not None))
     function = StashFunction if call.plan.kind == "stash" else RecomputeFunction
     loss, *fields = function.apply(call, active, inputs.row_weight, weight_grad, *operands)
     return LinearDivergence(loss, *fields)

@@ -31,7 +31,6 @@ _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
 _DEFAULT_BUDGET = {"cuda": 2048 * MIB, "cpu": 320 * MIB}
 # Below this many classes or tokens in a tile a GEMM is no longer a GEMM.
 _SMALLEST_TILE = 64
-_MOST_DOUBLINGS = 24
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
 _TORCH_SCRATCH = 4 * 5 * 640_000
 # The fused kernel's share of the vendor GEMM's rate, and its epilogue (25 FLOPs and 2 exponentials
@@ -285,23 +284,6 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
         f"memory_budget of {budget} bytes is too small for plan={kind!r}: "
         f"the smallest needs {smallest.extra_bytes} bytes"
     )
-
-
-def stash_limit(problem: Problem, memory_budget: int | None) -> int:
-    """The most tokens, a power of two, for which "auto" is a stash; 0 where it never is.
-
-    For compiled code, whose graph must not depend on the number of tokens: `problem.tokens` is not
-    looked at.
-    """
-    limit = 0
-    for doublings in range(_MOST_DOUBLINGS):
-        try:
-            plan = make_plan(replace(problem, tokens=1 << doublings), "auto", memory_budget)
-        except ValueError:  # Not even a recompute fits.
-            break
-        if plan.kind == "stash" and problem.needs_gradient:
-            limit = 1 << doublings
-    return limit
 
 
 def _obstacle_to_stash(problem: Problem) -> str | None:

@@ -109,7 +109,7 @@ def test_auto_weighs_its_slower_gemms_against_the_traffic_of_logits():
         for dim in (512, 1024, 4096, 8192)
     ]
     assert chosen == ["fused", "fused", "recompute", "recompute"]
-    for change in ({"device": "cpu"}, {"triton": False}, {"mapped": True}):
+    for change in ({"device": "cpu"}, {"rows": "torch"}, {"mapped": True}):
         problem = Problem(8192, 151_936, 512, 512, train_weight=False, train_hidden=False)
         assert make_plan(replace(problem, **change)).kind == "recompute"
 
