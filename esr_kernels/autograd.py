@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.execute import Gradients, Operands
+from esr_kernels.head import values_are_at_hand
 from esr_kernels.passes import recompute_backward, recompute_forward, stash_forward
 from esr_kernels.row_stats import RowsKnown
 
@@ -59,7 +60,7 @@ class StashFunction(torch.autograd.Function):
             ctx.weight_grad.addcmul_(gradients.weight, upstream.to(gradients.weight.dtype))
             gradients = gradients._replace(weight=None)
         # Reading the factor would stall a GPU; on CPU it spares a pass over the weight gradient.
-        if upstream.device.type == "cuda" or upstream.item() != 1.0:
+        if not values_are_at_hand(upstream) or upstream.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(upstream)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm
-from esr_kernels.head import Head, vocab_tile
+from esr_kernels.head import Head, values_are_at_hand, vocab_tile
 from esr_kernels.row_stats import LogitTransform
 
 # The id of no class: pads rows that pick fewer than K.
@@ -93,7 +93,7 @@ def pick(
     dz_dtype = logits_dtype if on_cpu else head.hidden.dtype
     element_bytes = logits_dtype.itemsize + (dz_dtype != logits_dtype) * dz_dtype.itemsize
     hidden, index = head.hidden, None
-    if live is not None and _free_to_count(live):
+    if live is not None and values_are_at_hand(live):
         if not bool(live.all()):
             index = live.nonzero()[:, 0]
             hidden, ids = hidden[index], ids[index]
@@ -120,11 +120,6 @@ def _rows_module(head: Head, impl: str) -> ModuleType:
     from esr_kernels import picked_triton
 
     return picked_triton
-
-
-def _free_to_count(rows: Tensor) -> bool:
-    """Whether the host may look at `rows` without waiting for a GPU."""
-    return rows.device.type == "cpu"
 
 
 class _Pick(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from esr_kernels import gemm, reference
-from esr_kernels.head import Head, check_head, check_ids
+from esr_kernels.head import Head, check_head, check_ids, values_are_at_hand
 from esr_kernels.picked import NO_CLASS, pick
 
 # The token id of positions to leave out, as in torch.nn.functional.cross_entropy.
@@ -29,7 +29,7 @@ class TokenLogprob(NamedTuple):
 
 def _check_tokens(tokens: Tensor, head: Head) -> None:
     check_ids("tokens", tokens, f"[{head.hidden.shape[0]}]", head.hidden)
-    if tokens.device.type != "cpu":
+    if not values_are_at_hand(tokens):
         return
     bad = (tokens != IGNORE) & ((tokens < 0) | (tokens >= head.classes))
     if bool(bad.any()):

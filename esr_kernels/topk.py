@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm, reference
-from esr_kernels.head import Head, check_head, check_ids, one_of
+from esr_kernels.head import Head, check_head, check_ids, one_of, values_are_at_hand
 from esr_kernels.picked import NO_CLASS, pick
 
 DIVERGENCES = ("forward_kl", "reverse_kl")
@@ -49,7 +49,7 @@ def _check_teacher(
             raise ValueError(f"token_weights must have shape [{tokens}], got {list(weights.shape)}")
         if weights.is_complex() or weights.requires_grad:
             raise TypeError("token_weights must be real and carry no gradient; detach them")
-    if ids.device.type == "cpu":
+    if values_are_at_hand(ids):
         _check_values(ids, logprobs, tail, head.classes)
 
 

@@ -154,7 +154,7 @@ def test_positions_left_out_are_masked_where_counting_them_would_stall(impl, mon
     """As on a GPU: the rows are computed, and their outputs and gradients replaced by 0."""
     case = HEADS["odd_options"](torch.float32)
     dropped = head_cases.run(token_logprob, case, (_tokens(case),), _backward, impl=impl)
-    monkeypatch.setattr(picked, "_free_to_count", lambda rows: False)
+    monkeypatch.setattr(picked, "values_are_at_hand", lambda rows: False)
     masked = head_cases.run(token_logprob, case, (_tokens(case),), _backward, impl=impl)
     for name, value in dropped.items():
         torch.testing.assert_close(masked[name], value, rtol=1e-5, atol=1e-6)

@@ -275,7 +275,7 @@ def test_the_suite_notices_a_wrong_gradient(damage, tail, monkeypatch):
 @pytest.mark.parametrize("how", ["dropped", "masked, as on a GPU"])
 def test_a_row_of_weight_0_is_as_if_it_were_absent_even_if_nan(how, impl, monkeypatch):
     if how != "dropped":
-        monkeypatch.setattr(picked, "_free_to_count", lambda rows: False)
+        monkeypatch.setattr(picked, "values_are_at_hand", lambda rows: False)
     hidden, weight, _ = HEADS["random_head"](torch.float32)
     ids, logprobs = _teacher((hidden, weight, {}))
     weights = torch.ones(TOKENS, device=DEVICE)

@@ -1,0 +1,190 @@
+"""No op waits for the GPU: nothing on its path reads a value, so CUDA graphs can hold it.
+
+Without a GPU the same path runs on the CPU (Triton's kernels, and what depends on values skipped),
+under a mode that fails on every operation that would have to wait.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from esr_kernels import (
+    autograd,
+    checks,
+    linear_divergence,
+    linear_topk_divergence,
+    picked,
+    token_logprob,
+    topk,
+)
+from tests.kernels import cases, head_cases
+from tests.kernels.cases import DEVICE, TOKENS
+
+_WAITS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "item",
+    "nonzero",
+    "nonzero_numpy",
+    "masked_select",
+    "unique_consecutive",
+    "unique_dim",
+    "_unique",
+    "_unique2",
+    "bincount",
+    "repeat_interleave",
+}
+
+
+class _NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._overloadpacket.__name__
+        assert name not in _WAITS, f"{name} makes the host wait"
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            indices = [index for index in args[1] if index is not None]
+            assert all(x.dtype not in (torch.bool, torch.uint8) for x in indices), "a mask as index"
+        if name == "_to_copy" and (kwargs or {}).get("device") is not None:
+            assert torch.device(kwargs["device"]).type == args[0].device.type, "a copy to the host"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    """What the package does with values where they are at hand, it leaves out on a GPU."""
+    # The last is hidden behind the function of its name.
+    modules = autograd, checks, picked, topk, sys.modules["esr_kernels.token_logprob"]
+    for module in modules:
+        monkeypatch.setattr(module, "values_are_at_hand", lambda tensor: False)
+    if not triton.knobs.runtime.interpret:
+        return
+    from triton.runtime import interpreter
+
+    # The interpreter reads what kernels are given; a GPU's launcher does not.
+    launch = interpreter.GridExecutor.__call__
+
+    def launched(self, *args, **kwargs):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+
+
+@pytest.mark.parametrize("damage", ["item", "nonzero", "mask", "bool"])
+def test_the_mode_notices_waiting(damage):
+    x = torch.ones(3, device=DEVICE)
+    actions = {
+        "item": lambda: x[0].item(),
+        "nonzero": lambda: x.nonzero(),
+        "mask": lambda: x[x > 0],
+        "bool": lambda: bool(x.all()),
+    }
+    with pytest.raises(AssertionError, match="makes the host wait|a mask as index"), _NoWaiting():
+        actions[damage]()
+
+
+@pytest.mark.parametrize(
+    "make, dtype, divergence, how",
+    [
+        ("odd_options", torch.bfloat16, "reverse_kl", {"plan": "stash"}),
+        ("random_pair", torch.float16, "jsd", {"plan": "recompute"}),
+        ("labelled", torch.float16, "forward_kl", {"plan": "stash"}),
+        ("labelled", torch.bfloat16, "forward_kl", {"plan": "recompute", "reduction": "none"}),
+        ("mapped_vocabularies", torch.bfloat16, "reverse_kl", {"plan": "stash"}),
+        ("mapped_vocabularies", torch.float16, "reverse_kl", {"plan": "recompute"}),
+        ("random_pair", torch.bfloat16, "reverse_kl", {"plan": "fused"}),
+    ],
+    ids=str,
+)
+def test_linear_divergence_does_not_wait(make, dtype, divergence, how):
+    case = cases.CASES[make](dtype)
+    with _NoWaiting():
+        cases.ours(case, divergence, impl="triton", compact=False, **how)
+
+
+def test_waiting_in_a_backward_would_show(monkeypatch):
+    """On CPU the stash looks at the upstream factor."""
+    monkeypatch.setattr(autograd, "values_are_at_hand", lambda tensor: True)
+    with pytest.raises(AssertionError, match="makes the host wait"), _NoWaiting():
+        cases.ours(cases.random_pair(torch.float32), "reverse_kl", impl="torch", plan="stash")
+
+
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+def test_adding_to_weight_grad_does_not_wait(plan):
+    case = cases.random_pair(torch.bfloat16)
+    weight_grad = torch.zeros(case.student_weight.shape, device=DEVICE)
+    with _NoWaiting():
+        hidden = case.student_hidden.requires_grad_()
+        out = linear_divergence(
+            hidden, *case.tensors[1:], weight_grad=weight_grad, plan=plan, impl="triton"
+        )
+        (out.loss * 0.5).backward()
+    assert weight_grad.norm() > 0
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+def test_linear_topk_divergence_does_not_wait(tail):
+    hidden, weight, options = head_cases.odd_options(torch.bfloat16)
+    ids = torch.arange(head_cases.TOKENS * 3, device=DEVICE).view(-1, 3)
+    logprobs = torch.full(ids.shape, -2.0, device=DEVICE)
+    weights = (torch.arange(head_cases.TOKENS, device=DEVICE) % 3).float()
+    with _NoWaiting():
+        out = linear_topk_divergence(
+            hidden.requires_grad_(),
+            weight.requires_grad_(),
+            ids,
+            logprobs,
+            tail=tail,
+            token_weights=weights,
+            reduction="mean",
+            impl="triton",
+            **options,
+        )
+        out.loss.backward()
+    assert hidden.grad.norm() > 0
+
+
+def test_token_logprob_does_not_wait():
+    hidden, weight, options = head_cases.odd_options(torch.bfloat16)
+    tokens = torch.arange(head_cases.TOKENS, device=DEVICE)
+    tokens[3] = -100
+    with _NoWaiting():
+        out = token_logprob(
+            hidden.requires_grad_(), weight.requires_grad_(), tokens, impl="triton", **options
+        )
+        (out.logprob - 0.3 * out.entropy).sum().backward()
+    assert hidden.grad.norm() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("plan", ["stash", "recompute", "fused"])
+def test_a_cuda_graph_replays_forward_and_backward(plan):
+    case = cases.random_pair(torch.bfloat16)
+    hidden, weight = case.student_hidden.requires_grad_(), case.student_weight.requires_grad_()
+    weights = torch.rand(TOKENS, device=DEVICE)
+
+    def step():
+        out = linear_divergence(*case.tensors, token_weights=weights, plan=plan)
+        return out.loss, *torch.autograd.grad(out.loss, (hidden, weight))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        weights.mul_(2)
+        hidden.mul_(0.5)
+    graph.replay()
+    for ours, expected in zip(captured, step(), strict=True):
+        assert torch.equal(ours, expected)
