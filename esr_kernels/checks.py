@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from esr_kernels.row_stats import IGNORED_LABEL, LogitTransform
 REDUCTIONS = ("sum", "mean", "none")
 # Class numbers travel through the row statistics as fp32, which counts exactly up to here.
 _MOST_CLASSES = 1 << 24
+# Of its rows, at most, that a head is padded with.
+_PADDING_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,10 @@ def check_inputs(
             f"teacher_hidden must be on the student's device {device}, got {teacher_hidden.device}"
         )
     if student_ids is None and teacher_ids is None:
-        classes = _classes(num_classes, student_weight.shape[0], teacher_weight.shape[0])
+        both = student_weight.shape[0], teacher_weight.shape[0]
+        classes = _classes(num_classes, *both)
+        if num_classes is None and group is None and not torch.compiler.is_compiling():
+            _warn_of_unlike_vocabularies(*both)
     else:
         student_ids, teacher_ids = _mapped_classes(
             num_classes, student_ids, teacher_ids, student_weight, teacher_weight
@@ -194,6 +200,17 @@ def _classes(num_classes: int | None, student: int, teacher: int) -> int:
     if classes >= _MOST_CLASSES:
         raise ValueError(f"num_classes must be below {_MOST_CLASSES}, got {classes}")
     return classes
+
+
+def _warn_of_unlike_vocabularies(student: int, teacher: int) -> None:
+    # Heads of one tokenizer are padded by a few rows.
+    if abs(student - teacher) > _PADDING_SHARE * max(student, teacher):
+        warnings.warn(
+            f"student_weight has {student} rows and teacher_weight {teacher}: taking the first "
+            f"{min(student, teacher)} as the same classes. Say num_classes if they are, and "
+            "student_ids and teacher_ids if the models number their tokens differently",
+            stacklevel=4,
+        )
 
 
 def _shared_bias(bias: Tensor | None, ids: Tensor | None, classes: int) -> Tensor | None:

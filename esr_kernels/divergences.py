@@ -14,6 +14,7 @@ is where on-policy distillation spends its time.
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 
@@ -195,6 +196,8 @@ def resolve_divergence(divergence: Divergence | str) -> Divergence:
         return divergence
     if isinstance(divergence, str) and divergence in _BY_NAME:
         return _BY_NAME[divergence]
+    near = difflib.get_close_matches(str(divergence), _BY_NAME, n=1)
     raise ValueError(
         f"divergence must be one of {sorted(_BY_NAME)} or a Divergence instance, got {divergence!r}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
     )

@@ -1,4 +1,4 @@
-"""The memory that a plan predicts is the memory that is taken."""
+"""The memory that a plan predicts is the memory that is taken, and a budget bounds it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.measure import MIB, extra_bytes
-from esr_kernels import linear_divergence, release_workspace
+from esr_kernels import linear_divergence, plan_linear_divergence, release_workspace
 from esr_kernels.plan import Plan, Problem, make_plan
 from esr_kernels.workspace import borrow
 from tests.kernels.cases import DEVICE
@@ -87,3 +87,22 @@ def test_teacher_logits_lie_in_the_idle_weight_gradient():
     assert without.extra_bytes > plan.extra_bytes + room * problem.classes * 4
     for change in ({"train_weight": False}, {"mapped": True}):
         assert not replace(plan, problem=replace(problem, **change)).teacher_in_gradient
+
+
+def test_more_than_2_31_logits_are_planned_in_chunks():
+    """T * V = 2.5e9: no buffer of a plan may hold them all."""
+    tokens, classes = 16_384, 151_936
+    for plan in ("stash", "recompute"):
+        chosen = plan_linear_divergence(tokens, classes, 1536, 3584, plan=plan)
+        assert chosen.extra_bytes <= 2 << 30
+        assert chosen.kind == plan
+    assert "GEMMs" in str(chosen)
+
+
+def test_a_tighter_budget_takes_less_memory_and_more_traffic():
+    problem = Problem(8192, 151_936, 1536, 3584)
+    roomy = make_plan(problem, "stash", 4 << 30)
+    tight = make_plan(problem, "stash", 1200 << 20)
+    assert tight.extra_bytes <= 1200 << 20 < roomy.extra_bytes <= 4 << 30
+    assert tight.bytes_moved > roomy.bytes_moved and tight.gemm_flops == roomy.gemm_flops
+    assert make_plan(problem, "auto", 300 << 20).kind == "recompute"
