@@ -17,7 +17,7 @@ from tests.kernels.cases import DEVICE
 TOKENS, CLASSES, DIMS = 768, 60_000, (128, 192)
 
 
-def _problem(reduction: str) -> Problem:
+def _problem(weight_grad_given: bool) -> Problem:
     return Problem(
         TOKENS,
         CLASSES,
@@ -25,28 +25,39 @@ def _problem(reduction: str) -> Problem:
         hidden_dtype=torch.float32,
         weight_dtype=torch.float32,
         device=DEVICE,
-        per_token_gradient=reduction == "none",
+        weight_grad_given=weight_grad_given,
     )
 
 
 @pytest.mark.parametrize(
-    "kind, budget_mib", [("stash", 400), ("stash", 150), ("recompute", 150), ("recompute", 60)]
+    "kind, budget_mib, gives_weight_grad",
+    [
+        ("stash", 400, False),
+        ("stash", 150, False),
+        ("recompute", 150, False),
+        ("recompute", 60, False),
+        ("stash", 200, True),
+        ("recompute", 60, True),
+    ],
 )
-def test_predicted_peak_is_the_measured_peak_within_10_percent(kind, budget_mib):
-    plan = make_plan(_problem("sum"), kind, budget_mib * MIB)
+def test_predicted_peak_is_the_measured_peak_within_10_percent(kind, budget_mib, gives_weight_grad):
+    plan = make_plan(_problem(gives_weight_grad), kind, budget_mib * MIB)
     hidden, teacher = (torch.randn(TOKENS, dim, device=DEVICE) for dim in DIMS)
     weight, teacher_weight = (torch.randn(CLASSES, dim, device=DEVICE) / 10 for dim in DIMS)
     hidden.requires_grad_()
     weight.requires_grad_()
+    weight_grad = torch.ones_like(weight, requires_grad=False) if gives_weight_grad else None
 
     def run() -> None:
-        linear_divergence(hidden, weight, teacher, teacher_weight, plan=plan).loss.backward()
+        linear_divergence(
+            hidden, weight, teacher, teacher_weight, weight_grad=weight_grad, plan=plan
+        ).loss.backward()
 
     release_workspace()
     measured = extra_bytes(run)
     if measured is None:
         pytest.skip("this platform does not tell a process its peak memory")
-    gradients = 4 * (hidden.numel() + weight.numel())
+    gradients = 4 * (hidden.numel() + weight.numel() * (not gives_weight_grad))
     release_workspace()
     print(
         f"predicted {plan.extra_bytes / MIB:.0f} MiB, measured {(measured - gradients) / MIB:.0f}"
