@@ -106,5 +106,5 @@ def test_a_draw_against_the_product(name):
     with RESULTS.open("a") as file:
         file.write(json.dumps(record) + "\n")
     mine = table["ours"]
-    assert mine["over_product"] < 0.5
+    assert mine["over_product"] < (0.25 if name == "unfiltered" else 0.6)
     assert all(mine["seconds"] < table[other]["seconds"] for other in contenders if other != "ours")

@@ -17,7 +17,7 @@ from esr_kernels.sampling_checks import (
     checked_classes,
 )
 from esr_kernels.sampling_law import Classes, RowLaw, Sample, SamplingParams, row_law
-from esr_kernels.workspace import borrow
+from esr_kernels.workspace import borrow_rows
 
 __all__ = ["Sample", "SampleKeys", "SamplingParams", "sample_from_hidden", "sample_from_logits"]
 
@@ -203,9 +203,8 @@ def sample_from_hidden(
                 return sampling_fused_triton.sample(head.hidden, head.weight, classes, law, keys)
 
         def sample(some: slice) -> Sample:
-            logits = borrow(
-                "logits to sample", (some.stop - some.start, head.classes), hidden, dtype
-            )
+            count = some.stop - some.start
+            logits = borrow_rows("logits to sample", count, head.classes, hidden, dtype)
             gemm.project(head.hidden[some], head.weight[: head.classes], logits)
             return _sample_rows(logits, classes, law.rows(some), keys_of(keys, some), on_triton)
 

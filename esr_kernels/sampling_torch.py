@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,14 +85,32 @@ def _load_(z: Tensor, raw: Tensor, classes: Classes, law: RowLaw) -> None:
             live.index_fill_(1, classes.invalid, -torch.inf)
 
 
-def tile_sums(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(maxima [b, tiles], their log-sums [b, tiles], softmax in each tile [b, tiles * TILE])."""
-    tiled = z.unflatten(1, (-1, TILE))
+def tile_sums(tiled: Tensor) -> tuple[Tensor, Tensor]:
+    """(maxima, log of the sums of exp(z - maximum)) of tiles [..., TILE]."""
     maxima = tiled.amax(-1)
-    inside = tiled.softmax(-1)
+    buffer = borrow("softmax in tiles", tiled.shape, tiled, tiled.dtype)
+    inside = torch.softmax(tiled, -1, out=buffer)
     # The largest probability of a tile is 1 / its sum. A tile without a class has 0 / 0.
-    log_sums = torch.where(maxima == -torch.inf, -torch.inf, -inside.amax(-1).log())
-    return maxima, log_sums, inside.flatten(1)
+    return maxima, torch.where(maxima == -torch.inf, -torch.inf, -inside.amax(-1).log())
+
+
+def _kept_tile_sums(z: Tensor, maxima: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """`tile_sums` of the classes at or above the threshold: most tiles have none."""
+    floor = threshold[:, None].expand_as(maxima)
+    if z.device.type == "cpu":
+        alive = (maxima >= floor).flatten().nonzero()[:, 0]
+    else:
+        alive = torch.arange(maxima.numel(), device=z.device)
+    some = z.view(-1, TILE).index_select(0, alive)
+    some = _at_least(some, floor.flatten().index_select(0, alive))
+    kept = torch.full((2, maxima.numel()), -torch.inf, dtype=z.dtype, device=z.device)
+    for whole, part in zip(kept, tile_sums(some), strict=True):
+        whole.index_copy_(0, alive, part)
+    return kept[0].view_as(maxima), kept[1].view_as(maxima)
+
+
+def _at_least(z: Tensor, threshold: Tensor) -> Tensor:
+    return torch.where(z < threshold[:, None], -torch.inf, z)
 
 
 def _log_sum_exp(maxima: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,12 +124,12 @@ def _draw_(
     z: Tensor, law: RowLaw, noise: Tensor | None, level: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities, log of the kept mass, log-sum-exps; overwrites `z`."""
-    maxima, log_sums, inside = tile_sums(z)
+    maxima, log_sums = tile_sums(z.unflatten(1, (-1, TILE)))
     top, lse_above = _log_sum_exp(maxima, log_sums)
     lse = (top[:, 0].double() + lse_above).to(torch.float32)
     # A row of NaN, of +inf or of nothing but -inf has no distribution to draw from.
     proper = lse.isfinite()
-    log_kept = torch.zeros_like(lse)
+    log_kept, threshold = torch.zeros_like(lse), None
     if law.all_greedy:
         tokens = _first_of_largest(z, maxima, proper)
     else:
@@ -123,11 +140,16 @@ def _draw_(
             largest = _first_of_largest(z, maxima, proper)
         if law.filtered:
             # The largest logit of a row stays, so that greedy rows lose nothing that they need.
-            drop_(z, top, lse_above, law)
-            maxima, log_sums, inside = tile_sums(z)
+            threshold = _cut_(z, top, lse_above, law)
+            maxima, log_sums = _kept_tile_sums(z, maxima, threshold)
             _, kept_above = _log_sum_exp(maxima, log_sums)
             log_kept = torch.where(choice, (kept_above - lse_above).float(), log_kept)
-        tokens = _from_tiles(maxima - top, log_sums, inside, noise, level)
+        # A sum rather than a test for -inf: NaN rows choose something, too.
+        tile = (maxima - top + log_sums + noise).argmax(1, keepdim=True)
+        inside = _tile_of(z, tile)
+        if threshold is not None:
+            inside = _at_least(inside, threshold)
+        tokens = tile[:, 0] * TILE + _invert(inside.softmax(1).double(), level.gather(1, tile))
         if largest is not None:
             tokens = torch.where(choice, tokens, largest)
     chosen = z.gather(1, tokens[:, None]) - top
@@ -151,37 +173,31 @@ def _tile_of(values: Tensor, tile: Tensor) -> Tensor:
     return tiled.gather(1, tile[:, :, None].expand(-1, -1, TILE))[:, 0]
 
 
-def _from_tiles(
-    below_top: Tensor, log_sums: Tensor, inside: Tensor, noise: Tensor, level: Tensor
-) -> Tensor:
-    """A class of each row: the tile by its Gumbel score, the class in it by its level."""
-    # A sum rather than a test for -inf: NaN rows choose something, too.
-    tile = (below_top + log_sums + noise).argmax(1, keepdim=True)
-    p = _tile_of(inside, tile).double()
+def _invert(p: Tensor, level: Tensor) -> Tensor:
+    """The first class of each row at which the cumulative sum of `p` passes `level` [b, 1]."""
     cumulative = p.cumsum(1)
     # Below the whole sum, and at a class of positive mass, however the products are rounded.
-    reached = (cumulative > level.gather(1, tile) * cumulative[:, -1:]) & (p > 0)
+    reached = (cumulative > level * cumulative[:, -1:]) & (p > 0)
     reached[:, -1] |= ~reached.any(1)
-    return tile[:, 0] * TILE + reached.to(torch.int8).argmax(1)
+    return reached.to(torch.int8).argmax(1)
 
 
-def drop_(z: Tensor, top: Tensor, lse_above: Tensor, law: RowLaw) -> None:
-    """-inf over the classes that the filters leave out.
+def _cut_(z: Tensor, top: Tensor, lse_above: Tensor, law: RowLaw) -> Tensor:
+    """The threshold [b] of what the filters keep; leaves -inf over the ties at it that they do not.
 
     Each filter keeps the first so many classes in the order (largest logit first, then lowest id),
     so together they keep the fewest: the classes above a threshold, and at it the first ids.
     """
     threshold, at_threshold = _threshold(z, top, lse_above, law)
-    torch.where(z < threshold[:, None], torch.tensor(-torch.inf, dtype=z.dtype), z, out=z)
     crowded = at_threshold < z.shape[1]
     if z.device.type == "cpu":
         rows = crowded.nonzero()[:, 0]
-        if len(rows) == 0:
-            return
-        some = z[rows]
-        z[rows] = _without_late_ties(some, threshold[rows, None], at_threshold[rows, None])
+        if len(rows):
+            some = z[rows]
+            z[rows] = _without_late_ties(some, threshold[rows, None], at_threshold[rows, None])
     else:
         z.copy_(_without_late_ties(z, threshold[:, None], at_threshold[:, None]))
+    return threshold
 
 
 def _without_late_ties(z: Tensor, threshold: Tensor, keep: Tensor) -> Tensor:
@@ -245,10 +261,12 @@ def _largest(z: Tensor, count: int) -> Tensor:
     if z.device.type != "cpu":
         return z.topk(count, dim=1).values
     # NumPy sorts and partitions values by vector instructions, 5 to 20 times as fast.
-    values = z.numpy()
+    copy = borrow("ranked logits", tuple(z.shape), z, z.dtype).copy_(z)
+    values = copy.numpy()
     if count < z.shape[1]:
-        values = np.partition(values, -count, axis=1)[:, -count:]
-    return torch.from_numpy(np.sort(values, axis=1)).flip(1)
+        values.partition(-count, axis=1)
+    values[:, -count:].sort(axis=1)
+    return copy[:, -count:].flip(1)
 
 
 def _prefix(
