@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Tests run on all cores, up to eight, and each on one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint sanitize static smollm2 bench clean
+.PHONY: demo test lint sanitize static smollm2 bench gpu clean
 
 demo: $(VENV)/.train
 	$(BIN)/esr-train compare configs/demo.yaml --out runs/demo
@@ -36,6 +36,10 @@ smollm2: $(VENV)/.train
 
 bench: $(VENV)/.train $(VENV)/.bench
 	$(BIN)/python -m pytest bench -q -s
+
+# Checks and times everything on the GPU of this machine.
+gpu: $(VENV)/.train $(VENV)/.bench
+	$(BIN)/python -m bench.gpu_suite
 
 $(VENV)/.train: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); the first time takes a minute or two."
