@@ -9,13 +9,13 @@ compile time, from sizes that do not vary and a single comparison with the numbe
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from esr_kernels import gemm
 from esr_kernels.divergences import Divergence
@@ -39,8 +39,8 @@ _OPERANDS = (
 )
 _OPTIONS = (
     "str divergence, float[] parameters, float[] student, float[] teacher, float label_weight, "
-    "int classes, str reduction, str plan, int[] chunks, int? memory_budget, str? group, str impl, "
-    "bool compact, bool[] wanted"
+    "SymInt classes, str reduction, str plan, int[] chunks, int? memory_budget, str? group, "
+    "str impl, bool compact, bool[] wanted"
 )
 _KNOWN = "Tensor student_lse, Tensor teacher_lse, Tensor lse_gap, Tensor pull_sum"
 _MOST_DOUBLINGS = 24
@@ -85,6 +85,8 @@ def traced(
         limit = _stash_limit(request, operands, wanted, weight_grad is not None)
         stashes = operands.student_hidden.shape[0] <= limit
         plan = "stash" if stashes else "auto"
+    if plan == "stash" and not (wanted[0] or wanted[1]):
+        plan = "recompute"  # Nothing to stash.
     options = _Options(
         type(spec.divergence).__module__ + "." + type(spec.divergence).__qualname__,
         [getattr(spec.divergence, field.name) for field in fields(spec.divergence)],
@@ -101,7 +103,7 @@ def traced(
         compact,
         list(wanted),
     )
-    forward = _stash if plan == "stash" and any(wanted) else _recompute
+    forward = _stash if plan == "stash" else _recompute
     outputs = forward(*operands, token_weights, weight_grad, *options)
     return outputs[: 1 + _FIELDS]
 
@@ -110,9 +112,10 @@ def _stash_limit(request: Request, x: Operands, wanted: Wanted, adds: bool) -> i
     """`plan.stash_limit` from arguments that are constants to a compiler."""
     return _constant_stash_limit(
         request.memory_budget,
-        request.classes,
-        x.student_hidden.shape[1],
-        x.teacher_hidden.shape[1],
+        # A compiler told that every size varies settles here on those of the models.
+        operator.index(request.classes),
+        operator.index(x.student_hidden.shape[1]),
+        operator.index(x.teacher_hidden.shape[1]),
         x.student_hidden.dtype,
         x.student_weight.dtype,
         "cpu" if x.student_hidden.device.type == "cpu" and request.impl != "triton" else "cuda",
@@ -183,6 +186,8 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     active = None if active is None else active.to(hidden.device)
     group = None
     if o.group is not None:
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
         group = _resolve_process_group(o.group)
     student, teacher = (LogitTransform(z[0], z[1] or None, z[2]) for z in (o.student, o.teacher))
     request = Request(

@@ -356,6 +356,7 @@ def plan_linear_divergence(
     train_weight: bool = True,
     reduction: str = "sum",
     two_pass: bool = False,
+    weight_grad_given: bool = False,
     plan: str = "auto",
     memory_budget: int | None = None,
 ) -> Plan:
@@ -367,6 +368,7 @@ def plan_linear_divergence(
         train_weight: False for a frozen head, as with LoRA; with `train_hidden` False too, for a
             call that wants no gradient.
         two_pass: True for divergences other than mixes of the two KLs, such as JSD.
+        weight_grad_given: True for a call with `weight_grad`.
 
     Example:
         >>> print(plan_linear_divergence(8192, 151_936, 1536, 3584))
@@ -382,6 +384,7 @@ def plan_linear_divergence(
         train_hidden=train_hidden,
         train_weight=train_weight,
         two_pass=two_pass,
+        weight_grad_given=weight_grad_given,
         per_token_gradient=reduction == "none",
         rows=cpu_rows() if device == "cpu" else "triton",
     )

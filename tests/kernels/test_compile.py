@@ -147,6 +147,19 @@ def test_one_graph_serves_any_number_of_tokens():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+def test_a_compiler_told_that_every_size_varies(plan):
+    compiled = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens, classes in ((5, 31), (9, 37)):
+        case = cases._pair(tokens, classes, (8, 12), (1.0, 1.0), torch.float32)
+        hidden = case.student_hidden.requires_grad_()
+        loss = compiled(*case.tensors, plan=plan).loss
+        expected = linear_divergence(*case.tensors, plan=plan).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        (ours,) = torch.autograd.grad(loss, hidden)
+        assert cases.relative_error(ours, torch.autograd.grad(expected, hidden)[0]) < 1e-5
+
+
 def test_the_plan_of_a_graph_holds_up_to_a_number_of_tokens():
     problem = Problem(0, 151_936, 4096, 4096)
     limit = stash_limit(problem, None)
@@ -211,11 +224,12 @@ def test_weight_grad_is_added_to_in_the_compiled_backward(plan):
     assert cases.relative_error(ours - 1, expected - 1) < 1e-5
 
 
-def test_no_gradient_wanted():
+@pytest.mark.parametrize("plan", ["auto", "stash"])
+def test_no_gradient_wanted(plan):
     case = cases.random_pair(torch.float32)
     compiled = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        out = compiled(*case.tensors)
+        out = compiled(*case.tensors, plan=plan)
     assert not out.loss.requires_grad
     torch.testing.assert_close(out.loss, linear_divergence(*case.tensors).loss, rtol=1e-6, atol=0)
 
