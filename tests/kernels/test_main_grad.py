@@ -95,6 +95,7 @@ def test_two_micro_batches_accumulate_whatever_the_order_of_their_backwards(plan
     torch.testing.assert_close(hidden.grad, whole["student_hidden"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", ["random_pair", "mapped_vocabularies"])
