@@ -264,9 +264,7 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
         raise ValueError(f"plan must be 'auto', 'stash', 'recompute' or 'fused', got {kind!r}")
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
-    obstacle = _OBSTACLES[kind](problem) if kind in _OBSTACLES else None
-    if obstacle is not None:
-        raise ValueError(f"plan={kind!r} {obstacle}")
+    check_kind(kind, problem)
     budget = default_memory_budget(problem.device) if memory_budget is None else memory_budget
     candidates = [
         plan
@@ -284,6 +282,13 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
         f"memory_budget of {budget} bytes is too small for plan={kind!r}: "
         f"the smallest needs {smallest.extra_bytes} bytes"
     )
+
+
+def check_kind(kind: str, problem: Problem) -> None:
+    """Raise ValueError where plans of this kind cannot serve the problem."""
+    obstacle = _OBSTACLES[kind](problem) if kind in _OBSTACLES else None
+    if obstacle is not None:
+        raise ValueError(f"plan={kind!r} {obstacle}")
 
 
 def _obstacle_to_stash(problem: Problem) -> str | None:

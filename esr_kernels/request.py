@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from esr_kernels import rows_native, rows_torch
 from esr_kernels.execute import Call, Operands
 from esr_kernels.native import cpu_rows
-from esr_kernels.plan import Plan, Problem, make_plan
+from esr_kernels.plan import Plan, Problem, check_kind, make_plan
 from esr_kernels.row_stats import RowSpec
 
 
@@ -61,7 +61,11 @@ class Request:
     def call(self, problem: Problem) -> Call:
         """Raises ValueError where no plan of the wanted kind fits the budget."""
         plan = self.plan
-        if not isinstance(plan, Plan):
+        if isinstance(plan, Plan):
+            # Its chunks on these sizes: which buffers a chunk may share depends on them.
+            check_kind(plan.kind, problem)
+            plan = replace(plan, problem=problem)
+        else:
             plan = make_plan(problem, plan, self.memory_budget)
         rows = _rows_module(problem.rows)
         return Call(self.spec, plan, rows, self.classes, self.reduction, self.group)

@@ -12,6 +12,7 @@ from bench.measure import MIB, extra_bytes
 from esr_kernels import linear_divergence, plan_linear_divergence, release_workspace
 from esr_kernels.plan import Plan, Problem, make_plan
 from esr_kernels.workspace import borrow
+from tests.kernels import cases
 from tests.kernels.cases import DEVICE
 
 TOKENS, CLASSES, DIMS = 768, 60_000, (128, 192)
@@ -117,3 +118,24 @@ def test_a_tighter_budget_takes_less_memory_and_more_traffic():
     assert tight.extra_bytes <= 1200 << 20 < roomy.extra_bytes <= 4 << 30
     assert tight.bytes_moved > roomy.bytes_moved and tight.gemm_flops == roomy.gemm_flops
     assert make_plan(problem, "auto", 300 << 20).kind == "recompute"
+
+
+def test_the_chunks_of_a_plan_made_for_fewer_tokens_serve_more():
+    """One chunk becomes several, which sum the weight gradient apart."""
+    case = cases._pair(40, 67, (24, 24), (2.0, 2.0), torch.bfloat16)
+    problem = Problem(16, 67, 24, 24, device=DEVICE)
+    plan = Plan("stash", problem, 16, 8, 67)
+    assert plan.teacher_in_gradient and not plan.sums_weight_apart
+    result = cases.ours(case, "reverse_kl", plan=plan, impl="torch")
+    truth, baseline = cases.oracle(case, "reverse_kl"), cases.plain(case, "reverse_kl")
+    cases.assert_as_good_as_plain(result, baseline, truth)
+
+
+def test_a_plan_that_cannot_serve_a_call_is_refused():
+    case = cases.random_pair(torch.float32)
+    case.student_hidden.requires_grad_()
+    plan = Plan("stash", Problem(23, 1003, 24, 40), 23, 23, 1003)
+    with pytest.raises(ValueError, match="plan='stash'.*cannot serve reduction='none'"):
+        linear_divergence(*case.tensors, plan=plan, reduction="none")
+    with pytest.raises(ValueError, match="plan='stash' does not shard"):
+        linear_divergence(*case.tensors, plan=plan, group=object())
