@@ -48,6 +48,7 @@ KERNELS = (
     "prefix_attention_kernel",
     "suffix_attention_kernel",
     "tile_statistics_kernel",
+    "candidates_kernel",
     "cutoff_kernel",
     "draw_kernel",
     "fused_tiles_kernel",

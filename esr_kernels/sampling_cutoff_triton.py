@@ -2,36 +2,27 @@
 
 Each filter keeps a first part of the classes in the order (largest logit first, then lowest id), so
 what is kept is told by a threshold and the last class that is kept at it. One program per row
-bisects over the order of the fp32 numbers: 32 passes for each of top-k and top-p at most, over a
-row that the cache holds, with nothing written but the answer.
+bisects over the order of the fp32 numbers, at most 32 passes for each of top-k and top-p. They run
+over the candidates that `sampling_candidates_triton` lists, or, where a flat distribution leaves
+more of them than the list holds, over the row: exact either way.
 """
 
 import triton
 import triton.language as tl
 
-from esr_kernels.sampling_kernels_triton import transformed
+from esr_kernels.sampling_candidates_triton import filters_of, from_order, load_block, order_of
 
 
 @triton.jit
-def _order(z):
-    """fp32 -> int32 in the same order; both zeros are 0."""
-    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _from_order(order):
-    """The inverse of `_order`."""
-    order = order.to(tl.int32)
-    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_block(
+def _load_some(
+    values_ptr,
+    ids_ptr,
     row_ptr,
     bias_ptr,
     invalid_ptr,
     start,
+    count,
+    compact,
     n_classes,
     scale,
     softcap,
@@ -41,45 +32,14 @@ def _load_block(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """(logits, their classes, whether they exist) of a block of the list or of the row."""
     classes = start + tl.arange(0, BLOCK)
-    inside = classes < n_classes
-    raw = tl.load(row_ptr + classes, mask=inside, other=0.0).to(tl.float32)
-    return transformed(
-        raw,
-        bias_ptr,
-        invalid_ptr,
-        classes,
-        inside,
-        scale,
-        softcap,
-        inv_temperature,
-        HAS_BIAS,
-        HAS_INVALID,
-        HAS_SOFTCAP,
-    )
-
-
-@triton.jit
-def _count_and_mass(
-    row_ptr,
-    bias_ptr,
-    invalid_ptr,
-    least,
-    top,
-    n_classes,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """How many logits of a row are at least `least`, and their mass over exp(top)."""
-    count = tl.zeros([BLOCK], tl.int32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_classes, BLOCK):
-        z = _load_block(
+    exists = classes < count
+    if compact:
+        z = tl.load(values_ptr + classes, mask=exists, other=-float("inf"))
+        classes = tl.load(ids_ptr + classes, mask=exists, other=0)
+    else:
+        z = load_block(
             row_ptr,
             bias_ptr,
             invalid_ptr,
@@ -93,10 +53,55 @@ def _count_and_mass(
             HAS_SOFTCAP,
             BLOCK,
         )
-        among = (z >= least) & (start + tl.arange(0, BLOCK) < n_classes)
-        count += among.to(tl.int32)
+    return z, classes, exists
+
+
+@triton.jit
+def _count_and_mass(
+    least,
+    top,
+    values_ptr,
+    ids_ptr,
+    row_ptr,
+    bias_ptr,
+    invalid_ptr,
+    count,
+    compact,
+    n_classes,
+    scale,
+    softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_INVALID: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many logits are at least `least`, and their mass over exp(top)."""
+    number = tl.zeros([BLOCK], tl.int32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        z, _, exists = _load_some(
+            values_ptr,
+            ids_ptr,
+            row_ptr,
+            bias_ptr,
+            invalid_ptr,
+            start,
+            count,
+            compact,
+            n_classes,
+            scale,
+            softcap,
+            inv_temperature,
+            HAS_BIAS,
+            HAS_INVALID,
+            HAS_SOFTCAP,
+            BLOCK,
+        )
+        among = (z >= least) & exists
+        number += among.to(tl.int32)
         mass += tl.where(among, tl.exp(z - top), 0.0)
-    return tl.sum(count, 0), tl.sum(mass, 0)
+    return tl.sum(number, 0), tl.sum(mass, 0)
 
 
 @triton.jit
@@ -109,7 +114,12 @@ def _cutoff_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
-    maxima_ptr,
+    values_ptr,
+    ids_ptr,
+    counts_ptr,
+    tops_ptr,
+    totals_ptr,
+    bounds_ptr,
     threshold_ptr,
     last_ptr,
     n_classes,
@@ -123,143 +133,150 @@ def _cutoff_kernel(
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
-    LOWEST: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
+    RANKED: tl.constexpr,
+    CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The threshold of a row and the last class that is kept at it.
-
-    Each edge is found by bisection over the order of the fp32 numbers: at most 32 passes over the
-    row, exact whatever the distribution.
-    """
+    """The threshold of a row and the last class that is kept at it."""
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * logits_stride
-    inv_temperature = 1.0
-    if HAS_TEMPERATURE:
-        inv_temperature = tl.load(inv_temperature_ptr + row)
-    top = -float("inf")
-    for start in range(0, n_tiles, BLOCK_TILES):
-        tiles = start + tl.arange(0, BLOCK_TILES)
-        maxima = tl.load(
-            maxima_ptr + row * n_tiles + tiles, mask=tiles < n_tiles, other=-float("inf")
-        )
-        top = tl.maximum(top, tl.max(maxima, 0))
-
-    k = n_classes
-    if HAS_TOP_K:
-        asked = tl.load(top_k_ptr + row)
-        k = tl.where((asked > 0) & (asked < n_classes), asked, n_classes).to(tl.int32)
-    p = 1.0
-    if HAS_TOP_P:
-        p = tl.load(top_p_ptr + row)
-    threshold = tl.full((), -float("inf"), tl.float32)
-    at_threshold = tl.full((), 0, tl.int32) + n_classes
-    # Rows without a distribution are not drawn from: nothing to find in them.
-    usable = (top > -float("inf")) & (top < float("inf"))
-    if usable & ((k < n_classes) | (p < 1.0)):
-        # From -inf to one more than the largest logit; int64 holds the sum of any two.
-        low = tl.full((), LOWEST, tl.int64)
-        above_top = _order(top).to(tl.int64) + 1
-        if HAS_TOP_K:
-            high = tl.where(k < n_classes, above_top, low)
-            while high - low > 1:
-                middle = (low + high) >> 1
-                count, _ = _count_and_mass(
-                    row_ptr,
-                    bias_ptr,
-                    invalid_ptr,
-                    _from_order(middle),
-                    top,
-                    n_classes,
-                    scale,
-                    softcap,
-                    inv_temperature,
-                    HAS_BIAS,
-                    HAS_INVALID,
-                    HAS_SOFTCAP,
-                    BLOCK,
-                )
-                enough = count >= k
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle)
-        # `low` is where the k-th logit lies: above it all, at it as many as are missing.
-        edge = _from_order(low)
-        above, mass_above = _count_and_mass(
-            row_ptr,
-            bias_ptr,
-            invalid_ptr,
-            _from_order(low + 1),
-            top,
-            n_classes,
-            scale,
-            softcap,
-            inv_temperature,
-            HAS_BIAS,
-            HAS_INVALID,
-            HAS_SOFTCAP,
-            BLOCK,
-        )
-        at_threshold = k - above
-        if HAS_TOP_P:
-            wanted = p * (mass_above + at_threshold * tl.exp(edge - top))
-            high = tl.where(p < 1.0, above_top, low)
-            while high - low > 1:
-                middle = (low + high) >> 1
-                _, mass = _count_and_mass(
-                    row_ptr,
-                    bias_ptr,
-                    invalid_ptr,
-                    _from_order(middle),
-                    top,
-                    n_classes,
-                    scale,
-                    softcap,
-                    inv_temperature,
-                    HAS_BIAS,
-                    HAS_INVALID,
-                    HAS_SOFTCAP,
-                    BLOCK,
-                )
-                enough = mass >= wanted
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle)
-                # In the end `high` is the next number above the edge.
-                mass_above = tl.where(enough, mass_above, mass)
-            at_k = _order(edge).to(tl.int64)
-            edge = _from_order(low)
-            mass_above = tl.where(high == above_top, 0.0, mass_above)
-            missing = tl.ceil((wanted - mass_above) / tl.exp(edge - top))
-            missing = tl.maximum(tl.minimum(missing, 1.0 * n_classes), 1.0).to(tl.int32)
-            missing = tl.where(low > at_k, missing, tl.minimum(missing, at_threshold))
-            at_threshold = tl.where(p < 1.0, missing, at_threshold)
-        threshold = edge
+    top = tl.load(tops_ptr + row)
+    lowest = tl.full((), -float("inf"), tl.float32)
     if HAS_MIN_P:
         lowest = top + tl.log(tl.load(min_p_ptr + row))
-        at_threshold = tl.where(lowest > threshold, n_classes, at_threshold)
-        threshold = tl.maximum(threshold, lowest)
-
-    # The class at which the ties that are kept end.
-    last = -1
-    ties = 0
-    for start in range(0, n_classes, BLOCK):
-        z = _load_block(
-            row_ptr,
-            bias_ptr,
-            invalid_ptr,
-            start,
-            n_classes,
-            scale,
-            softcap,
-            inv_temperature,
-            HAS_BIAS,
-            HAS_INVALID,
-            HAS_SOFTCAP,
-            BLOCK,
-        )
-        tied = (z == threshold).to(tl.int32)
-        rank = ties + tl.cumsum(tied, 0)
-        fits = (tied > 0) & (rank <= at_threshold)
-        last = tl.maximum(last, tl.max(tl.where(fits, start + tl.arange(0, BLOCK), -1), 0))
-        ties += tl.sum(tied, 0)
+    threshold = lowest
+    last = tl.full((), 0, tl.int32) + n_classes
+    if RANKED:
+        listed = tl.load(counts_ptr + row)
+        if listed > 0:
+            compact = listed <= CAPACITY
+            count = tl.where(compact, listed, n_classes)
+            values_ptr += row * CAPACITY
+            ids_ptr += row * CAPACITY
+            row_ptr = logits_ptr + row * logits_stride
+            inv_temperature = 1.0
+            if HAS_TEMPERATURE:
+                inv_temperature = tl.load(inv_temperature_ptr + row)
+            k, p = filters_of(row, top_k_ptr, top_p_ptr, n_classes, HAS_TOP_K, HAS_TOP_P)
+            # From the bound to one more than the largest logit; int64 holds the sum of any two.
+            low = order_of(tl.load(bounds_ptr + row)).to(tl.int64)
+            above_top = order_of(top).to(tl.int64) + 1
+            # Of the classes at the edge in `low`, so many are kept; the first filter keeps `whole`.
+            at_edge = tl.full((), 0, tl.int32) + n_classes
+            whole = tl.load(totals_ptr + row)
+            if HAS_TOP_K:
+                high = tl.where(k < n_classes, above_top, low)
+                while high - low > 1:
+                    middle = (low + high) >> 1
+                    number, _ = _count_and_mass(
+                        from_order(middle),
+                        top,
+                        values_ptr,
+                        ids_ptr,
+                        row_ptr,
+                        bias_ptr,
+                        invalid_ptr,
+                        count,
+                        compact,
+                        n_classes,
+                        scale,
+                        softcap,
+                        inv_temperature,
+                        HAS_BIAS,
+                        HAS_INVALID,
+                        HAS_SOFTCAP,
+                        BLOCK,
+                    )
+                    enough = number >= k
+                    low = tl.where(enough, middle, low)
+                    high = tl.where(enough, high, middle)
+                if k < n_classes:
+                    above, mass_above = _count_and_mass(
+                        from_order(low + 1),
+                        top,
+                        values_ptr,
+                        ids_ptr,
+                        row_ptr,
+                        bias_ptr,
+                        invalid_ptr,
+                        count,
+                        compact,
+                        n_classes,
+                        scale,
+                        softcap,
+                        inv_temperature,
+                        HAS_BIAS,
+                        HAS_INVALID,
+                        HAS_SOFTCAP,
+                        BLOCK,
+                    )
+                    at_edge = k - above
+                    whole = mass_above + at_edge * tl.exp(from_order(low) - top)
+            if HAS_TOP_P:
+                wanted = p * whole
+                at_k = low
+                mass_above = tl.full((), -1.0, tl.float32)
+                high = tl.where(p < 1.0, above_top, low)
+                while high - low > 1:
+                    middle = (low + high) >> 1
+                    _, mass = _count_and_mass(
+                        from_order(middle),
+                        top,
+                        values_ptr,
+                        ids_ptr,
+                        row_ptr,
+                        bias_ptr,
+                        invalid_ptr,
+                        count,
+                        compact,
+                        n_classes,
+                        scale,
+                        softcap,
+                        inv_temperature,
+                        HAS_BIAS,
+                        HAS_INVALID,
+                        HAS_SOFTCAP,
+                        BLOCK,
+                    )
+                    enough = mass >= wanted
+                    low = tl.where(enough, middle, low)
+                    high = tl.where(enough, high, middle)
+                    # In the end `high` is the next number above the edge.
+                    mass_above = tl.where(enough, mass_above, mass)
+                if p < 1.0:
+                    # Nothing lies above the largest logit.
+                    mass_above = tl.maximum(mass_above, 0.0)
+                    missing = tl.ceil((wanted - mass_above) / tl.exp(from_order(low) - top))
+                    missing = tl.maximum(tl.minimum(missing, 1.0 * n_classes), 1.0).to(tl.int32)
+                    at_edge = tl.where(low > at_k, missing, tl.minimum(missing, at_edge))
+            edge = from_order(low)
+            at_edge = tl.where(lowest > edge, n_classes, at_edge)
+            threshold = tl.maximum(edge, lowest)
+            # The class at which the ties that are kept end.
+            last = tl.full((), -1, tl.int32)
+            ties = 0
+            for start in range(0, count, BLOCK):
+                z, classes, exists = _load_some(
+                    values_ptr,
+                    ids_ptr,
+                    row_ptr,
+                    bias_ptr,
+                    invalid_ptr,
+                    start,
+                    count,
+                    compact,
+                    n_classes,
+                    scale,
+                    softcap,
+                    inv_temperature,
+                    HAS_BIAS,
+                    HAS_INVALID,
+                    HAS_SOFTCAP,
+                    BLOCK,
+                )
+                tied = ((z == threshold) & exists).to(tl.int32)
+                rank = ties + tl.cumsum(tied, 0)
+                fits = (tied > 0) & (rank <= at_edge)
+                last = tl.maximum(last, tl.max(tl.where(fits, classes, -1), 0))
+                ties += tl.sum(tied, 0)
     tl.store(threshold_ptr + row, threshold)
     tl.store(last_ptr + row, last)

@@ -2,8 +2,8 @@
 
 statistics  One program per (row, 8 tiles): maximum and log-sum of each tile of 256 classes. Reads
             the logits once, writes 8 bytes a tile.
-cutoff      With filters, one program per row: `sampling_cutoff_triton`. Then the statistics once
-            more, over the kept classes.
+cutoff      With filters, two launches of one program per row: `sampling_cutoff_triton`. Then the
+            statistics once more, over the kept classes.
 draw        One program per row: a Gumbel variate for each tile (594 of a Qwen vocabulary, not
             151,936), the best tile, and in it a class by inverting its cumulative sum. Reads the
             tiles' statistics and 256 logits.
@@ -18,15 +18,20 @@ import triton
 from torch import Tensor
 
 from esr_kernels.philox import SampleKeys, key_words, step_tensor
+from esr_kernels.sampling_candidates_triton import _candidates_kernel
 from esr_kernels.sampling_cutoff_triton import _cutoff_kernel
 from esr_kernels.sampling_kernels_triton import _draw_kernel, _tile_statistics_kernel
 from esr_kernels.sampling_law import TILE, Classes, RowLaw, Sample
 
 # (tiles in a program, warps): 16 logits a thread.
 STATISTICS_BLOCK = (8, 4)
-# (logits of a row at a time, warps), from bench/gpu_static.py: one program has a multiprocessor for
-# itself where there are few rows, so it takes many warps to keep loads in flight.
-CUTOFF_BLOCK = (8192, 16)
+# (logits of a row at a time, warps). One program has a multiprocessor for itself where rows are
+# few, so the pass over a row takes many warps to keep loads in flight; the passes over its list
+# take few, to be short.
+CANDIDATES_BLOCK = (4096, 16)
+CUTOFF_BLOCK = (2048, 8)
+# Candidates of a row that are listed; rows with more are read whole. 64 KiB a row.
+CAPACITY = 8192
 # Maxima of tiles at a time there.
 _MAXIMA = 1024
 # Tiles of a row at a time in the draw; columns of the head where it recomputes a tile; warps.
@@ -41,7 +46,7 @@ def sample_rows(raw: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys) ->
     statistics = tile_statistics(raw, classes, law)
     cutoff, kept = None, None
     if law.filtered:
-        cutoff = cutoffs(raw, classes, law, statistics[0])
+        cutoff = cutoffs(raw, classes, law, statistics)
         kept = tile_statistics(raw, classes, law, cutoff)
     return draw(raw, None, classes, law, keys, statistics, cutoff, kept)
 
@@ -88,31 +93,57 @@ def tile_statistics(
     return maxima, log_sums
 
 
-def cutoffs(raw: Tensor, classes: Classes, law: RowLaw, maxima: Tensor) -> tuple[Tensor, Tensor]:
+def cutoffs(
+    raw: Tensor, classes: Classes, law: RowLaw, statistics: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """(threshold fp32, last class kept at it int32), each [B]."""
-    rows = raw.shape[0]
-    threshold = torch.empty(rows, dtype=torch.float32, device=raw.device)
-    last = torch.empty(rows, dtype=torch.int32, device=raw.device)
-    block, warps = CUTOFF_BLOCK
-    if rows:
-        _cutoff_kernel[(rows,)](
-            raw,
-            raw.stride(0),
-            top_k_ptr=law.top_k,
-            top_p_ptr=law.top_p,
-            min_p_ptr=law.min_p,
-            maxima_ptr=maxima,
-            threshold_ptr=threshold,
-            last_ptr=last,
-            HAS_TOP_K=law.top_k is not None,
-            HAS_TOP_P=law.top_p is not None,
-            HAS_MIN_P=law.min_p is not None,
-            LOWEST=_LOWEST,
-            BLOCK_TILES=min(_MAXIMA, triton.next_power_of_2(maxima.shape[1])),
-            BLOCK=min(block, triton.next_power_of_2(classes.count)),
-            num_warps=warps,
-            **_shared_arguments(classes, law),
-        )
+    rows, tiles = statistics[0].shape
+    threshold, tops, totals, bounds = torch.empty(4, rows, dtype=torch.float32, device=raw.device)
+    last, counts = torch.empty(2, rows, dtype=torch.int32, device=raw.device)
+    ranked = law.top_k is not None or law.top_p is not None
+    capacity = min(CAPACITY, triton.next_power_of_2(classes.count)) if ranked else 1
+    values = torch.empty(rows, capacity, dtype=torch.float32, device=raw.device)
+    ids = torch.empty(rows, capacity, dtype=torch.int32, device=raw.device)
+    if not rows:
+        return threshold, last
+    arguments = {
+        **_shared_arguments(classes, law),
+        "top_k_ptr": law.top_k,
+        "top_p_ptr": law.top_p,
+        "values_ptr": values,
+        "ids_ptr": ids,
+        "counts_ptr": counts,
+        "tops_ptr": tops,
+        "totals_ptr": totals,
+        "bounds_ptr": bounds,
+        "HAS_TOP_K": law.top_k is not None,
+        "HAS_TOP_P": law.top_p is not None,
+        "RANKED": ranked,
+        "CAPACITY": capacity,
+    }
+    widest = triton.next_power_of_2(classes.count)
+    _candidates_kernel[(rows,)](
+        raw,
+        raw.stride(0),
+        maxima_ptr=statistics[0],
+        log_sums_ptr=statistics[1],
+        LOWEST=_LOWEST,
+        BLOCK_TILES=min(_MAXIMA, triton.next_power_of_2(tiles)),
+        BLOCK=min(CANDIDATES_BLOCK[0], widest),
+        num_warps=CANDIDATES_BLOCK[1],
+        **arguments,
+    )
+    _cutoff_kernel[(rows,)](
+        raw,
+        raw.stride(0),
+        min_p_ptr=law.min_p,
+        threshold_ptr=threshold,
+        last_ptr=last,
+        HAS_MIN_P=law.min_p is not None,
+        BLOCK=min(CUTOFF_BLOCK[0], widest),
+        num_warps=CUTOFF_BLOCK[1],
+        **arguments,
+    )
     return threshold, last
 
 

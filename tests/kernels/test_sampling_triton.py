@@ -110,7 +110,8 @@ def test_ties_at_an_edge(params):
     _agree(logits, params)
 
 
-def test_a_flat_nucleus_and_one_tile():
+def test_few_candidates_a_flat_nucleus_and_one_tile():
+    _agree(SOME, SamplingParams(top_k=3, top_p=0.9))  # four maxima bound the third logit
     _agree(_normal(1, 5000) * 0.01, SamplingParams(top_p=0.9))
     _agree(_normal(2, 1) * 4, SamplingParams(0.5, 3, 0.9, 0.1))
     _agree(_normal(2, 200).bfloat16(), SamplingParams(0.5, 3, 0.9, 0.1))
@@ -120,7 +121,9 @@ def test_blocks_and_batch_change_no_bit(monkeypatch):
     keys = _keys(4)
     whole = sample_from_logits(SOME, keys, PARAMS["all"], impl="triton")
     monkeypatch.setattr(sampling_triton, "STATISTICS_BLOCK", (2, 4))
+    monkeypatch.setattr(sampling_triton, "CANDIDATES_BLOCK", (128, 4))
     monkeypatch.setattr(sampling_triton, "CUTOFF_BLOCK", (256, 4))
+    monkeypatch.setattr(sampling_triton, "CAPACITY", 32)  # too few: read the row
     monkeypatch.setattr(sampling_triton, "DRAW_BLOCK", (2, 32, 4))
     order = torch.tensor([3, 1], device=DEVICE)
     part = sample_from_logits(
