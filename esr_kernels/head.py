@@ -79,6 +79,11 @@ def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: T
     for name, value in ((hidden_name, hidden), (weight_name, weight)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor; with FSDP2 compute the loss inside "
+                "of the wrapped forward, where it is gathered, else pass its to_local()"
+            )
         if value.dim() != 2:
             raise ValueError(
                 f"{name} must have 2 dimensions, got shape {list(value.shape)}; "
