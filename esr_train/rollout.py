@@ -207,6 +207,7 @@ class _Sampling:
         watch = _Watch(on_cuda)
         step = CapturedStep(self._advance, on_cuda and self.engine.captures)
         self._draw(hidden)
+        wasted = 0.0  # steps' worth of rows computed after their end, since the last compaction
         for done in range(1, self.max_new_tokens):
             alive = watch.look(self.alive)
             if alive is not None:
@@ -215,8 +216,11 @@ class _Sampling:
                     on_progress(done, count)
                 if count == 0:
                     break
-                if _pays(count, len(alive), self.max_new_tokens - done, on_cuda):
+                gone = 1 - count / len(alive)
+                wasted += gone
+                if _pays(gone, wasted, self.max_new_tokens - done, on_cuda):
                     self._select(alive.nonzero()[:, 0], done - 1)
+                    wasted = 0.0
                     watch, step = _Watch(on_cuda), CapturedStep(self._advance, step.capture)
             step()
 
@@ -301,12 +305,13 @@ class _Watch:
         return before
 
 
-def _pays(alive: int, rows: int, steps_left: int, on_cuda: bool) -> bool:
-    """Whether to copy the rows that are alive for the sake of fewer rows in the steps to come.
+def _pays(gone: float, wasted: float, steps_left: int, on_cuda: bool) -> bool:
+    """Whether to leave out the share of rows that is gone, at the price of copying the others.
 
-    A copy costs less than a step of all rows. On CUDA it means another graph, which takes about
-    three steps without one, and the time of a small batch hardly depends on its rows.
+    A copy of the caches costs about as much as a step. So wait until the rows that are gone have
+    cost half of that, which bounds what is lost to bad luck, and are going to cost all of it. On
+    CUDA there is another graph to capture, and the time of a step hardly depends on its rows.
     """
     if on_cuda:
-        return 2 * alive <= rows and steps_left >= 32
-    return (rows - alive) * steps_left >= 2 * rows
+        return gone >= 0.5 and steps_left >= 32
+    return wasted >= 0.5 and gone * steps_left >= 1
