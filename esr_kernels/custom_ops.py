@@ -109,7 +109,7 @@ def traced(
 
 
 def _stash_limit(request: Request, x: Operands, wanted: Wanted, adds: bool) -> int:
-    """`plan.stash_limit` from arguments that are constants to a compiler."""
+    """`stash_limit` from arguments that are constants to a compiler."""
     return _constant_stash_limit(
         request.memory_budget,
         # A compiler told that every size varies settles here on those of the models.
