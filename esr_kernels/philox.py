@@ -8,10 +8,13 @@ modulo 2**32 and the two halves of the row id. `sampling_triton` computes the sa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_Words = TypeVar("_Words", Tensor, np.ndarray)
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -33,9 +36,12 @@ class SampleKeys(NamedTuple):
 
 
 def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words from 0 to 2**32 - 1 a counter; all words int64, of shapes that broadcast."""
+    counter: tuple[_Words, _Words, _Words, _Words], key: tuple[int, int]
+) -> tuple[_Words, _Words, _Words, _Words]:
+    """Four words from 0 to 2**32 - 1 a counter; all int64, of shapes that broadcast.
+
+    Tensors, or NumPy arrays, whose hundred small operations take a third of the time on CPU.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -70,7 +76,14 @@ def tile_words(keys: SampleKeys, tiles: int) -> tuple[Tensor, Tensor, Tensor, Te
     row = keys.rows[:, None]
     tile = torch.arange(tiles, dtype=torch.int64, device=row.device)[None, :]
     step = step_tensor(keys)[:, None] & _LOW
-    return philox4x32((tile, step, row & _LOW, (row >> 32) & _LOW), key_words(keys.seed))
+    counter = (tile, step, row & _LOW, (row >> 32) & _LOW)
+    key = key_words(keys.seed)
+    if row.device.type != "cpu":
+        return philox4x32(counter, key)
+    c0, c1, c2, c3 = (word.numpy() for word in counter)
+    w0, w1, w2, w3 = philox4x32((c0, c1, c2, c3), key)
+    wrap = torch.from_numpy
+    return wrap(w0), wrap(w1), wrap(w2), wrap(w3)
 
 
 def gumbel(high: Tensor, low: Tensor) -> Tensor:

@@ -95,6 +95,25 @@ def test_batch_order_blocks_and_neighbours_change_no_bit(name, monkeypatch):
     assert _equal(whole, _sample(LOGITS, params, keys))
 
 
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_a_vocabulary_of_full_size(name):
+    """593 tiles and a half, in blocks of four rows."""
+    logits = _normal(6, 151_936) * 3
+    drawn = _sample(logits, PARAMS[name])
+    assert torch.equal(drawn.tokens, _sample(logits, PARAMS[name], impl="reference").tokens)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    logits = _normal(3, 70_001) * 3
+    alone = _sample(logits, PARAMS["all"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert _equal(alone, _sample(logits, PARAMS["all"]))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_same_key_replays_and_another_does_not():
     flat = torch.zeros(ROWS, CLASSES, device=DEVICE)
     first = _sample(flat, SamplingParams())
