@@ -234,6 +234,21 @@ def test_no_gradient_wanted(plan):
     torch.testing.assert_close(out.loss, linear_divergence(*case.tensors).loss, rtol=1e-6, atol=0)
 
 
+def test_export_with_any_number_of_tokens():
+    class Evaluate(nn.Module):
+        def forward(self, hidden, weight, teacher_hidden, teacher_weight):
+            return linear_divergence(hidden * 1.5, weight, teacher_hidden, teacher_weight).per_token
+
+    case = cases.random_pair(torch.float32)
+    tokens = torch.export.Dim("tokens", min=2, max=5000)
+    exported = torch.export.export(
+        Evaluate(), case.tensors, dynamic_shapes=({0: tokens}, None, {0: tokens}, None)
+    )
+    hidden, weight, teacher_hidden, teacher_weight = case.tensors
+    fewer = hidden[:7], weight, teacher_hidden[:7], teacher_weight
+    torch.testing.assert_close(exported.module()(*fewer), Evaluate()(*fewer), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("plan", ["stash", "recompute"])
 def test_operators_keep_pytorchs_rules(plan):
     """Schema, fake tensors, autograd registration, and a trace of forward and backward."""
