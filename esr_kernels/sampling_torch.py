@@ -169,17 +169,20 @@ def _first_of_largest(z: Tensor, maxima: Tensor, proper: Tensor) -> Tensor:
 
 def _tile_of(values: Tensor, tile: Tensor) -> Tensor:
     """Tile `tile` [b, 1] of each row, [b, TILE]."""
-    tiled = values.unflatten(1, (-1, TILE))
-    return tiled.gather(1, tile[:, :, None].expand(-1, -1, TILE))[:, 0]
+    tiles = values.shape[1] // TILE
+    first = torch.arange(0, values.shape[0] * tiles, tiles, device=values.device)
+    return values.view(-1, TILE).index_select(0, first + tile[:, 0])
 
 
 def _invert(p: Tensor, level: Tensor) -> Tensor:
     """The first class of each row at which the cumulative sum of `p` passes `level` [b, 1]."""
     cumulative = p.cumsum(1)
-    # Below the whole sum, and at a class of positive mass, however the products are rounded.
-    reached = (cumulative > level * cumulative[:, -1:]) & (p > 0)
-    reached[:, -1] |= ~reached.any(1)
-    return reached.to(torch.int8).argmax(1)
+    whole = cumulative[:, -1:].contiguous()
+    # Below the whole sum however the product is rounded: some class passes it, and since a class
+    # of no mass adds nothing to the sum, it has some.
+    level = torch.minimum(level * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+    # A row of NaN passes nothing.
+    return torch.searchsorted(cumulative, level, right=True)[:, 0].clamp(max=TILE - 1)
 
 
 def _cut_(z: Tensor, top: Tensor, lse_above: Tensor, law: RowLaw) -> Tensor:
