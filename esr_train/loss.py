@@ -82,6 +82,8 @@ def divergence_from_hidden(
         teacher_softcap=teacher.softcap,
         student_logit_scale=student.scale,
         teacher_logit_scale=teacher.scale,
+        # Models with one tokenizer may be padded to any size: that is no mistake to warn of.
+        num_classes=min(len(student.weight), len(teacher.weight)),
         reduction="sum",
         impl=config.impl,
     )
