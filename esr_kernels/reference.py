@@ -48,6 +48,12 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (torch.where(live, log_a, -torch.inf).exp() * gap).sum(-1)
 
 
+def _log(mixture: Tensor) -> Tensor:
+    """Logarithm that passes no gradient, rather than NaN, to classes that both models lost."""
+    live = mixture > 0
+    return torch.where(live, torch.where(live, mixture, 1.0).log(), -torch.inf)
+
+
 def divergence_of_log_probs(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     """The divergence of each row, written from its textbook formula and nothing shared."""
     if isinstance(divergence, KLMix):
@@ -63,12 +69,12 @@ def divergence_of_log_probs(log_p: Tensor, log_q: Tensor, divergence: Divergence
     p, q = log_p.exp(), log_q.exp()
     if isinstance(divergence, JSD):
         beta = divergence.beta
-        log_m = (beta * q + (1 - beta) * p).log()
+        log_m = _log(beta * q + (1 - beta) * p)
         return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
     if isinstance(divergence, SkewForwardKL):
-        return _kl(log_q, (divergence.alpha * q + (1 - divergence.alpha) * p).log())
+        return _kl(log_q, _log(divergence.alpha * q + (1 - divergence.alpha) * p))
     if isinstance(divergence, SkewReverseKL):
-        return _kl(log_p, (divergence.alpha * p + (1 - divergence.alpha) * q).log())
+        return _kl(log_p, _log(divergence.alpha * p + (1 - divergence.alpha) * q))
     if isinstance(divergence, TotalVariation):
         return 0.5 * (p - q).abs().sum(-1)
     raise TypeError(f"the reference has no formula for {divergence!r}")

@@ -98,12 +98,7 @@ def run(
     if "bias" in leaves:
         options["bias"] = leaves["bias"]
     if rounds_dz and hidden.dtype.itemsize < 4:
-        logits = operands[0].float() @ operands[1].float().T
-        if "bias" in leaves:
-            logits = logits + options.pop("bias").float()
-        # The rounded logits enter the reference as hidden states in front of an identity head.
-        rounded = cases._RoundGradient.apply(logits, hidden.dtype)
-        operands = rounded, torch.eye(logits.shape[1], device=DEVICE)
+        *operands, options["bias"] = cases.behind_rounding(*operands, options.get("bias"))
     output = op(*operands, *arguments, **options)
     output = output if isinstance(output, dict) else output._asdict()
     backward(output).backward()

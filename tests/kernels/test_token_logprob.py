@@ -23,7 +23,11 @@ def _tokens(case, likely=False):
     hidden, weight, options = case
     classes = options.get("num_classes", weight.shape[0])
     if likely:
-        tokens = (hidden.float() @ weight.float().T)[:, :classes].argmax(1)
+        logits = hidden.float() @ weight.float().T
+        if "bias" in options:
+            # A class that the bias removes would have a log-probability of -inf.
+            logits = logits + options["bias"].float()
+        tokens = logits[:, :classes].argmax(1)
     else:
         generator = torch.Generator().manual_seed(5)
         tokens = torch.randint(40, classes - 1, (hidden.shape[0],), generator=generator).to(DEVICE)
