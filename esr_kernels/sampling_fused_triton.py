@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +26,7 @@ from esr_kernels.fused_triton import _DTYPES, _operand_kind, _project, current_a
 from esr_kernels.philox import SampleKeys
 from esr_kernels.sampling_kernels_triton import numbers, transformed
 from esr_kernels.sampling_law import TILE, Classes, RowLaw, Sample
-from esr_kernels.sampling_triton import _shared_arguments, draw
+from esr_kernels.sampling_triton import _empties, _shared_arguments, draw
 
 
 class Blocks(NamedTuple):
@@ -74,7 +73,7 @@ def pays(rows: int, depth: int) -> bool:
     return rows <= next(most for up_to, most in FUSED_ROWS if depth <= up_to)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _fused_tiles_kernel(
     hidden_ptr,
     weight_ptr,
@@ -160,7 +159,7 @@ def tile_statistics(
         )
     blocks = blocks or BLOCKS[_operand_kind(weight), current_arch()]
     rows, tiles = hidden.shape[0], triton.cdiv(classes.count, TILE)
-    maxima, log_sums = torch.empty(2, rows, tiles, dtype=torch.float32, device=hidden.device)
+    maxima, log_sums = _empties(2, rows, tiles, like=hidden)
     if rows:
         _fused_tiles_kernel[(triton.cdiv(rows, blocks.rows), tiles)](
             hidden,

@@ -73,7 +73,7 @@ def tile_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Maxima and log-sums [B, tiles] fp32, of the classes that `cutoff` keeps."""
     rows, tiles = raw.shape[0], triton.cdiv(classes.count, TILE)
-    maxima, log_sums = torch.empty(2, rows, tiles, dtype=torch.float32, device=raw.device)
+    maxima, log_sums = _empties(2, rows, tiles, like=raw)
     threshold, last = cutoff or (None, None)
     block, warps = STATISTICS_BLOCK
     if rows:
@@ -98,12 +98,12 @@ def cutoffs(
 ) -> tuple[Tensor, Tensor]:
     """(threshold fp32, last class kept at it int32), each [B]."""
     rows, tiles = statistics[0].shape
-    threshold, tops, totals, bounds = torch.empty(4, rows, dtype=torch.float32, device=raw.device)
-    last, counts = torch.empty(2, rows, dtype=torch.int32, device=raw.device)
+    threshold, tops, totals, bounds = _empties(4, rows, like=raw)
+    last, counts = _empties(2, rows, like=raw, dtype=torch.int32)
     ranked = law.top_k is not None or law.top_p is not None
     capacity = min(CAPACITY, triton.next_power_of_2(classes.count)) if ranked else 1
-    values = torch.empty(rows, capacity, dtype=torch.float32, device=raw.device)
-    ids = torch.empty(rows, capacity, dtype=torch.int32, device=raw.device)
+    (values,) = _empties(1, rows, capacity, like=raw)
+    (ids,) = _empties(1, rows, capacity, like=raw, dtype=torch.int32)
     if not rows:
         return threshold, last
     arguments = {
@@ -158,9 +158,9 @@ def draw(
     kept: tuple[Tensor, Tensor] | None = None,
 ) -> Sample:
     """Draw by the statistics of tiles; `source` is logits, or hidden states with `weight`."""
-    rows, device = source.shape[0], source.device
-    tokens = torch.empty(rows, dtype=torch.int64, device=device)
-    fields = [torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3)]
+    rows = source.shape[0]
+    (tokens,) = _empties(1, rows, like=source, dtype=torch.int64)
+    fields = _empties(3, rows, like=source)
     if not rows:
         return Sample(tokens, *fields)
     step = step_tensor(keys)
@@ -201,6 +201,13 @@ def draw(
         **_shared_arguments(classes, law),
     )
     return Sample(tokens, *fields)
+
+
+def _empties(
+    count: int, *shape: int, like: Tensor, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Tensors apart, so that each is aligned: for others Triton compiles another kernel."""
+    return [torch.empty(shape, dtype=dtype, device=like.device) for _ in range(count)]
 
 
 def _signed(word: int) -> int:
