@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-# A correct sampler fails one chi-square test in ten million. Seeds are fixed, so it never does so
-# twice in different ways; the suite runs about 60 of them.
+# A correct sampler fails one test in ten million, and the suite makes about 40. Seeds are fixed, so
+# what passes once passes always.
 FALSE_ALARM = 1e-7
 _SMALLEST_EXPECTED = 10.0
 
