@@ -78,12 +78,12 @@ def _report(x: Operands, table: dict[str, dict[str, float]]) -> None:
     head = "trainable" if x.student_weight.requires_grad else "frozen"
     title = f"{what}, {head} head, T={TOKENS}, Ds={STUDENT_DIM}, Dt={TEACHER_DIM}, V={CLASSES}"
     print(f"\n{title}, fp32, {torch.get_num_threads()} threads, {ROUNDS} rounds")
-    print(f"{'':<26}{'seconds':>9}{'x 4 GEMMs':>11}{'x 6 GEMMs':>11}{'extra MiB':>11}")
+    print(f"{'':<26}{'seconds':>9}{'x stash':>11}{'x recompute':>13}{'extra MiB':>11}")
     for name, row in table.items():
         memory = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
         print(
             f"{name:<26}{row['seconds']:>9.3f}{row['over_stash_floor']:>11.2f}"
-            f"{row['over_recompute_floor']:>11.2f}{memory:>11}"
+            f"{row['over_recompute_floor']:>13.2f}{memory:>11}"
         )
     RESULTS.parent.mkdir(exist_ok=True)
     record = {
@@ -109,33 +109,46 @@ def _installed_peers() -> dict[str, Contender]:
     return contenders
 
 
+# A tenth of what plain PyTorch takes beyond its gradients; in bytes, not MiB.
+TIGHT = 118 * 10**6
+
+
+def _check_against_peers(table: dict[str, dict[str, float]]) -> None:
+    """Every plan of ours computes the peers' loss and is faster than all of them."""
+    ours_rows = [row for name, row in table.items() if name.startswith("ours")]
+    for name, row in table.items():
+        if row["loss"] is None or name.startswith("ours"):
+            continue
+        for mine in ours_rows:
+            assert mine["loss"] == pytest.approx(row["loss"], rel=1e-4), name
+            assert mine["seconds"] < row["seconds"], name
+
+
 @pytest.mark.parametrize("beta", [1.0, 0.0, 0.5], ids=["reverse_kl", "forward_kl", "jsd"])
 def test_trainable_head_against_peers(beta):
     x = make_operands(TOKENS, STUDENT_DIM, TEACHER_DIM, CLASSES, beta=beta)
-    table = _compare(x, {"ours, stash": ours("stash"), **_installed_peers()})
-    mine = table["ours, stash"]
-    for name, row in table.items():
-        if row["loss"] is not None:
-            assert row["loss"] == pytest.approx(mine["loss"], rel=1e-4), name
-    rivals = {name for name in table if name not in ("ours, stash",) and table[name]["loss"]}
-    assert all(mine["seconds"] < table[name]["seconds"] for name in rivals)
-    assert mine["extra_mib"] <= table["plain PyTorch"]["extra_mib"] / 4
-    if beta in (0.0, 1.0):
-        assert mine["over_stash_floor"] <= 1.25
-
-
-def test_recompute_and_frozen_head():
-    x = make_operands(TOKENS, STUDENT_DIM, TEACHER_DIM, CLASSES)
     table = _compare(
         x,
         {
-            "ours, recompute": ours("recompute"),
-            "ours, recompute 120 MiB": ours("recompute", 120 * MIB),
+            "ours, stash": ours("stash"),
+            "ours, recompute": ours("recompute", TIGHT),
+            **_installed_peers(),
         },
     )
-    assert table["ours, recompute 120 MiB"]["extra_mib"] <= 120
-    frozen = make_operands(TOKENS, STUDENT_DIM, TEACHER_DIM, CLASSES, train_head=False)
-    _compare(frozen, {"ours, frozen head": ours("stash")})
+    _check_against_peers(table)
+    stash, recompute = table["ours, stash"], table["ours, recompute"]
+    assert stash["extra_mib"] <= table["plain PyTorch"]["extra_mib"] / 4
+    assert recompute["extra_mib"] * MIB < 120e6
+    if beta in (0.0, 1.0):
+        assert stash["over_stash_floor"] <= 1.15
+        assert recompute["over_recompute_floor"] <= 1.25
+
+
+def test_frozen_head_against_peers():
+    x = make_operands(TOKENS, STUDENT_DIM, TEACHER_DIM, CLASSES, train_head=False)
+    table = _compare(x, {"ours, stash": ours("stash"), **_installed_peers()})
+    _check_against_peers(table)
+    assert table["ours, stash"]["over_stash_floor"] <= 1.15
 
 
 @pytest.mark.parametrize("name", ["bare GEMMs", "ours, stash", *peers()])

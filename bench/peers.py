@@ -164,6 +164,7 @@ def peers() -> dict[str, Callable[[], Contender]]:
     """Names with versions, and what makes each contender; a missing package raises ImportError."""
     return {
         "plain PyTorch": lambda: plain_pytorch,
+        "torch.compile": compiled_pytorch,
         f"TRL {_version('trl')}": trl_chunked,
         f"Liger {_version('liger-kernel')}": liger_chunked,
     }

@@ -23,6 +23,7 @@ def filled(readme: str) -> str:
         ("smollm2", _report("smollm2")),
         ("curve", _curve()),
         ("bench", _bench()),
+        ("rollout", _rollout()),
     ):
         block = re.compile(f"(<!-- {name}:start -->).*?(<!-- {name}:end -->)", re.DOTALL)
         readme, count = block.subn(lambda m, t=text: f"{m[1]}\n{t}\n{m[2]}", readme)
@@ -70,13 +71,14 @@ def _bench() -> str:
         lines = [
             f"{problem}, fp32, CPU:",
             "",
-            "| | seconds | x bare GEMMs of a stash | extra memory, MiB |",
-            "| --- | ---: | ---: | ---: |",
+            "| | seconds | x GEMMs of a stash | x GEMMs of a recompute | extra memory, MiB |",
+            "| --- | ---: | ---: | ---: | ---: |",
         ]
         for name, row in record["table"].items():
             memory = "" if row["extra_mib"] is None else f"{row['extra_mib']:,.0f}"
             lines.append(
-                f"| {name} | {row['seconds']:.2f} | {row['over_stash_floor']:.2f} | {memory} |"
+                f"| {name} | {row['seconds']:.2f} | {row['over_stash_floor']:.2f} "
+                f"| {row['over_recompute_floor']:.2f} | {memory} |"
             )
         parts.append("\n".join(lines))
     note = (
@@ -85,6 +87,29 @@ def _bench() -> str:
         "beyond its inputs and the gradients it returns. By `make bench`."
     )
     return "\n\n".join([*parts, note])
+
+
+def _rollout() -> str:
+    """The newest record of the decoder as a table."""
+    path = ROOT / "bench" / "results" / "rollout_cpu.jsonl"
+    record = json.loads(path.read_text().splitlines()[-1])
+    lines = [
+        f"{record['problem']}, fp32, CPU:",
+        "",
+        "| | tokens a second | of the bare GEMMs' | keys and values, MiB |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, row in record["table"].items():
+        memory = "" if row["kv_mib"] is None else f"{row['kv_mib']:,.0f}"
+        share = f"{row['share_of_floor']:.0%}"
+        lines.append(f"| {name} | {row['tokens_per_second']:.0f} | {share} | {memory} |")
+    speedup = record["table"]["ours"]["speedup_over_generate"]
+    note = (
+        f"{speedup:.2f} times the tokens a second of `generate`; medians of {record['rounds']} "
+        f"interleaved rounds, {record['threads']} threads, torch {record['torch']}. "
+        "By `make bench`."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def main() -> int:
