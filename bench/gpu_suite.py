@@ -1,6 +1,6 @@
 """One command for the day a GPU is at hand: is everything right, how fast, and in how much memory.
 
-    python -m bench.gpu_suite              about 8 minutes on an H100
+    python -m bench.gpu_suite              starts no part after 470 seconds
     python -m bench.gpu_suite --dry-run    every section on tiny shapes, no GPU needed
 
 First every public op against fp64 (`gpu_checks`), then forward + backward of `linear_divergence`
