@@ -308,7 +308,7 @@ class _Watch:
 def _pays(gone: float, wasted: float, steps_left: int, on_cuda: bool) -> bool:
     """Whether to leave out the share of rows that is gone, at the price of copying the others.
 
-    A copy of the caches costs about as much as a step. So wait until the rows that are gone have
+    A copy of the caches is reckoned at one step. So wait until the rows that are gone have
     cost half of that, which bounds what is lost to bad luck, and are going to cost all of it. On
     CUDA there is another graph to capture, and the time of a step hardly depends on its rows.
     """
