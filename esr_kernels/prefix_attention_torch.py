@@ -112,12 +112,12 @@ def _part(
     scores = query @ key.to(dtype).transpose(2, 3)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
-    position = torch.arange(longest, device=key.device)
-    if shortest < longest:
-        hidden = position >= lengths[:, None]
-        scores.masked_fill_(hidden[:, None, None, :], -torch.inf)
-    if first is not None:
-        scores.masked_fill_(position < first, -torch.inf)
+    if shortest < longest or first is not None:
+        position = torch.arange(longest, device=key.device)
+        hidden = (position >= lengths[:, None])[:, None, None, :]
+        if first is not None:
+            hidden = hidden | (position < first)
+        scores.masked_fill_(hidden, -torch.inf)
     if longest == 0:
         top = scores.new_zeros(*scores.shape[:3], 1)
         return _Part(scores @ value.to(dtype), top, top)
@@ -136,13 +136,13 @@ def _to_rows(field: Tensor, width: int, batch: int, groups: RowGroups | None) ->
 
 
 def _merged(parts: list[_Part]) -> Tensor:
-    """Weighted sums of all parts over the sum of all their exponentials; 0 where there is none."""
-    top = parts[0].top
-    for part in parts[1:]:
-        top = torch.maximum(top, part.top)
-    weighted, total = torch.zeros_like(parts[0].weighted), torch.zeros_like(top)
-    for part in parts:
-        share = (part.top - top).exp_()
-        weighted.addcmul_(part.weighted, share)
-        total.addcmul_(part.total, share)
-    return weighted.div_(total.masked_fill_(total == 0, 1.0))
+    """Weighted sums over sums of exponentials, of one part or both; 0 where no key was seen."""
+    if len(parts) == 1:
+        weighted, _, total = parts[0]
+    else:
+        prefix, suffix = parts
+        top = torch.maximum(prefix.top, suffix.top)
+        of_prefix, of_suffix = (prefix.top - top).exp_(), (suffix.top - top).exp_()
+        weighted = prefix.weighted.mul(of_prefix).addcmul_(suffix.weighted, of_suffix)
+        total = prefix.total.mul(of_prefix).addcmul_(suffix.total, of_suffix)
+    return weighted.div(total.masked_fill_(total == 0, 1.0))
