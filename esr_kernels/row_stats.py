@@ -189,7 +189,10 @@ def mixed_kl(stats: RowStats, forward: float, reverse: float) -> tuple[Tensor, T
     The pull here is -forward * q - reverse * p * (t - s), in the unnormalised gap: the log-sum-exps
     cancel out of the gradient, so leaving them out spares a pass and their rounding.
     """
-    value = -reverse * (stats.gap_under_student + stats.lse_gap)
+    # A gap may be infinite where a model lacks a class: what weighs 0 must stay out.
+    value = torch.zeros_like(stats.lse_gap)
+    if reverse:
+        value = value - reverse * (stats.gap_under_student + stats.lse_gap)
     if forward:
         value = value + forward * (stats.gap_under_teacher + stats.lse_gap)
     return value, mixed_kl_pull_sum(stats.gap_under_student, forward, reverse)
@@ -197,4 +200,6 @@ def mixed_kl(stats: RowStats, forward: float, reverse: float) -> tuple[Tensor, T
 
 def mixed_kl_pull_sum(gap_under_student: Tensor, forward: float, reverse: float) -> Tensor:
     """Sum of the pulls of `mixed_kl`."""
+    if not reverse:
+        return torch.full_like(gap_under_student, -forward)
     return -forward - reverse * gap_under_student
