@@ -27,11 +27,9 @@ ALLOWED_RATIO = 1.5
 TOKENS = 23
 # Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this.
 STATISTICS_ULPS = 4.0
-# A gradient that errs less than one rounding of its numbers is right whatever the yardstick does;
-# how lucky that is depends on the GEMM that a machine picks.
-GRADIENT_ULPS = 1.0
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# ESR_EVERY_CASE=1: no test of a kernel left out, in the interpreter too; takes minutes.
+_THINS = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("ESR_EVERY_CASE") != "1"
 
 _Combination = TypeVar("_Combination")
 
@@ -43,7 +41,7 @@ def thinned(combinations: list[_Combination], every: int) -> list[_Combination]:
     the compiled kernels. `every` has no factor in common with the sizes of the axes, so that
     whatever is left has every value of each axis about equally often.
     """
-    return combinations[:: every if _INTERPRETED else 1]
+    return combinations[:: every if _THINS else 1]
 
 
 @dataclass
@@ -327,8 +325,8 @@ def assert_as_good_as_plain(
             limit = ALLOWED_RATIO * max(
                 allowed, relative_error(baseline["per_token"], truth["per_token"])
             )
-        ulps = GRADIENT_ULPS if name.startswith("d ") else STATISTICS_ULPS
-        limit = max(limit, ulps * torch.finfo(torch.float32).eps)
+        if not name.startswith("d "):
+            limit = max(limit, STATISTICS_ULPS * torch.finfo(torch.float32).eps)
         if not error <= limit:
             failures.append(f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}")
     assert not failures, "; ".join(failures)

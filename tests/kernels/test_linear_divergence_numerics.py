@@ -54,9 +54,11 @@ def _check(case_name, divergence, dtype, plan, impl):
     cases.assert_as_good_as_plain(result, *yardsticks)
 
 
+# "auto" is the compiled row passes, where there is a compiler.
+@pytest.mark.parametrize("impl", ["auto", "torch"])
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=_ids(COMBINATIONS))
-def test_no_worse_than_plain_pytorch(combination):
-    _check(*combination, impl="torch")
+def test_no_worse_than_plain_pytorch(combination, impl):
+    _check(*combination, impl)
 
 
 _THINNED = cases.thinned(COMBINATIONS, every=13)
@@ -83,10 +85,11 @@ def _check_identical(divergence, plan, impl):
         assert result[name].norm() <= max(1e-6 * scale[name].norm(), baseline[name].norm())
 
 
+@pytest.mark.parametrize("impl", ["auto", "torch"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=_name)
-def test_identical_models_have_no_divergence_and_no_gradient(divergence, plan):
-    _check_identical(divergence, plan, "torch")
+def test_identical_models_have_no_divergence_and_no_gradient(divergence, plan, impl):
+    _check_identical(divergence, plan, impl)
 
 
 _IDENTICAL = cases.thinned(list(product(DIVERGENCES, PLANS)), every=5)
