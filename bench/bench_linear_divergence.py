@@ -9,25 +9,20 @@ over rounds, so that a noisy machine hits all alike. Written to bench/results/ a
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import platform
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench.floor import bare_gemms
-from bench.measure import MIB, extra_bytes, interleaved, median_ratio
+from bench.measure import MIB, extra_bytes, interleaved, median_ratio, record
 from bench.peers import Contender, Operands, make_operands, ours, peers
 from esr_kernels import release_workspace
 
 TOKENS, STUDENT_DIM, TEACHER_DIM, CLASSES = 512, 256, 512, 151_936
 ROUNDS = int(os.environ.get("ESR_BENCH_ROUNDS", "5"))
-RESULTS = Path(__file__).parent / "results" / "linear_divergence_cpu.jsonl"
 NAMES = {0.0: "forward KL", 1.0: "reverse KL"}
 
 
@@ -85,18 +80,7 @@ def _report(x: Operands, table: dict[str, dict[str, float]]) -> None:
             f"{name:<26}{row['seconds']:>9.3f}{row['over_stash_floor']:>11.2f}"
             f"{row['over_recompute_floor']:>13.2f}{memory:>11}"
         )
-    RESULTS.parent.mkdir(exist_ok=True)
-    record = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "problem": title,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": platform.processor() or platform.machine(),
-        "rounds": ROUNDS,
-        "table": table,
-    }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    record("linear_divergence_cpu", title, ROUNDS, table)
 
 
 def _installed_peers() -> dict[str, Contender]:

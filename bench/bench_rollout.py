@@ -11,27 +11,22 @@ bench/results/ as JSON lines. A round takes about a minute on two idle cores.
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.measure import MIB, median_ratio
+from bench.measure import MIB, median_ratio, record
 from esr_kernels import token_logprob
 from esr_train.rollout import PrefixRollout, RolloutBatch
 
 PROMPTS, PROMPT_LENGTH, SAMPLES, NEW_TOKENS = 8, 128, 8, 64
 ROUNDS = int(os.environ.get("ESR_BENCH_ROUNDS", "3"))
-RESULTS = Path(__file__).parent / "results" / "rollout_cpu.jsonl"
 SHAPE = {
     "vocab_size": 49_152,
     "hidden_size": 576,
@@ -154,9 +149,7 @@ def test_tokens_a_second(model: Any, prompts: list[list[int]]) -> None:
     }
     _report(table)
     assert engine.kv_bytes == of_a_token * PROMPTS * (PROMPT_LENGTH + SAMPLES * (NEW_TOKENS - 1))
-    # 2.1 to 2.4 on two idle cores, where the floor itself is 3.5 times as fast as generate.
-    assert table["ours"]["speedup_over_generate"] >= 2
-    assert table["ours"]["share_of_floor"] >= 0.55
+    assert table["ours"]["speedup_over_generate"] >= 2.5
 
 
 def _report(table: dict[str, dict[str, Any]]) -> None:
@@ -172,15 +165,4 @@ def _report(table: dict[str, dict[str, Any]]) -> None:
             f"{name:<24}{row['seconds']:>9.2f}{row['tokens_per_second']:>10.0f}"
             f"{row['share_of_floor']:>10.0%}{row['speedup_over_generate']:>9.2f}{memory:>8}"
         )
-    RESULTS.parent.mkdir(exist_ok=True)
-    record = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "problem": title,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": platform.processor() or platform.machine(),
-        "rounds": ROUNDS,
-        "table": table,
-    }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    record("rollout_cpu", title, ROUNDS, table)

@@ -9,26 +9,21 @@ lines.
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import platform
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import MIB, extra_bytes, interleaved, median_ratio
+from bench.measure import MIB, extra_bytes, interleaved, median_ratio, record
 from esr_kernels import SampleKeys, SamplingParams, release_workspace, sample_from_logits
 
 ROWS, DIM, CLASSES = 64, 576, 49_152
 # Standard deviation of the logits: at 4 half of a row's mass lies on some 20 classes.
 STD = 4.0
 ROUNDS = int(os.environ.get("ESR_BENCH_ROUNDS", "7"))
-RESULTS = Path(__file__).parent / "results" / "sampling_cpu.jsonl"
 FLOOR = "bare head product"
 PARAMS = {
     "unfiltered": SamplingParams(),
@@ -93,18 +88,7 @@ def test_a_draw_against_the_product(name):
         table[contender] = row
         shown = "" if memory is None else f"{memory / MIB:.0f}"
         print(f"{contender:<32}{row['seconds'] * 1e3:>8.1f}{row['over_product']:>11.2f}{shown:>11}")
-    RESULTS.parent.mkdir(exist_ok=True)
-    record = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "problem": title,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": platform.processor() or platform.machine(),
-        "rounds": ROUNDS,
-        "table": table,
-    }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    record("sampling_cpu", title, ROUNDS, table)
     mine = table["ours"]
     assert mine["over_product"] < (0.25 if name == "unfiltered" else 0.6)
     assert all(mine["seconds"] < table[other]["seconds"] for other in contenders if other != "ours")

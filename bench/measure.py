@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +13,10 @@ from pathlib import Path
 
 import torch
 
+from esr_train.metrics import cpu_name
+
 MIB = 1 << 20
+_RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -58,6 +63,22 @@ def extra_bytes(run: Callable[[], object]) -> int | None:
     before = _status_kib("VmRSS")
     run()
     return (_status_kib("VmHWM") - before) * 1024
+
+
+def record(name: str, problem: str, rounds: int, table: Mapping[str, object]) -> None:
+    """Append a result, with where it was measured, to bench/results/NAME.jsonl."""
+    line = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "problem": problem,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+        "rounds": rounds,
+        "table": table,
+    }
+    _RESULTS.mkdir(exist_ok=True)
+    with (_RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _status_kib(field: str) -> int:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from esr_kernels.divergences import resolve_divergence
 from esr_train.config import Config, ConfigError, to_yaml
 from esr_train.evaluate import Evaluator
+from esr_train.metrics import cpu_name
 from esr_train.models import head, load_model, load_tokenizer
 from esr_train.tasks import Task, load_task
 from esr_train.teacher import Teacher, check_same_tokenizer
@@ -95,7 +96,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -127,15 +128,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git_commit() -> str | None:
