@@ -73,7 +73,7 @@ class RecomputeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, active, row_weight, weight_grad, *operands):  # type: ignore[no-untyped-def]
         outputs, known = recompute_forward(call, active, row_weight, Operands(*operands))
-        ctx.save_for_backward(active, row_weight, *known.fields, *operands)
+        ctx.save_for_backward(active, row_weight, *known, *operands)
         # Not among the saved tensors: other calls add to it before this one's backward.
         ctx.weight_grad, ctx.call = weight_grad, call
         ctx.mark_non_differentiable(*outputs[1:])
@@ -90,8 +90,8 @@ class RecomputeFunction(torch.autograd.Function):
             ctx.call,
             active,
             row_weight,
-            Operands(*saved[4:]),
-            RowsKnown(*saved[:4]),
+            Operands(*saved[len(RowsKnown._fields) :]),
+            RowsKnown(*saved[: len(RowsKnown._fields)]),
             upstream,
             ctx.needs_input_grad[_BEFORE : _BEFORE + 3],
             ctx.weight_grad,

@@ -42,7 +42,8 @@ _OPTIONS = (
     "SymInt classes, str reduction, str plan, int[] chunks, int? memory_budget, str? group, "
     "str impl, bool compact, bool[] wanted"
 )
-_KNOWN = "Tensor student_lse, Tensor teacher_lse, Tensor lse_gap, Tensor pull_sum"
+_KNOWN = ", ".join(f"Tensor {name}" for name in RowsKnown._fields)
+_ROWS = len(RowsKnown._fields)
 _MOST_DOUBLINGS = 24
 _FIELDS = 7  # of LinearDivergence, besides the loss
 _TENSORS = len(Operands._fields) + 2  # with the token and the gradient that weights get
@@ -240,19 +241,19 @@ def _stash(*arguments: Any) -> tuple[Tensor, ...]:
     return (*_apart(outputs), *_present(gradients, x.operands.student_hidden))
 
 
-@_define("divergence", _OPTIONS, 1 + _FIELDS + 4)
+@_define("divergence", _OPTIONS, 1 + _FIELDS + _ROWS)
 def _recompute(*arguments: Any) -> tuple[Tensor, ...]:
     x = _decode(arguments, stashes=False)
     outputs, known = recompute_forward(x.call, x.active, x.row_weight, x.operands)
-    return _apart((*outputs, *known.fields))
+    return _apart((*outputs, *known))
 
 
 @_define(
     "divergence_backward", f"{_KNOWN}, Tensor upstream, {_OPTIONS}", 3, mutates=("weight_grad",)
 )
 def _recompute_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *known, upstream = arguments[_TENSORS : _TENSORS + 5]
-    x = _decode((*arguments[:_TENSORS], *arguments[_TENSORS + 5 :]), stashes=False)
+    *known, upstream = arguments[_TENSORS : _TENSORS + _ROWS + 1]
+    x = _decode((*arguments[:_TENSORS], *arguments[_TENSORS + _ROWS + 1 :]), stashes=False)
     gradients = recompute_backward(
         x.call,
         x.active,
@@ -292,7 +293,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @_recompute.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return _fake_rows(arguments, _FIELDS + 4)
+    return _fake_rows(arguments, _FIELDS + _ROWS)
 
 
 @_recompute_backward.register_fake

@@ -50,14 +50,14 @@ def stash_forward(
 def recompute_forward(
     call: Call, active: Tensor | None, row_weight: Tensor | None, operands: Operands
 ) -> tuple[Outputs, RowsKnown]:
-    """Outputs and the four floats of every token that `recompute_backward` wants."""
+    """Outputs and the few floats of every token that `recompute_backward` wants."""
     x = operands.take(active).over(slice(0, call.classes))
     weights, factor = _row_weights(row_weight, active, x, call)
     with _plain_precision(x):
         values, stats, known = forward_only(x, call)
         outputs = _outputs(values, x, stats, weights, factor, call)
     tokens = operands.student_hidden.shape[0]
-    kept = RowsKnown(*(_spread(field, active, tokens) for field in known.fields))
+    kept = RowsKnown(*(_spread(field, active, tokens) for field in known))
     return _spread_outputs(outputs, call, active, tokens), kept
 
 
@@ -80,7 +80,7 @@ def recompute_backward(
     gradients = _new_gradients((wanted[0], wanted[1] and not adds, wanted[2]), whole, call)
     x = whole.over(slice(0, call.classes))
     weights, factor = _row_weights(row_weight, active, x, call)
-    rows = RowsKnown(*(_of(field, active) for field in known.fields))
+    rows = RowsKnown(*(_of(field, active) for field in known))
     scale = upstream if upstream.dim() == 0 else _of(upstream, active)
     scale = (scale * (factor * call.spec.student.slope)).to(rows.student_lse.dtype)
     scale = scale.expand_as(rows.student_lse)

@@ -35,7 +35,7 @@ struct tile {
 };
 
 struct known { /* of whole rows, [n] each */
-    const float *student_lse, *teacher_lse, *lse_gap, *pull_sum;
+    const float *student_lse, *teacher_lse, *lse_gap, *pull_sum, *student_rest, *teacher_rest;
 };
 
 /* ---- one block of a row --------------------------------------------------------------------- */
@@ -299,7 +299,10 @@ static void transform_rows(const struct tile *x, float *s, float *t) {
 }
 
 INLINE struct normaliser known_normaliser(const struct known *k, int64_t row) {
-    struct normaliser norm = {k->student_lse[row], 1, k->teacher_lse[row], 1, k->lse_gap[row]};
+    struct normaliser norm = {
+        k->student_lse[row], expf(-k->student_rest[row]), k->teacher_lse[row],
+        expf(-k->teacher_rest[row]), k->lse_gap[row],
+    };
     return norm;
 }
 

@@ -30,6 +30,7 @@ from esr_kernels.row_stats import (
     RowStats,
     Tile,
     from_pull_sums,
+    known_rows,
     merge_parts,
     mixed_kl,
 )
@@ -72,6 +73,8 @@ class _Known(ctypes.Structure):
         ("teacher_lse", _Pointer),
         ("lse_gap", _Pointer),
         ("pull_sum", _Pointer),
+        ("student_rest", _Pointer),
+        ("teacher_rest", _Pointer),
     ]
 
 
@@ -131,8 +134,8 @@ class _Call:
             outer=0.0 if softcap is None else softcap / temperature,
         )
 
-    def known(self, *fields: Tensor) -> _Known:
-        return _Known(*(self._pointer(field, torch.float32) for field in fields))
+    def known(self, rows: RowsKnown) -> _Known:
+        return _Known(*(self._pointer(field, torch.float32) for field in rows))
 
     def run(self, name: str, *arguments: object) -> None:
         function = getattr(library(), name)
@@ -165,7 +168,8 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
     sums = tile.s.new_empty(tile.s.shape[0], 3)
     call = _Call(tile, None, spec)
-    known = call.known(stats.student_lse, stats.teacher_lse, stats.lse_gap)
+    # The sum of pulls is what is asked for: any will do.
+    known = call.known(known_rows(stats, stats.lse_gap, None, spec))
     call.run("tile_pull_sums", ctypes.byref(known), _out(sums))
     return sums
 
@@ -175,8 +179,7 @@ def tile_gradient_(
 ) -> None:
     """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
     call = _Call(tile, row_weight, spec)
-    fields = call.known(known.student_lse, known.teacher_lse, known.lse_gap, known.pull_sum)
-    call.run("tile_gradient", ctypes.byref(fields))
+    call.run("tile_gradient", ctypes.byref(call.known(known)))
     if dz is not tile.s:
         dz.copy_(tile.s)
 
