@@ -72,10 +72,19 @@ class Operands(NamedTuple):
             None if self.labels is None else self.labels - classes.start,
         )
 
-    def take(self, rows: Tensor | None) -> Operands:
-        """The operands of these rows; of all for None."""
+    def take(self, rows: Tensor | None, row_weight: Tensor | None) -> Operands:
+        """The operands of these rows; of all for None, zeros where the weight is 0.
+
+        A row of weight 0 has a dz of 0, and 0 * NaN must not reach the gradient of the head.
+        """
         if rows is None:
-            return self
+            if row_weight is None:
+                return self
+            live = row_weight.ne(0)[:, None]
+            return self._replace(
+                student_hidden=torch.where(live, self.student_hidden, 0),
+                teacher_hidden=torch.where(live, self.teacher_hidden, 0),
+            )
         return self._replace(
             student_hidden=self.student_hidden[rows],
             teacher_hidden=self.teacher_hidden[rows],

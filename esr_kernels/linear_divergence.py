@@ -127,8 +127,8 @@ def linear_divergence(
     Exactness: logits, softmaxes and reductions are fp32 whatever the operands' dtype; the weight
         gradient accumulates in fp32. On GPU dz is rounded to the operands' dtype for the gradient
         GEMMs. Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or
-        empty batch gives loss 0 and zero gradients. NaN in a row stays in that row's outputs, but
-        reaches the whole weight gradient.
+        empty batch gives loss 0 and zero gradients. NaN in a row of another weight than 0 stays in
+        that row's outputs, but reaches the whole weight gradient.
     Memory: never [T, V]; `plan_linear_divergence` prints the peak.
     Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
         "recompute" (any number). Neither supports double backward.
@@ -220,10 +220,16 @@ def _reference(
     teacher_bias: Tensor | None,
     label_weight: float,
 ) -> LinearDivergence:
+    student_hidden, teacher_hidden = inputs.student_hidden, inputs.teacher_hidden.detach()
+    if inputs.row_weight is not None:
+        live = (inputs.row_weight != 0)[:, None]
+        student_hidden, teacher_hidden = (
+            torch.where(live, hidden, 0) for hidden in (student_hidden, teacher_hidden)
+        )
     fields = reference.linear_divergence(
-        inputs.student_hidden,
+        student_hidden,
         inputs.student_weight,
-        inputs.teacher_hidden.detach(),
+        teacher_hidden,
         inputs.teacher_weight.detach(),
         divergence,
         token_weights=inputs.row_weight,

@@ -38,7 +38,10 @@ _WORTH_A_THREAD = 1 << 16
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled row passes, or None where they cannot be had."""
-    if os.environ.get("ESR_NATIVE") == "0":
+    switch = os.environ.get("ESR_NATIVE", "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"ESR_NATIVE must be 0 or 1, got {switch!r}")
+    if switch == "0":
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
@@ -77,7 +80,7 @@ def _compiled() -> Path:
     digest = hashlib.sha256(source + "\0".join(identity).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("ESR_CACHE") or Path.home() / ".cache" / "esr").expanduser()
     target = cache / "native" / f"rows-{digest}.so"
-    if target.exists():
+    if _is_whole(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
@@ -89,8 +92,22 @@ def _compiled() -> Path:
                 break
         else:
             raise OSError(f"{' '.join(command)}: {run.stderr.strip()[-300:]}")
+        content = built.read_bytes()
+        built.write_bytes(content + hashlib.sha256(content).digest())
         os.replace(built, target)  # two processes may build at once: either file will do
     return target
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there and as it was built: its digest follows it in the file.
+
+    Loading one that was cut short or damaged kills the process.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def stash_forward(
 
     `active` [n] int64 are the rows to compute, None for all; the others have weight 0.
     """
-    whole = operands.take(active)
+    whole = operands.take(active, row_weight)
     gradients = _new_gradients(wanted, whole, call)
     x = whole.over(slice(0, call.classes))
     weights, factor = _row_weights(row_weight, active, x, call)
@@ -51,7 +51,7 @@ def recompute_forward(
     call: Call, active: Tensor | None, row_weight: Tensor | None, operands: Operands
 ) -> tuple[Outputs, RowsKnown]:
     """Outputs and the few floats of every token that `recompute_backward` wants."""
-    x = operands.take(active).over(slice(0, call.classes))
+    x = operands.take(active, row_weight).over(slice(0, call.classes))
     weights, factor = _row_weights(row_weight, active, x, call)
     with _plain_precision(x):
         values, stats, known = forward_only(x, call)
@@ -75,7 +75,7 @@ def recompute_backward(
 
     `upstream` is a scalar, or [T] with reduction "none".
     """
-    whole = operands.take(active)
+    whole = operands.take(active, row_weight)
     adds = weight_grad is not None
     gradients = _new_gradients((wanted[0], wanted[1] and not adds, wanted[2]), whole, call)
     x = whole.over(slice(0, call.classes))
