@@ -13,8 +13,9 @@ from esr_kernels.divergences import (
 )
 from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
 from esr_kernels.module import LinearDivergenceLoss
-from esr_kernels.plan import Plan, default_memory_budget, plan_linear_divergence
+from esr_kernels.plan import Plan, default_memory_budget
 from esr_kernels.prefix_attention import RowGroups, group_rows, shared_prefix_attention
+from esr_kernels.request import plan_linear_divergence
 from esr_kernels.sampling import (
     Sample,
     SampleKeys,

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm
+from esr_kernels.arguments import REDUCTIONS, check_number, one_of
 from esr_kernels.head import (
     check_bias,
     check_impl,
     check_operands,
     checked_transform,
-    one_of,
     ready,
     values_are_at_hand,
 )
 from esr_kernels.row_stats import IGNORED_LABEL, LogitTransform
 
-REDUCTIONS = ("sum", "mean", "none")
 # Class numbers travel through the row statistics as fp32, which counts exactly up to here.
 _MOST_CLASSES = 1 << 24
 # Of its rows, at most, that a head is padded with.
@@ -113,10 +112,15 @@ def check_inputs(
         classes = student_ids.shape[0]
     if labels is not None:
         labels = _labels(labels, tokens, classes, device, group is not None)
+    check_number("label_weight", label_weight)
     if not abs(label_weight) < math.inf:
         raise ValueError(f"label_weight must be finite, got {label_weight}")
     if label_weight and labels is None:
         raise ValueError(f"label_weight is {label_weight} and there are no labels")
+    if group is not None and not hasattr(group, "size"):
+        raise TypeError(
+            f"group must be a torch.distributed process group, got {type(group).__name__} {group!r}"
+        )
     if group is not None and impl == "reference":
         raise ValueError("impl='reference' does not shard the vocabulary: group must be None")
     if weight_grad is not None:
@@ -181,6 +185,8 @@ def _check_weight_grad(weight_grad: Tensor, student_weight: Tensor, impl: str) -
             f"weight_grad must be on student_weight's device {student_weight.device}, "
             f"got {weight_grad.device}"
         )
+    if values_are_at_hand(weight_grad) and weight_grad.data_ptr() == student_weight.data_ptr() != 0:
+        raise ValueError("weight_grad must not be the memory of student_weight itself")
     if not weight_grad.is_contiguous() or weight_grad.requires_grad:
         raise ValueError("weight_grad must be contiguous and require no gradient")
     if impl == "reference":
@@ -192,7 +198,7 @@ def _classes(num_classes: int | None, student: int, teacher: int) -> int:
     if most == 0:
         raise ValueError("student_weight and teacher_weight must have at least one row each")
     classes = most if num_classes is None else num_classes
-    if not isinstance(classes, int) or not 0 < classes <= most:
+    if not isinstance(classes, int) or isinstance(classes, bool) or not 0 < classes <= most:
         raise ValueError(
             f"num_classes must be an integer from 1 to {most}, the rows that student_weight "
             f"({student}) and teacher_weight ({teacher}) share, got {num_classes!r}"
@@ -237,18 +243,13 @@ def _mapped_classes(
         ("student_ids", student_ids, student_weight.shape[0]),
         ("teacher_ids", teacher_ids, teacher_weight.shape[0]),
     ):
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
         if ids.dtype != torch.int64 or ids.dim() != 1 or ids.numel() == 0:
             raise ValueError(
                 f"{name} must be a non-empty int64 vector, got {ids.dtype} {list(ids.shape)}"
             )
-        if values_are_at_hand(ids):
-            if int(ids.min()) < 0 or int(ids.max()) >= rows:
-                raise ValueError(
-                    f"{name} must lie in [0, {rows}), the rows of the head, "
-                    f"got {int(ids.min())} to {int(ids.max())}"
-                )
-            if ids.unique().numel() != ids.numel():
-                raise ValueError(f"{name} must be distinct, got duplicates")
+        check_id_values(name, ids, rows)
     if student_ids.shape != teacher_ids.shape:
         raise ValueError(
             "student_ids and teacher_ids must have the same length, got "
@@ -258,20 +259,40 @@ def _mapped_classes(
     return student_ids.to(device), teacher_ids.to(device)
 
 
+def check_id_values(name: str, ids: Tensor, rows: int) -> None:
+    """Raise unless the ids are distinct rows of a head; on a GPU nobody looks."""
+    if not values_are_at_hand(ids):
+        return
+    if int(ids.min()) < 0 or int(ids.max()) >= rows:
+        raise ValueError(
+            f"{name} must lie in [0, {rows}), the rows of the head, "
+            f"got {int(ids.min())} to {int(ids.max())}"
+        )
+    if ids.unique().numel() != ids.numel():
+        raise ValueError(f"{name} must be distinct, got duplicates")
+
+
+def check_label_values(labels: Tensor, classes: int, sharded: bool) -> None:
+    """Raise unless every label is a class or says that there is none; on a GPU nobody looks."""
+    if not values_are_at_hand(labels) or not labels.numel():
+        return
+    other_rank = -1 if sharded else IGNORED_LABEL
+    wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORED_LABEL))
+    wrong &= labels != other_rank
+    if bool(wrong.any()):
+        raise ValueError(
+            f"labels must lie in [0, {classes}) or be {IGNORED_LABEL}, got {int(labels[wrong][0])}"
+        )
+
+
 def _labels(
     labels: Tensor, tokens: int, classes: int, device: torch.device, sharded: bool
 ) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64 or labels.shape != (tokens,):
         raise ValueError(
             f"labels must be int64 of shape [{tokens}], got {labels.dtype} {list(labels.shape)}"
         )
-    if values_are_at_hand(labels) and tokens:
-        other_rank = -1 if sharded else IGNORED_LABEL
-        wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORED_LABEL))
-        wrong &= labels != other_rank
-        if bool(wrong.any()):
-            raise ValueError(
-                f"labels must lie in [0, {classes}) or be {IGNORED_LABEL}, "
-                f"got {int(labels[wrong][0])}"
-            )
+    check_label_values(labels, classes, sharded)
     return labels.to(device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm
+from esr_kernels.checks import check_id_values, check_label_values
 from esr_kernels.divergences import Divergence
 from esr_kernels.execute import Call, Gradients, Operands
 from esr_kernels.passes import (
@@ -28,7 +29,7 @@ from esr_kernels.passes import (
     recompute_forward,
     stash_forward,
 )
-from esr_kernels.plan import Plan, Problem, make_plan
+from esr_kernels.plan import Plan, Problem, check_stash, make_plan
 from esr_kernels.request import Request
 from esr_kernels.row_stats import LogitTransform, RowsKnown, RowSpec
 
@@ -86,6 +87,8 @@ def traced(
         limit = _stash_limit(request, operands, wanted, weight_grad is not None)
         stashes = operands.student_hidden.shape[0] <= limit
         plan = "stash" if stashes else "auto"
+    if plan == "stash":
+        check_stash(request.reduction == "none", request.group is not None)
     if plan == "stash" and not (wanted[0] or wanted[1]):
         plan = "recompute"  # Nothing to stash.
     options = _Options(
@@ -138,12 +141,12 @@ def _constant_stash_limit(memory_budget: int | None, *sizes: Any) -> int:
 
 
 def stash_limit(problem: Problem, memory_budget: int | None) -> int:
-    """The most tokens, a power of two, up to which "auto" is a stash; 0 where it never is.
+    """The most tokens, a power of two, up to which "auto" is a stash; -1 where it never is.
 
     What a graph asks instead of planning for its own number of tokens, which must not vary it;
     `problem.tokens` plays no part.
     """
-    limit = 0
+    limit = -1
     try:
         for doublings in range(_MOST_DOUBLINGS * int(problem.needs_gradient)):
             trial = replace(problem, tokens=1 << doublings)
@@ -183,6 +186,14 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     *tensors, token_weights, weight_grad = arguments[:_TENSORS]
     operands, o = Operands(*tensors), _Options(*arguments[_TENSORS:])
     hidden = operands.student_hidden
+    # What the boundary could not look at while a compiler traced it.
+    for name in ("student", "teacher"):
+        ids: Tensor | None = getattr(operands, f"{name}_ids")
+        if ids is not None:
+            weight: Tensor = getattr(operands, f"{name}_weight")
+            check_id_values(f"{name}_ids", ids, weight.shape[0])
+    if operands.labels is not None:
+        check_label_values(operands.labels, o.classes, o.group is not None)
     active = active_rows(token_weights, o.compact)
     active = None if active is None else active.to(hidden.device)
     group = None

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esr_kernels.arguments import check_number
+
 # exp(80) is finite in fp32, and of two probabilities e**80 apart the smaller one weighs nothing.
 _LARGEST_GAP = 80.0
 
@@ -55,6 +57,8 @@ class KLMix(Divergence):
     reverse: float
 
     def __post_init__(self) -> None:
+        check_number("KLMix forward", self.forward)
+        check_number("KLMix reverse", self.reverse)
         finite = math.isfinite(self.forward) and math.isfinite(self.reverse)
         if not finite or min(self.forward, self.reverse) < 0 or self.forward + self.reverse == 0:
             raise ValueError(
@@ -101,6 +105,7 @@ def _log_mixture(gap: Tensor, teacher_share: float) -> Tensor:
 
 
 def _check_share(name: str, value: float, ends: str) -> None:
+    check_number(name, value)
     if not 0.0 < value < 1.0:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value}; {ends}")
 
@@ -196,7 +201,9 @@ def resolve_divergence(divergence: Divergence | str) -> Divergence:
         return divergence
     if isinstance(divergence, str) and divergence in _BY_NAME:
         return _BY_NAME[divergence]
-    near = difflib.get_close_matches(str(divergence), _BY_NAME, n=1)
+    near: list[str] = []
+    if not torch.compiler.is_compiling():  # which could not trace it
+        near = difflib.get_close_matches(str(divergence), _BY_NAME, n=1)
     raise ValueError(
         f"divergence must be one of {sorted(_BY_NAME)} or a Divergence instance, got {divergence!r}"
         + (f"; did you mean {near[0]!r}?" if near else "")

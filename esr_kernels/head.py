@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm
+from esr_kernels.arguments import check_memory_budget, check_number, one_of
 from esr_kernels.plan import default_memory_budget
 from esr_kernels.row_stats import LogitTransform
 
@@ -28,12 +29,6 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     transform: LogitTransform
     classes: int
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
 
 
 def check_head(
@@ -84,6 +79,8 @@ def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: T
                 f"{name} must be a plain tensor, got a DTensor; with FSDP2 compute the loss inside "
                 "of the wrapped forward, where it is gathered, else pass its to_local()"
             )
+        if value.is_meta:
+            raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
         if value.dim() != 2:
             raise ValueError(
                 f"{name} must have 2 dimensions, got shape {list(value.shape)}; "
@@ -137,6 +134,9 @@ def checked_transform(
     scale: tuple[str, float], softcap: tuple[str, float | None], temperature: tuple[str, float]
 ) -> LogitTransform:
     """The transform of the logits from (argument name, value) pairs; raises on a bad value."""
+    for name, value in (temperature, scale, softcap):
+        if value is not None or name == temperature[0]:
+            check_number(name, value)
     # Comparisons, which NaN fails too: a compiler may hold a number that changes as a symbol.
     if not 0 < temperature[1] < math.inf:
         raise ValueError(f"{temperature[0]} must be finite and above 0, got {temperature[1]}")
@@ -188,8 +188,7 @@ def _triton_runs_on_cpu() -> bool:
 
 def vocab_tile(head: Head, element_bytes: int, memory_budget: int | None) -> int:
     """Classes whose logits exist at once: as many as fit the budget at `element_bytes` a logit."""
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    check_memory_budget(memory_budget)
     budget = memory_budget or default_memory_budget(head.hidden.device.type)
     column = max(head.hidden.shape[0], 1) * element_bytes
     if budget // column >= head.classes:

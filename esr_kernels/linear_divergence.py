@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm, reference
+from esr_kernels.arguments import one_of
 from esr_kernels.autograd import RecomputeFunction, StashFunction
 from esr_kernels.checks import Inputs, check_inputs
 from esr_kernels.divergences import Divergence, resolve_divergence
@@ -142,6 +143,7 @@ def linear_divergence(
         >>> out.loss.backward()
     """
     resolved = resolve_divergence(divergence)
+    one_of("compact", compact, (None, True, False))
     inputs = check_inputs(
         student_hidden,
         student_weight,

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esr_kernels.checks import REDUCTIONS
+from esr_kernels.arguments import REDUCTIONS, check_memory_budget, one_of
 from esr_kernels.divergences import Divergence, resolve_divergence
-from esr_kernels.head import IMPLEMENTATIONS, one_of
+from esr_kernels.head import IMPLEMENTATIONS, checked_transform
 from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
-from esr_kernels.plan import Plan
+from esr_kernels.plan import KINDS, Plan
 
 
 class LinearDivergenceLoss(nn.Module):
@@ -23,7 +23,7 @@ class LinearDivergenceLoss(nn.Module):
         divergence: as in `linear_divergence`, and so are all options.
 
     Raises:
-        ValueError for an unknown divergence, reduction or impl; `forward` raises what
+        ValueError or TypeError for an option that no call could use; `forward` raises what
         `linear_divergence` does.
 
     Example:
@@ -53,6 +53,18 @@ class LinearDivergenceLoss(nn.Module):
         super().__init__()
         one_of("reduction", reduction, REDUCTIONS)
         one_of("impl", impl, IMPLEMENTATIONS)
+        if not isinstance(plan, Plan):
+            one_of("plan", plan, ("auto", *KINDS))
+        check_memory_budget(memory_budget)
+        for side, scale, softcap, heat in (
+            ("student_", student_logit_scale, student_softcap, temperature),
+            ("teacher_", teacher_logit_scale, teacher_softcap, teacher_temperature),
+        ):
+            checked_transform(
+                (f"{side}logit_scale", scale),
+                (f"{side}softcap", softcap),
+                ("temperature", temperature if heat is None else heat),
+            )
         self.divergence = resolve_divergence(divergence)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature

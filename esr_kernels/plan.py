@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from esr_kernels.native import cpu_rows
+from esr_kernels.arguments import check_memory_budget
 from esr_kernels.workspace import row_stride
 
 MIB = 1 << 20
@@ -249,9 +249,9 @@ def _family(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
 
 
-def default_memory_budget(device: str) -> int:
+def default_memory_budget(device: str | torch.device) -> int:
     """Bytes that a divergence may take beyond its inputs and gradients when nobody says."""
-    return _DEFAULT_BUDGET[_family(device)]
+    return _DEFAULT_BUDGET[_family(torch.device(device).type)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -262,14 +262,13 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
     """
     if kind != "auto" and kind not in KINDS:
         raise ValueError(f"plan must be 'auto', 'stash', 'recompute' or 'fused', got {kind!r}")
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    check_memory_budget(memory_budget)
     check_kind(kind, problem)
     budget = default_memory_budget(problem.device) if memory_budget is None else memory_budget
     candidates = [
         plan
         for name in (KINDS if kind == "auto" else (kind,))
-        if name not in _OBSTACLES or _OBSTACLES[name](problem) is None
+        if _obstacle(name, problem) is None
         for plan in _PLANS_OF_KIND[name](problem)
     ]
     fitting = [plan for plan in candidates if plan.extra_bytes <= budget]
@@ -286,18 +285,32 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
 
 def check_kind(kind: str, problem: Problem) -> None:
     """Raise ValueError where plans of this kind cannot serve the problem."""
-    obstacle = _OBSTACLES[kind](problem) if kind in _OBSTACLES else None
+    _refuse(kind, _obstacle(kind, problem))
+
+
+def check_stash(per_token_gradient: bool, sharded: bool) -> None:
+    """`check_kind` of "stash" before there is a `Problem`."""
+    _refuse("stash", _obstacle_to_stash(per_token_gradient, sharded))
+
+
+def _refuse(kind: str, obstacle: str | None) -> None:
     if obstacle is not None:
         raise ValueError(f"plan={kind!r} {obstacle}")
 
 
-def _obstacle_to_stash(problem: Problem) -> str | None:
-    if problem.per_token_gradient:
+def _obstacle(kind: str, problem: Problem) -> str | None:
+    if kind == "stash":
+        return _obstacle_to_stash(problem.per_token_gradient, problem.sharded)
+    return _obstacle_to_fused(problem) if kind == "fused" else None
+
+
+def _obstacle_to_stash(per_token_gradient: bool, sharded: bool) -> str | None:
+    if per_token_gradient:
         return (
             "computes the gradient in the forward pass and cannot serve reduction='none'; "
             "use plan='recompute', or pass token_weights and reduce"
         )
-    return "does not shard the vocabulary; use plan='recompute'" if problem.sharded else None
+    return "does not shard the vocabulary; use plan='recompute'" if sharded else None
 
 
 def _obstacle_to_fused(problem: Problem) -> str | None:
@@ -345,52 +358,3 @@ def _fused_plans(problem: Problem) -> list[Plan]:
 
 
 _PLANS_OF_KIND = {"stash": _stash_plans, "recompute": _recompute_plans, "fused": _fused_plans}
-# Why a kind cannot serve a problem, or None.
-_OBSTACLES = {"stash": _obstacle_to_stash, "fused": _obstacle_to_fused}
-
-
-def plan_linear_divergence(
-    tokens: int,
-    classes: int,
-    student_dim: int,
-    teacher_dim: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cuda",
-    train_hidden: bool = True,
-    train_weight: bool = True,
-    reduction: str = "sum",
-    two_pass: bool = False,
-    weight_grad_given: bool = False,
-    plan: str = "auto",
-    memory_budget: int | None = None,
-) -> Plan:
-    """The plan that `linear_divergence` would take for these sizes; print it to read it.
-
-    Args:
-        tokens, classes, student_dim, teacher_dim: T, the shared V, Ds, Dt.
-        dtype: of hidden states and heads; `device`: "cuda" or "cpu".
-        train_weight: False for a frozen head, as with LoRA; with `train_hidden` False too, for a
-            call that wants no gradient.
-        two_pass: True for divergences other than mixes of the two KLs, such as JSD.
-        weight_grad_given: True for a call with `weight_grad`.
-
-    Example:
-        >>> print(plan_linear_divergence(8192, 151_936, 1536, 3584))
-    """
-    problem = Problem(
-        tokens=tokens,
-        classes=classes,
-        student_dim=student_dim,
-        teacher_dim=teacher_dim,
-        hidden_dtype=dtype,
-        weight_dtype=dtype,
-        device=device,
-        train_hidden=train_hidden,
-        train_weight=train_weight,
-        two_pass=two_pass,
-        weight_grad_given=weight_grad_given,
-        per_token_gradient=reduction == "none",
-        rows=cpu_rows() if device == "cpu" else "triton",
-    )
-    return make_plan(problem, plan, memory_budget)

@@ -1,4 +1,5 @@
-"""What a caller asked for besides the tensors, and the `Call` that it becomes with them."""
+"""What a caller asked for besides the tensors, the `Call` that it becomes with them, and the plan
+of a call that is yet to be made."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from esr_kernels import rows_native, rows_torch
+from esr_kernels.arguments import REDUCTIONS, check_size, one_of
 from esr_kernels.execute import Call, Operands
 from esr_kernels.native import cpu_rows
 from esr_kernels.plan import Plan, Problem, check_kind, make_plan
@@ -77,3 +79,61 @@ def _rows_module(name: str) -> ModuleType:
 
         return rows_triton
     return rows_native if name == "native" else rows_torch
+
+
+def plan_linear_divergence(
+    tokens: int,
+    classes: int,
+    student_dim: int,
+    teacher_dim: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cuda",
+    train_hidden: bool = True,
+    train_weight: bool = True,
+    reduction: str = "sum",
+    two_pass: bool = False,
+    weight_grad_given: bool = False,
+    plan: str = "auto",
+    memory_budget: int | None = None,
+) -> Plan:
+    """The plan that `linear_divergence` would take for these sizes; print it to read it.
+
+    Args:
+        tokens, classes, student_dim, teacher_dim: T, the shared V, Ds, Dt.
+        dtype: of hidden states and heads; `device`: "cuda", "cpu" or a torch.device.
+        train_weight: False for a frozen head, as with LoRA; with `train_hidden` False too, for a
+            call that wants no gradient.
+        two_pass: True for divergences other than mixes of the two KLs, such as JSD.
+        weight_grad_given: True for a call with `weight_grad`.
+
+    Example:
+        >>> print(plan_linear_divergence(8192, 151_936, 1536, 3584))
+    """
+    for name, size in (
+        ("classes", classes),
+        ("student_dim", student_dim),
+        ("teacher_dim", teacher_dim),
+    ):
+        check_size(name, size, 1)
+    check_size("tokens", tokens, 0)
+    one_of("reduction", reduction, REDUCTIONS)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
+    device = torch.device(device).type
+    problem = Problem(
+        tokens=tokens,
+        classes=classes,
+        student_dim=student_dim,
+        teacher_dim=teacher_dim,
+        hidden_dtype=dtype,
+        weight_dtype=dtype,
+        device=device,
+        train_hidden=train_hidden,
+        train_weight=train_weight,
+        two_pass=two_pass,
+        weight_grad_given=weight_grad_given,
+        per_token_gradient=reduction == "none",
+        rows=cpu_rows() if device == "cpu" else "triton",
+    )
+    return make_plan(problem, plan, memory_budget)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm, reference
-from esr_kernels.head import Head, check_head, check_ids, one_of, values_are_at_hand
+from esr_kernels.arguments import REDUCTIONS, one_of
+from esr_kernels.head import Head, check_head, check_ids, values_are_at_hand
 from esr_kernels.picked import NO_CLASS, pick
 
 DIVERGENCES = ("forward_kl", "reverse_kl")
 TAILS = ("bucket", "renormalise")
-REDUCTIONS = ("sum", "mean", "none")
 
 
 class TopkDivergence(NamedTuple):

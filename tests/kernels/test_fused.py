@@ -10,7 +10,15 @@ from torch import Tensor
 
 from esr_kernels.divergences import ReverseKL
 from esr_kernels.fused_triton import BLOCKS, Blocks, _split_classes, fused_stats
-from esr_kernels.row_stats import LogitTransform, RowSpec, RowStats, merge_parts
+from esr_kernels.row_stats import (
+    LOG_SUM,
+    MAX,
+    LogitTransform,
+    RowSpec,
+    RowStats,
+    merge_parts,
+    merge_to_part,
+)
 from tests.kernels import cases
 
 pytestmark = pytest.mark.kernels
@@ -65,6 +73,8 @@ def _statistics(operands: list[Tensor], spec: RowSpec, biases, dtype: torch.dtyp
         student_entropy=-under(p, s.log_softmax(1)),
         teacher_entropy=-under(q, t.log_softmax(1)),
         agreement=(s.argmax(1) == t.argmax(1)).to(dtype),
+        student_rest=torch.zeros_like(s_lse),  # nothing, where nothing is rounded
+        teacher_rest=torch.zeros_like(t_lse),
     )
 
 
@@ -78,7 +88,10 @@ def _check(
     ours = merge_parts(parts)
     truth = _statistics(operands, spec, biases, torch.float64)
     plain = _statistics(operands, spec, biases, torch.float32)
+    _check_rests(parts, ours)
     for field in fields(RowStats):
+        if field.name.endswith("_rest"):
+            continue
         exact = getattr(truth, field.name)
         error = cases.relative_error(getattr(ours, field.name), exact)
         allowed = cases.relative_error(getattr(plain, field.name), exact)
@@ -87,6 +100,15 @@ def _check(
         )
         assert error <= limit, f"{field.name}: error {error:.2e}, plain PyTorch {allowed:.2e}"
     return parts
+
+
+def _check_rests(parts: Tensor, ours: RowStats) -> None:
+    """A log-sum-exp and its rest together are the sum that fp32 rounded."""
+    merged = merge_to_part(parts).double()
+    exact = merged[:, MAX] + merged[:, LOG_SUM]
+    for column, side in enumerate(("student", "teacher")):
+        lse, rest = getattr(ours, f"{side}_lse"), getattr(ours, f"{side}_rest")
+        assert cases.relative_error(rest, exact[:, column] - lse.double()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,4 +139,4 @@ def test_a_plan_that_cannot_serve_a_call_is_refused():
     with pytest.raises(ValueError, match="plan='stash'.*cannot serve reduction='none'"):
         linear_divergence(*case.tensors, plan=plan, reduction="none")
     with pytest.raises(ValueError, match="plan='stash' does not shard"):
-        linear_divergence(*case.tensors, plan=plan, group=object())
+        linear_divergence(*case.tensors, plan=plan, group=SimpleNamespace(size=lambda: 2))

@@ -281,7 +281,11 @@ _BAD = {
     "scale": ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and not 0, got 0.0"),
     "impl": ({"impl": "cuda"}, ValueError, "impl must be one of.*'cuda'"),
     "budget": ({"memory_budget": 10}, ValueError, "memory_budget of 10 bytes is too small.*84"),
-    "no budget": ({"memory_budget": 0}, ValueError, "memory_budget must be a positive number"),
+    "no budget": (
+        {"memory_budget": 0},
+        ValueError,
+        "memory_budget must be a positive whole",
+    ),
     "fp64 kernels": (
         {
             "hidden": torch.ones(4, 3).double(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,4 +97,4 @@ def test_stash_and_reference_refuse_a_group():
         ({"impl": "reference"}, "group must be None"),
     ):
         with pytest.raises(ValueError, match=message):
-            linear_divergence(*tensors, group=object(), **arguments)
+            linear_divergence(*tensors, group=SimpleNamespace(size=lambda: 2), **arguments)
