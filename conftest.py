@@ -53,28 +53,40 @@ def _multiply_like_a_gpu() -> None:
     interpreter.InterpreterBuilder.create_dot = dot
 
 
-def _exponentials_to_the_last_bit() -> None:
-    """NumPy's of fp32 err by up to 2.5 units in the last place, as the processor's vectors have it;
-    the yardstick's err by 1."""
+def _to_the_last_bit(function):
+    """By fp64, and rounded: NumPy's functions of fp32 err by up to 2.5 units in the last place, as
+    the processor's vectors have it, and the yardstick's by 1."""
+    import numpy as np
+
+    def of(value):
+        value = np.asarray(value)
+        return function(value.astype(np.float64)).astype(value.dtype)
+
+    return of
+
+
+def _exponentials_of_the_interpreter() -> None:
     import numpy as np
     from triton.runtime import interpreter
 
-    def exact(function):
-        def of(self, operand):
-            wide = operand.data.astype(np.float64)
-            return interpreter.TensorHandle(
-                function(wide).astype(operand.data.dtype), operand.dtype.scalar
-            )
+    def on_handles(function):
+        return lambda self, x: interpreter.TensorHandle(function(x.data), x.dtype.scalar)
 
-        return of
+    interpreter.InterpreterBuilder.create_exp = on_handles(_to_the_last_bit(np.exp))
+    interpreter.InterpreterBuilder.create_log = on_handles(_to_the_last_bit(np.log))
 
-    interpreter.InterpreterBuilder.create_exp = exact(np.exp)
-    interpreter.InterpreterBuilder.create_log = exact(np.log)
+
+def _exponentials_of_the_sanitizer() -> None:
+    import numpy as np
+    from ttsem import ops
+
+    for function in (np.exp, np.exp2, np.log, np.log2):
+        ops.OPS[f"math.{function.__name__}"] = ops._float_unop(_to_the_last_bit(function))
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_like_a_gpu()
-    _exponentials_to_the_last_bit()
+    _exponentials_of_the_interpreter()
     _multiply_like_a_gpu()
 
 
@@ -95,6 +107,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     from ttsem.sanitize import session
 
+    _exponentials_of_the_sanitizer()
     opened = session(source="<pytest>")
     config.stash[_SESSION] = opened.__enter__()
     config.add_cleanup(lambda: opened.__exit__(None, None, None))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
 REDUCTIONS = ("sum", "mean", "none")
@@ -14,8 +16,8 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a real number, or one that a compiler traces."""
-    if isinstance(value, (str, bytes, torch.Tensor)) or not hasattr(value, "__float__"):
+    """Raise TypeError unless `value` is a real number; a compiler's symbol passes for one."""
+    if not torch.compiler.is_compiling() and not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
 
 

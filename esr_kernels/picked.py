@@ -311,7 +311,8 @@ def _gradients(
             if scale is not None:
                 out.copy_(total / scale)
         if bias_sum is not None:
-            bias_sum[classes] = dz.sum(0, dtype=logits_dtype)
+            # In fp32 the sum would round as often as there are tokens.
+            bias_sum[classes] = dz.sum(0, dtype=torch.float64)
     if scale is not None:
         hidden_sum = None if hidden_sum is None else hidden_sum / scale
         bias_sum = None if bias_sum is None else bias_sum / scale

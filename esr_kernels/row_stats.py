@@ -131,7 +131,9 @@ def merge_parts(parts: Tensor) -> RowStats:
     argmax = merged[:, ARGMAX]
     same_class = (winner[:, 0] == winner[:, 1]) & (argmax[:, 0] == argmax[:, 1])
     lse = top + log_sum
-    rest = (top - lse) + log_sum
+    # Knuth's sum: what is rounded off whichever of the two is the larger.
+    added = lse - top
+    rest = (top - (lse - added)) + (log_sum - added)
     student_lse, teacher_lse = lse.T.contiguous()
     return RowStats(
         student_lse=student_lse,

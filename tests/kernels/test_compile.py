@@ -165,9 +165,9 @@ def test_the_plan_of_a_graph_holds_up_to_a_number_of_tokens():
     limit = stash_limit(problem, None)
     assert plan_linear_divergence(limit, 151_936, 4096, 4096).kind == "stash"
     assert plan_linear_divergence(2 * limit, 151_936, 4096, 4096).kind == "recompute"
-    assert stash_limit(Problem(0, 1000, 8, 8, per_token_gradient=True), None) == 0
-    assert stash_limit(Problem(0, 1000, 8, 8, train_hidden=False, train_weight=False), None) == 0
-    assert stash_limit(Problem(0, 151_936, 4096, 4096), 1) == 0
+    assert stash_limit(Problem(0, 1000, 8, 8, per_token_gradient=True), None) == -1
+    assert stash_limit(Problem(0, 1000, 8, 8, train_hidden=False, train_weight=False), None) == -1
+    assert stash_limit(Problem(0, 151_936, 4096, 4096), 1) == -1
 
 
 def test_a_plan_made_before():
