@@ -40,11 +40,13 @@ def _report(name: str) -> str:
     tables = re.split(r"^## .* against ", body, maxsplit=1, flags=re.MULTILINE)[0].strip()
     tables = re.sub(r"^## ", "#### ", tables, flags=re.MULTILINE)
     environment = json.loads((path.parent / "environment.json").read_text())
-    machine = (
-        f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}"
-    )
+    machine = _machine(environment)
     where = f"docs/{name}/report.md"
     return f"{tables}\n\nMeasured on {machine}. Figures and samples: [{where}]({where})."
+
+
+def _machine(record: dict) -> str:
+    return f"{record['cpu']}, {record['threads']} threads, torch {record['torch']}"
 
 
 def _curve() -> str:
@@ -82,9 +84,9 @@ def _bench() -> str:
             )
         parts.append("\n".join(lines))
     note = (
-        f"Forward + backward, medians of {record['rounds']} interleaved rounds, "
-        f"{record['threads']} threads, torch {record['torch']}. Extra memory is what a call takes "
-        "beyond its inputs and the gradients it returns. By `make bench`."
+        f"Forward + backward, medians of {record['rounds']} interleaved rounds, {_machine(record)}. "
+        "Extra memory is what a call takes beyond its inputs and the gradients it returns. "
+        "By `make bench`."
     )
     return "\n\n".join([*parts, note])
 
@@ -106,8 +108,7 @@ def _rollout() -> str:
     speedup = record["table"]["ours"]["speedup_over_generate"]
     note = (
         f"{speedup:.2f} times the tokens a second of `generate`; medians of {record['rounds']} "
-        f"interleaved rounds, {record['threads']} threads, torch {record['torch']}. "
-        "By `make bench`."
+        f"interleaved rounds, {_machine(record)}. By `make bench`."
     )
     return "\n".join([*lines, "", note])
 

@@ -112,8 +112,9 @@ def _block_statistics(
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     total = torch.linalg.vecdot(weights, values)
-    # 0 * inf: a class of probability 0 counts 0 whatever its logit. Look only when it shows.
-    if not bool(total.isfinite().all()):
+    # 0 * inf: a class of probability 0 counts 0 whatever its logit. Only when it shows, where
+    # looking does not stall a GPU.
+    if total.device.type != "cpu" or not bool(total.isfinite().all()):
         total = torch.where(weights > 0, weights * values, 0.0).sum(1)
     return total
 
@@ -274,8 +275,11 @@ def _gradient_(
         else:
             torch.addcmul(q.mul_(-forward), p, pull_sum, value=-1, out=s)
     if block.labels is not None:
-        row = ((block.labels >= 0) & (block.labels < s.shape[1])).nonzero()[:, 0]
-        s[row, block.labels[row]] -= spec.label_weight
+        # Without a label 0 is added to a class: finding the rows that have one would stall a GPU.
+        labelled = (block.labels >= 0) & (block.labels < s.shape[1])
+        column = torch.where(labelled, block.labels, 0)[:, None]
+        taken = torch.where(labelled, -spec.label_weight, 0.0).to(s.dtype)
+        s.scatter_add_(1, column, taken[:, None])
     if chain is not None:
         s.mul_(chain)
     if row_weight is not None:

@@ -27,54 +27,23 @@ def from_order(order):
 
 
 @triton.jit
-def load_block(
-    row_ptr,
-    bias_ptr,
-    invalid_ptr,
-    start,
-    n_classes,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def load_block(row_ptr, start, n_classes, chain, BLOCK: tl.constexpr):
+    """Transformed logits of a block of a row, -inf beyond its classes."""
     classes = start + tl.arange(0, BLOCK)
     inside = classes < n_classes
     raw = tl.load(row_ptr + classes, mask=inside, other=0.0).to(tl.float32)
-    return transformed(
-        raw,
-        bias_ptr,
-        invalid_ptr,
-        classes,
-        inside,
-        scale,
-        softcap,
-        inv_temperature,
-        HAS_BIAS,
-        HAS_INVALID,
-        HAS_SOFTCAP,
-    )
+    return transformed(raw, classes, inside, chain)
 
 
 @triton.jit
-def filters_of(
-    row,
-    top_k_ptr,
-    top_p_ptr,
-    n_classes,
-    HAS_TOP_K: tl.constexpr,
-    HAS_TOP_P: tl.constexpr,
-):
+def filters_of(row, top_k_ptr, top_p_ptr, n_classes):
     """(k, p) of a row; n_classes and 1 where off."""
     k = tl.full((), 0, tl.int32) + n_classes
-    if HAS_TOP_K:
+    if top_k_ptr is not None:
         asked = tl.load(top_k_ptr + row)
         k = tl.where((asked > 0) & (asked < n_classes), asked, n_classes).to(tl.int32)
     p = tl.full((), 1.0, tl.float32)
-    if HAS_TOP_P:
+    if top_p_ptr is not None:
         p = tl.load(top_p_ptr + row)
     return k, p
 
@@ -100,12 +69,6 @@ def _candidates_kernel(
     n_tiles,
     scale,
     softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_TOP_K: tl.constexpr,
-    HAS_TOP_P: tl.constexpr,
     RANKED: tl.constexpr,
     LOWEST: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -131,12 +94,12 @@ def _candidates_kernel(
                 maxima - top + tl.load(log_sums_ptr + at, mask=exists, other=-float("inf"))
             )
         mass = tl.sum(total, 0)
-        k, p = filters_of(row, top_k_ptr, top_p_ptr, n_classes, HAS_TOP_K, HAS_TOP_P)
+        k, p = filters_of(row, top_k_ptr, top_p_ptr, n_classes)
         bound = tl.full((), -float("inf"), tl.float32)
         count = 0
         # Rows without a distribution are not drawn from: nothing to find in them.
         if (mass == mass) & (top > -float("inf")) & ((k < n_classes) | (p < 1.0)):
-            if HAS_TOP_K:
+            if top_k_ptr is not None:
                 low = tl.full((), LOWEST, tl.int64)
                 high = tl.where(k <= n_tiles, order_of(top).to(tl.int64) + 1, low)
                 # Wherever it stops, `low` is a bound; after 20 halvings a close one.
@@ -152,28 +115,16 @@ def _candidates_kernel(
                     high = tl.where(enough, high, middle)
                     low = tl.where(enough, middle, low)
                 bound = from_order(low)
-            if HAS_TOP_P:
+            if top_p_ptr is not None:
                 # Less a little, so that rounding cannot lift it above the nucleus's edge.
                 nucleus = top + tl.log(mass) + tl.log((1.0 - p) / n_classes) - 0.1
                 bound = tl.where(k < n_classes, bound, nucleus)
             inv_temperature = 1.0
-            if HAS_TEMPERATURE:
+            if inv_temperature_ptr is not None:
                 inv_temperature = tl.load(inv_temperature_ptr + row)
+            chain = (bias_ptr, invalid_ptr, scale, softcap, inv_temperature)
             for start in range(0, n_classes, BLOCK):
-                z = load_block(
-                    logits_ptr + row * logits_stride,
-                    bias_ptr,
-                    invalid_ptr,
-                    start,
-                    n_classes,
-                    scale,
-                    softcap,
-                    inv_temperature,
-                    HAS_BIAS,
-                    HAS_INVALID,
-                    HAS_SOFTCAP,
-                    BLOCK,
-                )
+                z = load_block(logits_ptr + row * logits_stride, start, n_classes, chain, BLOCK)
                 classes = start + tl.arange(0, BLOCK)
                 listed = ((z >= bound) & (classes < n_classes)).to(tl.int32)
                 place = count + tl.cumsum(listed, 0) - listed

@@ -14,90 +14,30 @@ from esr_kernels.sampling_candidates_triton import filters_of, from_order, load_
 
 
 @triton.jit
-def _load_some(
-    values_ptr,
-    ids_ptr,
-    row_ptr,
-    bias_ptr,
-    invalid_ptr,
-    start,
-    count,
-    compact,
-    n_classes,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """(logits, their classes, whether they exist) of a block of the list or of the row."""
+def _load_some(start, source, chain, BLOCK: tl.constexpr):
+    """(logits, their classes, whether they exist) of a block of `source`.
+
+    That is (values_ptr, ids_ptr, row_ptr, compact, count, n_classes): the list of a row where it is
+    compact, else the row, with `count` entries.
+    """
+    values_ptr, ids_ptr, row_ptr, compact, count, n_classes = source
     classes = start + tl.arange(0, BLOCK)
     exists = classes < count
     if compact:
         z = tl.load(values_ptr + classes, mask=exists, other=-float("inf"))
         classes = tl.load(ids_ptr + classes, mask=exists, other=0)
     else:
-        z = load_block(
-            row_ptr,
-            bias_ptr,
-            invalid_ptr,
-            start,
-            n_classes,
-            scale,
-            softcap,
-            inv_temperature,
-            HAS_BIAS,
-            HAS_INVALID,
-            HAS_SOFTCAP,
-            BLOCK,
-        )
+        z = load_block(row_ptr, start, n_classes, chain, BLOCK)
     return z, classes, exists
 
 
 @triton.jit
-def _count_and_mass(
-    least,
-    top,
-    values_ptr,
-    ids_ptr,
-    row_ptr,
-    bias_ptr,
-    invalid_ptr,
-    count,
-    compact,
-    n_classes,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """How many logits are at least `least`, and their mass over exp(top)."""
+def _count_and_mass(least, top, source, chain, BLOCK: tl.constexpr):
+    """How many logits of `source` are at least `least`, and their mass over exp(top)."""
     number = tl.zeros([BLOCK], tl.int32)
     mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, count, BLOCK):
-        z, _, exists = _load_some(
-            values_ptr,
-            ids_ptr,
-            row_ptr,
-            bias_ptr,
-            invalid_ptr,
-            start,
-            count,
-            compact,
-            n_classes,
-            scale,
-            softcap,
-            inv_temperature,
-            HAS_BIAS,
-            HAS_INVALID,
-            HAS_SOFTCAP,
-            BLOCK,
-        )
+    for start in range(0, source[4], BLOCK):
+        z, _, exists = _load_some(start, source, chain, BLOCK)
         among = (z >= least) & exists
         number += among.to(tl.int32)
         mass += tl.where(among, tl.exp(z - top), 0.0)
@@ -126,13 +66,6 @@ def _cutoff_kernel(
     n_tiles,
     scale,
     softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_TOP_K: tl.constexpr,
-    HAS_TOP_P: tl.constexpr,
-    HAS_MIN_P: tl.constexpr,
     RANKED: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -141,7 +74,7 @@ def _cutoff_kernel(
     row = tl.program_id(0).to(tl.int64)
     top = tl.load(tops_ptr + row)
     lowest = tl.full((), -float("inf"), tl.float32)
-    if HAS_MIN_P:
+    if min_p_ptr is not None:
         lowest = top + tl.log(tl.load(min_p_ptr + row))
     threshold = lowest
     last = tl.full((), 0, tl.int32) + n_classes
@@ -150,93 +83,47 @@ def _cutoff_kernel(
         if listed > 0:
             compact = listed <= CAPACITY
             count = tl.where(compact, listed, n_classes)
-            values_ptr += row * CAPACITY
-            ids_ptr += row * CAPACITY
-            row_ptr = logits_ptr + row * logits_stride
+            source = (
+                values_ptr + row * CAPACITY,
+                ids_ptr + row * CAPACITY,
+                logits_ptr + row * logits_stride,
+                compact,
+                count,
+                n_classes,
+            )
             inv_temperature = 1.0
-            if HAS_TEMPERATURE:
+            if inv_temperature_ptr is not None:
                 inv_temperature = tl.load(inv_temperature_ptr + row)
-            k, p = filters_of(row, top_k_ptr, top_p_ptr, n_classes, HAS_TOP_K, HAS_TOP_P)
+            chain = (bias_ptr, invalid_ptr, scale, softcap, inv_temperature)
+            k, p = filters_of(row, top_k_ptr, top_p_ptr, n_classes)
             # From the bound to one more than the largest logit; int64 holds the sum of any two.
             low = order_of(tl.load(bounds_ptr + row)).to(tl.int64)
             above_top = order_of(top).to(tl.int64) + 1
             # Of the classes at the edge in `low`, so many are kept; the first filter keeps `whole`.
             at_edge = tl.full((), 0, tl.int32) + n_classes
             whole = tl.load(totals_ptr + row)
-            if HAS_TOP_K:
+            if top_k_ptr is not None:
                 high = tl.where(k < n_classes, above_top, low)
                 while high - low > 1:
                     middle = (low + high) >> 1
-                    number, _ = _count_and_mass(
-                        from_order(middle),
-                        top,
-                        values_ptr,
-                        ids_ptr,
-                        row_ptr,
-                        bias_ptr,
-                        invalid_ptr,
-                        count,
-                        compact,
-                        n_classes,
-                        scale,
-                        softcap,
-                        inv_temperature,
-                        HAS_BIAS,
-                        HAS_INVALID,
-                        HAS_SOFTCAP,
-                        BLOCK,
-                    )
+                    number, _ = _count_and_mass(from_order(middle), top, source, chain, BLOCK)
                     enough = number >= k
                     low = tl.where(enough, middle, low)
                     high = tl.where(enough, high, middle)
                 if k < n_classes:
                     above, mass_above = _count_and_mass(
-                        from_order(low + 1),
-                        top,
-                        values_ptr,
-                        ids_ptr,
-                        row_ptr,
-                        bias_ptr,
-                        invalid_ptr,
-                        count,
-                        compact,
-                        n_classes,
-                        scale,
-                        softcap,
-                        inv_temperature,
-                        HAS_BIAS,
-                        HAS_INVALID,
-                        HAS_SOFTCAP,
-                        BLOCK,
+                        from_order(low + 1), top, source, chain, BLOCK
                     )
                     at_edge = k - above
                     whole = mass_above + at_edge * tl.exp(from_order(low) - top)
-            if HAS_TOP_P:
+            if top_p_ptr is not None:
                 wanted = p * whole
                 at_k = low
                 mass_above = tl.full((), -1.0, tl.float32)
                 high = tl.where(p < 1.0, above_top, low)
                 while high - low > 1:
                     middle = (low + high) >> 1
-                    _, mass = _count_and_mass(
-                        from_order(middle),
-                        top,
-                        values_ptr,
-                        ids_ptr,
-                        row_ptr,
-                        bias_ptr,
-                        invalid_ptr,
-                        count,
-                        compact,
-                        n_classes,
-                        scale,
-                        softcap,
-                        inv_temperature,
-                        HAS_BIAS,
-                        HAS_INVALID,
-                        HAS_SOFTCAP,
-                        BLOCK,
-                    )
+                    _, mass = _count_and_mass(from_order(middle), top, source, chain, BLOCK)
                     enough = mass >= wanted
                     low = tl.where(enough, middle, low)
                     high = tl.where(enough, high, middle)
@@ -255,24 +142,7 @@ def _cutoff_kernel(
             last = tl.full((), -1, tl.int32)
             ties = 0
             for start in range(0, count, BLOCK):
-                z, classes, exists = _load_some(
-                    values_ptr,
-                    ids_ptr,
-                    row_ptr,
-                    bias_ptr,
-                    invalid_ptr,
-                    start,
-                    count,
-                    compact,
-                    n_classes,
-                    scale,
-                    softcap,
-                    inv_temperature,
-                    HAS_BIAS,
-                    HAS_INVALID,
-                    HAS_SOFTCAP,
-                    BLOCK,
-                )
+                z, classes, exists = _load_some(start, source, chain, BLOCK)
                 tied = ((z == threshold) & exists).to(tl.int32)
                 rank = ties + tl.cumsum(tied, 0)
                 fits = (tied > 0) & (rank <= at_edge)

@@ -90,10 +90,6 @@ def _fused_tiles_kernel(
     depth,
     scale,
     softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -120,21 +116,10 @@ def _fused_tiles_kernel(
         BLOCK_D,
     )
     inv_temperature = tl.full([1, BLOCK_B], 1.0, tl.float32)
-    if HAS_TEMPERATURE:
+    if inv_temperature_ptr is not None:
         inv_temperature = tl.load(inv_temperature_ptr + live_rows)[None, :]
-    z = transformed(
-        z,
-        bias_ptr,
-        invalid_ptr,
-        classes[:, None],
-        (classes < n_classes)[:, None],
-        scale,
-        softcap,
-        inv_temperature,
-        HAS_BIAS,
-        HAS_INVALID,
-        HAS_SOFTCAP,
-    )
+    chain = (bias_ptr, invalid_ptr, scale, softcap, inv_temperature)
+    z = transformed(z, classes[:, None], (classes < n_classes)[:, None], chain)
     top = tl.max(numbers(z), 0)
     # A tile of -inf only must not turn into exp(-inf + inf). NaN and +inf make the sum NaN.
     base = tl.where(top == -float("inf"), 0.0, top)

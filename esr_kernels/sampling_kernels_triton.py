@@ -12,27 +12,20 @@ from esr_kernels.row_kernels_triton import _tanh
 
 
 @triton.jit
-def transformed(
-    z,
-    bias_ptr,
-    invalid_ptr,
-    classes,
-    inside,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """Transformed logits of raw ones, -inf where there is no valid class."""
-    if HAS_BIAS:
+def transformed(z, classes, inside, chain):
+    """Transformed logits of raw ones, -inf where there is no valid class.
+
+    `chain` is (bias_ptr, invalid_ptr, scale, softcap, inv_temperature), the pointers and the
+    softcap None for none.
+    """
+    bias_ptr, invalid_ptr, scale, softcap, inv_temperature = chain
+    if bias_ptr is not None:
         z += tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
     z *= scale
-    if HAS_SOFTCAP:
+    if softcap is not None:
         z = _tanh(z / softcap) * softcap
     z *= inv_temperature
-    if HAS_INVALID:
+    if invalid_ptr is not None:
         inside = inside & (tl.load(invalid_ptr + classes, mask=inside, other=1) == 0)
     return tl.where(inside, z, -float("inf"))
 
@@ -64,11 +57,6 @@ def _tile_statistics_kernel(
     n_tiles,
     scale,
     softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_CUTOFF: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
@@ -77,23 +65,12 @@ def _tile_statistics_kernel(
     classes = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = classes < n_classes
     inv_temperature = 1.0
-    if HAS_TEMPERATURE:
+    if inv_temperature_ptr is not None:
         inv_temperature = tl.load(inv_temperature_ptr + row)
     raw = tl.load(logits_ptr + row * logits_stride + classes, mask=inside, other=0.0)
-    z = transformed(
-        raw.to(tl.float32),
-        bias_ptr,
-        invalid_ptr,
-        classes,
-        inside,
-        scale,
-        softcap,
-        inv_temperature,
-        HAS_BIAS,
-        HAS_INVALID,
-        HAS_SOFTCAP,
-    )
-    if HAS_CUTOFF:
+    chain = (bias_ptr, invalid_ptr, scale, softcap, inv_temperature)
+    z = transformed(raw.to(tl.float32), classes, inside, chain)
+    if threshold_ptr is not None:
         z = _kept(z, classes, tl.load(threshold_ptr + row), tl.load(last_ptr + row))
     top = tl.max(numbers(z), 1)
     # A tile of -inf only must not turn into exp(-inf + inf). NaN and +inf make the sum NaN.
@@ -158,13 +135,7 @@ def _draw_kernel(
     scale,
     softcap,
     FROM_HIDDEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_INVALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_GREEDY: tl.constexpr,
     ALL_GREEDY: tl.constexpr,
-    HAS_CUTOFF: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -196,7 +167,7 @@ def _draw_kernel(
         largest_tile = tl.minimum(largest_tile, largest)
         total += tl.exp(maxima - base + log_sums)
         if not ALL_GREEDY:
-            if HAS_CUTOFF:
+            if threshold_ptr is not None:
                 maxima = tl.load(kept_maxima_ptr + at, mask=exists, other=-float("inf"))
                 log_sums = tl.load(kept_log_sums_ptr + at, mask=exists, other=-float("inf"))
                 kept += tl.exp(maxima - base + log_sums)
@@ -218,7 +189,7 @@ def _draw_kernel(
         by_size = top == top
     else:
         by_size = (proper == 0) | (drawn_tile >= n_tiles)
-        if HAS_GREEDY:
+        if greedy_ptr is not None:
             by_size = by_size | (tl.load(greedy_ptr + row) != 0)
     tile = tl.where(by_size, largest_tile, drawn_tile)
 
@@ -239,21 +210,10 @@ def _draw_kernel(
     else:
         raw = tl.load(source_ptr + row * source_stride + classes, mask=inside, other=0.0)
     inv_temperature = 1.0
-    if HAS_TEMPERATURE:
+    if inv_temperature_ptr is not None:
         inv_temperature = tl.load(inv_temperature_ptr + row)
-    z = transformed(
-        raw.to(tl.float32),
-        bias_ptr,
-        invalid_ptr,
-        classes,
-        inside,
-        scale,
-        softcap,
-        inv_temperature,
-        HAS_BIAS,
-        HAS_INVALID,
-        HAS_SOFTCAP,
-    )
+    chain = (bias_ptr, invalid_ptr, scale, softcap, inv_temperature)
+    z = transformed(raw.to(tl.float32), classes, inside, chain)
     z = numbers(z)
     tile_top = tl.max(z, 0)
     token = tl.min(tl.where(z == tile_top, lane, TILE), 0)
@@ -263,7 +223,7 @@ def _draw_kernel(
             level_of, rows_ptr, step_ptr, step_stride, row, seed_low, seed_high
         )
         kept_z = z
-        if HAS_CUTOFF:
+        if threshold_ptr is not None:
             kept_z = _kept(z, classes, tl.load(threshold_ptr + row), tl.load(last_ptr + row))
         kept_top = tl.max(kept_z, 0)
         p = tl.exp(kept_z - tl.where(kept_top == -float("inf"), 0.0, kept_top)).to(tl.float64)
@@ -277,7 +237,7 @@ def _draw_kernel(
         token = tl.where(by_size, token, drawn)
     chosen = tl.max(tl.where(lane == token, z, -float("inf")), 0)
     log_kept = 0.0
-    if HAS_CUTOFF:
+    if threshold_ptr is not None:
         log_kept = tl.where(by_size, 0.0, tl.log(tl.sum(kept, 0)) - lse_above)
     tl.store(tokens_ptr + row, (tile * TILE + token).to(tl.int64))
     tl.store(logprob_ptr + row, tl.where(proper, chosen - base - lse_above, float("nan")))

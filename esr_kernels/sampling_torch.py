@@ -97,7 +97,7 @@ def tile_sums(tiled: Tensor) -> tuple[Tensor, Tensor]:
 def _kept_tile_sums(z: Tensor, maxima: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """`tile_sums` of the classes at or above the threshold: most tiles have none."""
     floor = threshold[:, None].expand_as(maxima)
-    if z.device.type == "cpu":
+    if z.device.type == "cpu":  # where counting stalls nothing
         alive = (maxima >= floor).flatten().nonzero()[:, 0]
     else:
         alive = torch.arange(maxima.numel(), device=z.device)

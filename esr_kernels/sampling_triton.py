@@ -60,11 +60,7 @@ def _shared_arguments(classes: Classes, law: RowLaw) -> dict[str, object]:
         "n_classes": classes.count,
         "n_tiles": triton.cdiv(classes.count, TILE),
         "scale": float(classes.transform.scale),
-        "softcap": float(classes.transform.softcap or 1.0),
-        "HAS_BIAS": classes.bias is not None,
-        "HAS_INVALID": invalid is not None,
-        "HAS_SOFTCAP": classes.transform.softcap is not None,
-        "HAS_TEMPERATURE": law.inv_temperature is not None,
+        "softcap": classes.transform.softcap,
     }
 
 
@@ -84,7 +80,6 @@ def tile_statistics(
             last_ptr=last,
             maxima_ptr=maxima,
             log_sums_ptr=log_sums,
-            HAS_CUTOFF=cutoff is not None,
             TILE=TILE,
             BLOCK_TILES=block,
             num_warps=warps,
@@ -116,8 +111,6 @@ def cutoffs(
         "tops_ptr": tops,
         "totals_ptr": totals,
         "bounds_ptr": bounds,
-        "HAS_TOP_K": law.top_k is not None,
-        "HAS_TOP_P": law.top_p is not None,
         "RANKED": ranked,
         "CAPACITY": capacity,
     }
@@ -139,7 +132,6 @@ def cutoffs(
         min_p_ptr=law.min_p,
         threshold_ptr=threshold,
         last_ptr=last,
-        HAS_MIN_P=law.min_p is not None,
         BLOCK=min(CUTOFF_BLOCK[0], widest),
         num_warps=CUTOFF_BLOCK[1],
         **arguments,
@@ -191,9 +183,7 @@ def draw(
         log_kept_ptr=fields[1],
         lse_ptr=fields[2],
         FROM_HIDDEN=weight is not None,
-        HAS_GREEDY=law.greedy is not None,
         ALL_GREEDY=law.all_greedy,
-        HAS_CUTOFF=cutoff is not None,
         TILE=TILE,
         BLOCK_TILES=min(tiles, triton.next_power_of_2(statistics[0].shape[1])),
         BLOCK_D=depth,

@@ -54,6 +54,7 @@ def _check_teacher(
 
 
 def _check_values(ids: Tensor, logprobs: Tensor, tail: str, classes: int) -> None:
+    """Raise on the first bad value; of tensors on the CPU, where looking stalls nothing."""
     bad = (ids < NO_CLASS) | (ids >= classes)
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])

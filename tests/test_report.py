@@ -7,129 +7,28 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from esr_train.figures import band, draw_pictures
 from esr_train.headline import headline, verdicts
 from esr_train.report import summary_table, write_report
-from esr_train.results import ArmSummary, Run, read_run, summarise
+from esr_train.results import read_run, summarise
+from tests.report_runs import (
+    MIB,
+    by_hand,
+    realistic,
+    summaries_of,
+    write_config,
+    write_rows,
+    write_seed,
+)
 
-MIB = 2**20
 FIGURES = ["metric_seconds", "metric_tokens", "metric_steps", "divergence", "length_eos"]
 FIGURES += ["phase_seconds", "peak_memory"]
-
-
-def write_config(folder: Path, lengths: dict[str, int], seeds: int = 1, **changes: Any) -> None:
-    """config.yaml and environment.json of a run with {arm: max_new_tokens}."""
-    config: dict[str, Any] = {
-        "rollout": {"task": "sums", "max_new_tokens": 100},
-        "report": {"metric": "greedy_accuracy", "threshold": 0.9, "higher_is_better": True},
-        "steps": 20,
-        "seeds": list(range(seeds)),
-        "arms": [{"name": name, "max_new_tokens": length} for name, length in lengths.items()],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config | changes), encoding="utf-8")
-    environment = {"cpu": "8-core test CPU", "torch": "2.13", "threads": 2, "commit": "abc123"}
-    (folder / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
-
-
-def write_seed(
-    folder: Path,
-    arm: str,
-    seed: int,
-    evals: list[tuple[float, float, float, float | None]],
-    *,
-    step_seconds: float = 1.0,
-    peak: int | None = 100 * MIB,
-    tokens: int = 100,
-    samples: list[dict[str, Any]] | None = None,
-    extra: Callable[[float], dict[str, float]] = lambda step: {},
-) -> Path:
-    """Logs of a seed; evals are (step, train_seconds, tokens, greedy_accuracy)."""
-    target = folder / "arms" / arm / f"seed{seed}"
-    target.mkdir(parents=True, exist_ok=True)
-    shares = {"rollout": 0.7, "teacher": 0.1, "student": 0.2}
-    peaks = {"rollout": 0.5, "teacher": 0.7, "student": 1.0}
-    metrics = [
-        {
-            "step": step,
-            "divergence": 2.0 * math.exp(-step / 8)
-            + 20 / tokens
-            + 0.05 * math.sin(9 * step + seed),
-            "response_length": tokens / 64 * (0.9 + 0.1 * math.cos(step + seed)),
-            "eos_rate": min(1.0, tokens / 2e4 + step / 400),
-            "tokens": tokens,
-            "seconds": {name: share * step_seconds for name, share in shares.items()},
-            "peak_bytes": {k: None if peak is None else int(v * peak) for k, v in peaks.items()},
-        }
-        for step in range(1, int(evals[-1][0]) + 1 if evals else 4)
-    ]
-    rows = [
-        {
-            "step": step,
-            "train_seconds": seconds,
-            "tokens": count,
-            "metrics": {"greedy_accuracy": value, **extra(step)},
-        }
-        for step, seconds, count, value in evals
-    ]
-    write_rows(target / "metrics.jsonl", metrics)
-    write_rows(target / "evals.jsonl", rows)
-    write_rows(target / "samples.jsonl", samples or [])
-    return target
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def by_hand(folder: Path) -> Run:
-    """Three seeds of two arms, small enough to do in one's head (see the tests)."""
-    write_config(folder, {"full": 100, "esr-10": 10}, seeds=3)
-    for seed, late in enumerate([40.0, 60.0, 80.0]):
-        evals = [(0, 0, 0, 0.1), (10, late / 2, 1000, 0.8), (20, late, 2000, 0.9 + seed / 100)]
-        write_seed(folder, "full", seed, evals, step_seconds=2.0, peak=300 * MIB, tokens=100)
-    for seed, late in enumerate([10.0, 20.0, 16.0]):
-        evals = [(0, 0, 0, 0.1), (10, late / 2, 100, 0.95 if seed == 2 else 0.5)]
-        evals.append((20, late, 200, 0.92 if seed < 2 else 0.88))
-        write_seed(folder, "esr-10", seed, evals, step_seconds=0.5, peak=200 * MIB, tokens=10)
-    return read_run(folder)
-
-
-def summaries_of(run: Run) -> dict[str, ArmSummary]:
-    return {item.name: item for item in summarise(run)}
-
-
-def realistic(folder: Path, seeds: int = 3) -> None:
-    """A run with noisy curves, as a comparison writes it; also what the figures are judged by."""
-    lengths = {"full": 256, "esr-16": 16, "esr-64": 64, "esr-8": 8}
-    write_config(folder, lengths, seeds=seeds, steps=60)
-    for name, length in lengths.items():
-        for seed in range(seeds):
-            noise = np.random.default_rng([length, seed])
-            ceiling = {8: 0.62, 16: 0.95, 64: 0.99, 256: 0.99}[length]
-            evals, seconds = [], 0.1 + 0.011 * length
-            for step in range(0, 61, 5):
-                gain = 1 - math.exp(-step / (10 + 6 * noise.random()))
-                value = 0.07 + (ceiling - 0.07) * gain
-                value -= 0.006 * max(0, step - 30) * (length == 8)
-                evals.append((step, step * seconds, step * 64 * length, round(value, 3)))
-            write_seed(
-                folder, name, seed, evals, step_seconds=seconds * (1 + 0.05 * seed),
-                peak=int((400 + 2.5 * length) * MIB), tokens=64 * length,
-                samples=[
-                    {"step": s, "prompt": "12+34+56+78=", "response": f"12+34=46;{s}", "score": 1.0}
-                    for s in (0, 30, 60)
-                ],
-                extra=lambda step: {"sampled_accuracy": step / 70, "heldout_kl": 2 / (1 + step)},
-            )  # fmt: skip
 
 
 def test_threshold_is_the_first_evaluation_at_or_past_it(tmp_path: Path) -> None:
@@ -160,75 +59,6 @@ def test_final_and_best_are_means_with_extremes(tmp_path: Path) -> None:
     assert (arm.final.low, arm.final.high) == (0.88, 0.92)
     assert arm.best.middle == pytest.approx(2.79 / 3)
     assert (arm.best.low, arm.best.high) == (0.92, 0.95)
-
-
-def test_headline_states_ratios_spread_and_seeds(tmp_path: Path) -> None:
-    run = by_hand(tmp_path)
-    text = headline(run, summarise(run))
-    assert "6.0 times faster than full to greedy accuracy 0.9 (10 s against 60 s" in text
-    assert "10.0 times fewer generated tokens" in text
-    assert "1.50 times lower peak memory" in text
-    assert "median of 3 seeds, full's time over esr-10's from 3.0 to 10.0" in text
-
-
-def test_headline_says_slower_where_the_short_arm_loses(tmp_path: Path) -> None:
-    write_config(tmp_path, {"esr-10": 10, "full": 100})
-    write_seed(tmp_path, "full", 0, [(0, 0, 0, 0.1), (20, 10, 2000, 0.95)], peak=100 * MIB)
-    write_seed(tmp_path, "esr-10", 0, [(0, 0, 0, 0.1), (20, 40, 4000, 0.95)], peak=200 * MIB)
-    run = read_run(tmp_path)
-    text = headline(run, summarise(run))
-    assert "4.0 times slower than full" in text
-    assert "2.0 times more generated tokens" in text
-    assert "as many steps" in text
-    assert "2.0 times higher peak memory" in text
-    assert "1 seed" in text
-
-
-@pytest.mark.parametrize(
-    ("short", "full", "expected"),
-    [
-        (
-            0.5,
-            0.95,
-            "esr-10 does not reach greedy accuracy 0.9 (best 0.500, final 0.500); full does",
-        ),
-        (0.95, 0.5, "full does not (best 0.500, final 0.500)"),
-        (
-            0.5,
-            0.6,
-            "Neither esr-10 (best 0.500, final 0.500) nor full (best 0.600, final 0.600) reaches",
-        ),
-    ],
-    ids=["only-full", "only-short", "neither"],
-)
-def test_headline_says_plainly_who_misses_the_threshold(
-    tmp_path: Path, short: float, full: float, expected: str
-) -> None:
-    write_config(tmp_path, {"esr-10": 10, "full": 100})
-    for name, value in (("esr-10", short), ("full", full)):
-        write_seed(tmp_path, name, 0, [(0, 0, 0, 0.1), (20, 5, 50, value)])
-    run = read_run(tmp_path)
-    assert expected in headline(run, summarise(run))
-
-
-def test_threshold_met_before_training_gives_no_ratio(tmp_path: Path) -> None:
-    write_config(tmp_path, {"esr-10": 10, "full": 100})
-    for name in ("esr-10", "full"):
-        write_seed(tmp_path, name, 0, [(0, 0, 0, 0.93), (20, 5, 50, 0.95)])
-    run = read_run(tmp_path)
-    assert math.isnan(summaries_of(run)["esr-10"].ratios["seconds"].middle)
-    assert "before any training" in headline(run, summarise(run))
-
-
-def test_seed_that_misses_counts_as_infinite_in_the_median(tmp_path: Path) -> None:
-    write_config(tmp_path, {"esr-10": 10, "full": 100}, seeds=3)
-    for seed, values in enumerate([(0.95, 0.95), (0.95, 0.2), (0.2, 0.2)]):
-        for name, value in zip(("full", "esr-10"), values, strict=True):
-            write_seed(tmp_path, name, seed, [(0, 0, 0, 0.1), (20, 10 + seed, 50, value)])
-    arms = summaries_of(read_run(tmp_path))
-    assert (arms["full"].to_threshold["seconds"], arms["full"].reached) == (11, 2)
-    assert (arms["esr-10"].to_threshold["seconds"], arms["esr-10"].reached) == (math.inf, 1)
-    assert "2 of 3" in summary_table(tmp_path)
 
 
 def test_lower_is_better_turns_threshold_and_best_around(tmp_path: Path) -> None:
