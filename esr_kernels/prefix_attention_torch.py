@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from esr_kernels.prefix_attention import RowGroups
 
 
-# Queries of a key head from which flash attention is the faster on CPU. A suffix has as many as
-# query heads share a key head, and takes 0.6 of flash attention's time at 3 of them and 64 keys.
+# Queries of a key head from which flash attention is the faster on CPU, as it is for a single one.
+# A suffix has as many as query heads share a key head; at 3 of them and 64 keys products take 0.6
+# of flash attention's time.
 _FLASH_QUERIES = 16
 
 
@@ -113,8 +114,8 @@ def _part(
     if lengths.device.type == "cpu":  # where looking costs nothing
         shortest, longest = (int(end) for end in lengths.aminmax())
         key, value = key[:, :, :longest], value[:, :, :longest]
-    flash = shortest and first is None and softcap is None
-    if flash and query.shape[2] >= _FLASH_QUERIES and query.numel():
+    plain = shortest and first is None and softcap is None and query.numel()
+    if plain and (query.shape[2] == 1 or query.shape[2] >= _FLASH_QUERIES):
         return _flash_part(query, key.to(dtype), value.to(dtype), lengths, shortest < longest)
     scores = query @ key.to(dtype).transpose(2, 3)
     if softcap is not None:

@@ -97,6 +97,17 @@ def test_unfiltered_draws_have_the_softmax_law(classes):
     assert_law(_draw(logits), _softmax(logits))
 
 
+def test_the_law_over_a_vocabulary_of_full_size():
+    """Class by class where enough are expected, then by tile, and by place in a tile."""
+    classes, tile = 151_936, 256
+    p = _softmax(_logits(classes))
+    drawn = _draw(_logits(classes), draws=10_000)
+    assert_law(drawn, p)
+    tiles = torch.nn.functional.pad(p, (0, -classes % tile)).view(-1, tile)
+    assert_law(drawn // tile, tiles.sum(1))
+    assert_law(drawn % tile, tiles.sum(0))
+
+
 def test_a_wrong_law_is_noticed():
     """The test's own test: 5 % off in temperature, on as many draws."""
     logits = _logits(999)
