@@ -84,9 +84,9 @@ def _bench() -> str:
             )
         parts.append("\n".join(lines))
     note = (
-        f"Forward + backward, medians of {record['rounds']} interleaved rounds, {_machine(record)}. "
-        "Extra memory is what a call takes beyond its inputs and the gradients it returns. "
-        "By `make bench`."
+        f"Forward + backward, medians of {record['rounds']} interleaved rounds, "
+        f"{_machine(record)}. Extra memory is what a call takes beyond its inputs and the "
+        "gradients it returns. By `make bench`."
     )
     return "\n\n".join([*parts, note])
 
