@@ -63,7 +63,9 @@ class StashFunction(torch.autograd.Function):
         if not values_are_at_hand(upstream) or upstream.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(upstream)
+                    # With as many dimensions, so that the product is made in fp32: a 16-bit tensor
+                    # would round a factor of none first, and overflow at a loss scale of 2**16.
+                    gradient.mul_(upstream.view((1,) * gradient.dim()))
         return _input_gradients(gradients)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm
-from esr_kernels.arguments import REDUCTIONS, check_number, one_of
+from esr_kernels.arguments import REDUCTIONS, check_memory_budget, check_number, one_of
 from esr_kernels.head import (
+    IMPLEMENTATIONS,
     check_bias,
     check_impl,
     check_operands,
@@ -20,6 +21,7 @@ from esr_kernels.head import (
     ready,
     values_are_at_hand,
 )
+from esr_kernels.plan import KINDS, Plan, check_stash
 from esr_kernels.row_stats import IGNORED_LABEL, LogitTransform
 
 # Class numbers travel through the row statistics as fp32, which counts exactly up to here.
@@ -48,6 +50,28 @@ class Inputs:
     student_transform: LogitTransform
     teacher_transform: LogitTransform
     classes: int
+
+
+def check_options(
+    reduction: str,
+    impl: str,
+    plan: object,
+    memory_budget: int | None,
+    compact: bool | None,
+    label_weight: float,
+) -> None:
+    """Raise on an option that no tensors could go with."""
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("impl", impl, IMPLEMENTATIONS)
+    one_of("compact", compact, (None, True, False))
+    check_number("label_weight", label_weight)
+    check_memory_budget(memory_budget)
+    kind = plan.kind if isinstance(plan, Plan) else plan
+    one_of("plan", kind, ("auto", *KINDS))
+    if isinstance(plan, Plan) and memory_budget is not None:
+        raise ValueError("memory_budget must be None with a Plan, whose chunks are set")
+    if kind == "stash":
+        check_stash(reduction == "none", False)
 
 
 def check_inputs(
@@ -112,7 +136,6 @@ def check_inputs(
         classes = student_ids.shape[0]
     if labels is not None:
         labels = _labels(labels, tokens, classes, device, group is not None)
-    check_number("label_weight", label_weight)
     if not abs(label_weight) < math.inf:
         raise ValueError(f"label_weight must be finite, got {label_weight}")
     if label_weight and labels is None:

@@ -89,8 +89,8 @@ def traced(
         plan = "stash" if stashes else "auto"
     if plan == "stash":
         check_stash(request.reduction == "none", request.group is not None)
-    if plan == "stash" and not (wanted[0] or wanted[1]):
-        plan = "recompute"  # Nothing to stash.
+    if plan == "stash" and not any(wanted):
+        plan, chunks = "recompute", []  # Nothing to stash.
     options = _Options(
         type(spec.divergence).__module__ + "." + type(spec.divergence).__qualname__,
         [getattr(spec.divergence, field.name) for field in fields(spec.divergence)],
@@ -130,6 +130,7 @@ def _stash_limit(request: Request, x: Operands, wanted: Wanted, adds: bool) -> i
         request.group is not None,
         x.student_ids is not None,
         adds,
+        wanted[2],
     )
 
 
@@ -165,10 +166,10 @@ def _subclasses(of: Any) -> Iterator[Any]:
 
 
 def _divergence(name: str, parameters: list[float]) -> Divergence:
-    for cls in _subclasses(Divergence):
-        if name == f"{cls.__module__}.{cls.__qualname__}":
-            return cls(*parameters)
-    raise ValueError(f"divergence {name} is gone")
+    found = [c for c in _subclasses(Divergence) if name == f"{c.__module__}.{c.__qualname__}"]
+    if not found:
+        raise ValueError(f"divergence {name} is gone")
+    return found[-1](*parameters)  # type: ignore[no-any-return]  # the latest of a notebook's cell
 
 
 class _Running(NamedTuple):
@@ -213,7 +214,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     )
     tokens = hidden.shape[0] if active is None else active.shape[0]
     wanted = (o.wanted[0], o.wanted[1], o.wanted[2])
-    problem = request.problem(operands, tokens, wanted[:2], weight_grad is not None)
+    problem = request.problem(operands, tokens, wanted, weight_grad is not None)
     if o.chunks:
         request = replace(request, plan=Plan(o.plan, problem, *o.chunks))
     elif not stashes:
@@ -324,7 +325,8 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, .
     gradients: list[Tensor | None] = [None] * 3
     if upstream is not None:
         gradients = [
-            x * upstream.to(x.dtype) if want else None
+            # In fp32, as `StashFunction` does and for its reason.
+            (x * upstream.view((1,) * x.dim())).to(x.dtype) if want else None
             for x, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
         ]
         if ctx.weight_grad is not None:

@@ -1,7 +1,7 @@
 """Running a plan: the loops over chunks of tokens (stash) and tiles of classes (recompute).
 
-Autograd, input checks and reductions live in `linear_divergence`; the arithmetic on logits in the
-row passes. Here is only which GEMM feeds which pass, and into which buffer.
+Autograd lives in `autograd`, input checks in `checks`, reductions in `passes`; the arithmetic on
+logits in the row passes. Here is only which GEMM feeds which pass, and into which buffer.
 """
 
 from __future__ import annotations

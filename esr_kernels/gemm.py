@@ -23,6 +23,11 @@ KERNELS_ON_CPU = os.environ.get("ESR_TRITON_ON_CPU") == "1"
 _STRIP_ELEMENTS = 1 << 22
 
 
+def plain_precision(like: Tensor) -> torch.autocast:
+    """Autocast off: operands were cast at the boundary, and logits stay fp32 from there on."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     """What logits of `dtype` operands are held in: fp32, or fp64 for fp64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -53,7 +53,7 @@ def check_head(
     if rows_of_head == 0:
         raise ValueError(f"{weight_name} must have at least one row")
     classes = rows_of_head if num_classes is None else num_classes
-    if not isinstance(classes, int) or not 0 < classes <= rows_of_head:
+    if not isinstance(classes, int) or isinstance(classes, bool) or not 0 < classes <= rows_of_head:
         raise ValueError(
             f"num_classes must be an integer from 1 to {rows_of_head}, the rows of {weight_name}, "
             f"got {num_classes!r}"
@@ -105,6 +105,8 @@ def check_bias(name: str, bias: Tensor | None, hidden: Tensor, rows: int) -> Non
     """Raise unless `bias` is None or a floating-point vector for `rows` classes."""
     if bias is None:
         return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(bias).__name__}")
     if bias.shape != (rows,) or bias.device != hidden.device:
         raise ValueError(
             f"{name} must have shape [{rows}] on {hidden.device}, "

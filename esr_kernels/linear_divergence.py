@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm, reference
-from esr_kernels.arguments import one_of
 from esr_kernels.autograd import RecomputeFunction, StashFunction
-from esr_kernels.checks import Inputs, check_inputs
+from esr_kernels.checks import Inputs, check_inputs, check_options
 from esr_kernels.divergences import Divergence, resolve_divergence
 from esr_kernels.execute import Operands
 from esr_kernels.passes import active_rows
@@ -97,16 +96,18 @@ def linear_divergence(
             All other rows have probability 0 and gradient 0. The ids are distinct; on the CPU that
             is checked. Heads are gathered a strip at a time, never copied whole.
         labels: [T] int64 classes for a cross-entropy of weight `label_weight`, -100 for none. They
-            count shared classes: with ids, they index `student_ids`.
+            count shared classes: with ids, they index `student_ids`. One that is no class raises
+            on the CPU; on a GPU, where nobody looks, its loss is NaN.
         weight_grad: [Vs, Ds] fp32 (fp64 for fp64 operands) memory that the backward adds the head's
             gradient to, unrounded, such as Megatron's `main_grad`; autograd then has none for
             student_weight, whether or not it requires one. Plan "recompute" adds tile by tile and
             needs no buffer; "stash" keeps its own until the backward knows the upstream factor.
         reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).
-        plan: "auto", "stash", "recompute", "fused" (a recompute whose forward is one Triton kernel,
+        plan: "auto" (no stash for fp16 training, which it would round before the loss scale is
+            known), "stash", "recompute", "fused" (a recompute whose forward is one Triton kernel,
             GPU only) or a `Plan` from `plan_linear_divergence`.
         memory_budget: bytes to use beyond inputs and gradients; None takes
-            `default_memory_budget(device)`.
+            `default_memory_budget(device)`. Not with a `Plan`, whose chunks are set.
         compact: drop rows of weight 0 before the GEMMs. None does so when the weights lie on the
             CPU, where counting them needs no synchronisation; True always, False never.
         group: a torch.distributed group over whose ranks the vocabulary is sharded. Each rank
@@ -130,7 +131,8 @@ def linear_divergence(
         GEMMs. Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or
         empty batch gives loss 0 and zero gradients. NaN in a row of another weight than 0 stays in
         that row's outputs, but reaches the whole weight gradient.
-    Memory: never [T, V]; `plan_linear_divergence` prints the peak.
+    Memory: within `memory_budget` beyond inputs and gradients, logits of all tokens and classes at
+        once only where they fit it; `plan_linear_divergence` prints the peak.
     Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
         "recompute" (any number). Neither supports double backward.
     torch.compile: a node of the graph, forward and backward, for any number of tokens up to a limit
@@ -143,7 +145,7 @@ def linear_divergence(
         >>> out.loss.backward()
     """
     resolved = resolve_divergence(divergence)
-    one_of("compact", compact, (None, True, False))
+    check_options(reduction, impl, plan, memory_budget, compact, label_weight)
     inputs = check_inputs(
         student_hidden,
         student_weight,
@@ -169,7 +171,8 @@ def linear_divergence(
         impl=impl,
     )
     if impl == "reference":
-        return _reference(inputs, resolved, reduction, student_bias, teacher_bias, label_weight)
+        with gemm.plain_precision(student_hidden):
+            return _reference(inputs, resolved, reduction, student_bias, teacher_bias, label_weight)
     # Counting rows on a GPU would stall the host: by default that is done only where it is free.
     if compact is None:
         compact = token_weights is not None and token_weights.device.type == "cpu"
@@ -198,6 +201,15 @@ def linear_divergence(
         trains and (operands.student_weight.requires_grad or weight_grad is not None),
         trains and bias is not None and bias.requires_grad,
     )
+    if (
+        weight_grad is not None
+        and trains
+        and not (wanted[0] or wanted[2] or operands.student_weight.requires_grad)
+    ):
+        raise ValueError(
+            "weight_grad is added to in the backward, and there is none: student_hidden, "
+            "student_weight or student_bias must require a gradient"
+        )
     if torch.compiler.is_compiling():
         from esr_kernels.custom_ops import traced
 
@@ -208,7 +220,7 @@ def linear_divergence(
     if active is not None:
         active = active.to(inputs.student_hidden.device)
     tokens = operands.student_hidden.shape[0] if active is None else active.shape[0]
-    call = request.call(request.problem(operands, tokens, wanted[:2], weight_grad is not None))
+    call = request.call(request.problem(operands, tokens, wanted, weight_grad is not None))
     function = StashFunction if call.plan.kind == "stash" else RecomputeFunction
     loss, *fields = function.apply(call, active, inputs.row_weight, weight_grad, *operands)
     return LinearDivergence(loss, *fields)

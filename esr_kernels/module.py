@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esr_kernels.arguments import REDUCTIONS, check_memory_budget, one_of
+from esr_kernels.checks import check_options
 from esr_kernels.divergences import Divergence, resolve_divergence
-from esr_kernels.head import IMPLEMENTATIONS, checked_transform
+from esr_kernels.head import checked_transform
 from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
-from esr_kernels.plan import KINDS, Plan
+from esr_kernels.plan import Plan
 
 
 class LinearDivergenceLoss(nn.Module):
@@ -51,20 +51,20 @@ class LinearDivergenceLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        one_of("reduction", reduction, REDUCTIONS)
-        one_of("impl", impl, IMPLEMENTATIONS)
-        if not isinstance(plan, Plan):
-            one_of("plan", plan, ("auto", *KINDS))
-        check_memory_budget(memory_budget)
-        for side, scale, softcap, heat in (
-            ("student_", student_logit_scale, student_softcap, temperature),
-            ("teacher_", teacher_logit_scale, teacher_softcap, teacher_temperature),
-        ):
-            checked_transform(
-                (f"{side}logit_scale", scale),
-                (f"{side}softcap", softcap),
-                ("temperature", temperature if heat is None else heat),
-            )
+        check_options(reduction, impl, plan, memory_budget, compact, label_weight)
+        checked_transform(
+            ("student_logit_scale", student_logit_scale),
+            ("student_softcap", student_softcap),
+            ("temperature", temperature),
+        )
+        checked_transform(
+            ("teacher_logit_scale", teacher_logit_scale),
+            ("teacher_softcap", teacher_softcap),
+            (
+                "teacher_temperature",
+                temperature if teacher_temperature is None else teacher_temperature,
+            ),
+        )
         self.divergence = resolve_divergence(divergence)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature

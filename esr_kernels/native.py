@@ -45,7 +45,11 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        subprocess.SubprocessError,
+    ) as error:
         _log.warning("No compiled row passes (%s); the PyTorch ones are used instead", error)
         return None
 

@@ -21,6 +21,8 @@ from esr_kernels.execute import (
 )
 from esr_kernels.row_stats import IGNORED_LABEL, RowsKnown, RowStats
 
+# The label of a row whose class lies on another rank.
+_OTHER_RANK = -1
 # (loss, the [T] fields of `LinearDivergence`).
 Outputs = tuple[Tensor, ...]
 Wanted = tuple[bool, bool, bool]  # gradients of student hidden, weight, bias
@@ -37,7 +39,7 @@ def stash_forward(
     gradients = _new_gradients(wanted, whole, call)
     x = whole.over(slice(0, call.classes))
     weights, factor = _row_weights(row_weight, active, x, call)
-    with _plain_precision(x):
+    with gemm.plain_precision(x.student_hidden):
         shared = _shared(gradients, x, call)
         values, stats = stash(x, weights, factor * call.spec.student.slope, call, shared)
         outputs = _outputs(values, x, stats, weights, factor, call)
@@ -53,7 +55,7 @@ def recompute_forward(
     """Outputs and the few floats of every token that `recompute_backward` wants."""
     x = operands.take(active, row_weight).over(slice(0, call.classes))
     weights, factor = _row_weights(row_weight, active, x, call)
-    with _plain_precision(x):
+    with gemm.plain_precision(x.student_hidden):
         values, stats, known = forward_only(x, call)
         outputs = _outputs(values, x, stats, weights, factor, call)
     tokens = operands.student_hidden.shape[0]
@@ -87,7 +89,7 @@ def recompute_backward(
     if weights is not None:
         scale = scale * weights
     shared = _shared(gradients._replace(weight=weight_grad) if adds else gradients, x, call)
-    with _plain_precision(x):
+    with gemm.plain_precision(x.student_hidden):
         recompute_gradients(x, call, rows, scale.contiguous(), shared, add_weight=adds)
     tokens = operands.student_hidden.shape[0]
     hidden = None if gradients.hidden is None else _spread(gradients.hidden, active, tokens)
@@ -165,7 +167,12 @@ def _cross_entropy(x: Operands, stats: RowStats, call: Call) -> Tensor:
     logit = torch.where(here, logit, 0)
     if call.group is not None:
         dist.all_reduce(logit, group=call.group)
-    return torch.where(x.labels != IGNORED_LABEL, stats.student_lse - logit, 0)
+    entropy = torch.where(x.labels != IGNORED_LABEL, stats.student_lse - logit, 0)
+    # Of a label that is no class, which nobody looked for on a GPU.
+    wrong = (x.labels >= call.classes) | ((x.labels < 0) & (x.labels != IGNORED_LABEL))
+    if call.group is not None:
+        wrong = wrong & (x.labels != _OTHER_RANK)
+    return torch.where(wrong, torch.nan, entropy)
 
 
 def _row_weights(
@@ -201,7 +208,9 @@ def _outputs(
 ) -> tuple[Tensor, ...]:
     """(loss, the [T] fields of LinearDivergence)."""
     cross_entropy = _cross_entropy(x, stats, call)
-    rows = values if x.labels is None else values + call.spec.label_weight * cross_entropy
+    rows = values
+    if x.labels is not None and call.spec.label_weight:  # 0 times an infinite one would be NaN
+        rows = values + call.spec.label_weight * cross_entropy
     loss = _loss(rows, row_weight, factor, call.reduction)
     fields: tuple[Tensor, ...] = (
         values,
@@ -217,8 +226,3 @@ def _outputs(
     elif loss is values:
         fields = (values.clone(), *fields[1:])
     return loss, *fields
-
-
-def _plain_precision(x: Operands) -> torch.autocast:
-    """Autocast off: the operands were cast at the boundary, and logits stay fp32 from there on."""
-    return torch.autocast(x.student_hidden.device.type, enabled=False)

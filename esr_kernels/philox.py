@@ -3,7 +3,7 @@ of its words.
 
 A number is a function of (seed, row id, step, tile) and nothing else: no state to carry, to save or
 to keep in step between devices. The seed is the key; the counter's words are the tile, the step
-modulo 2**32 and the two halves of the row id. `sampling_triton` computes the same words.
+modulo 2**32 and the two halves of the row id. `philox_triton` computes the same words.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def step_tensor(keys: SampleKeys) -> Tensor:
     """The step as [1] or [B] int64 on the device of the rows."""
     if isinstance(keys.step, Tensor):
         return keys.step.reshape(-1)
-    return torch.full((1,), keys.step, dtype=torch.int64, device=keys.rows.device)
+    return torch.full((1,), keys.step & _LOW, dtype=torch.int64, device=keys.rows.device)
 
 
 def keys_of(keys: SampleKeys, rows: slice) -> SampleKeys:

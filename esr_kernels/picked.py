@@ -127,7 +127,7 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, live, call):  # type: ignore[no-untyped-def]
-        with _plain_precision(hidden):
+        with gemm.plain_precision(hidden):
             picked, chain = _statistics(hidden, weight, bias, ids, call)
         if live is not None:
             picked = Picked(*(torch.where(_like(live, field), field, 0) for field in picked))
@@ -149,7 +149,7 @@ class _Pick(torch.autograd.Function):
             )
         hidden, weight, bias, ids, live, chain, *fields = ctx.saved_tensors
         picked = Picked(*fields)
-        with _plain_precision(hidden):
+        with gemm.plain_precision(hidden):
             gradients = _gradients(
                 (hidden, weight, bias),
                 ids,
@@ -159,11 +159,6 @@ class _Pick(torch.autograd.Function):
                 ctx.needs_input_grad[:3],
             )
         return *gradients, None, None, None
-
-
-def _plain_precision(like: Tensor) -> torch.autocast:
-    """Autocast off: the operands were cast at the boundary, and logits stay fp32 from there on."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 def _like(rows: Tensor, field: Tensor) -> Tensor:

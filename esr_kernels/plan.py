@@ -62,6 +62,7 @@ class Problem:
     sharded: bool = False
     mapped: bool = False
     weight_grad_given: bool = False  # the caller has memory that the head's gradient is added to
+    train_bias: bool = False
     rows: str = "triton"  # who computes the row passes: "triton", "torch" or "native" (C, on CPU)
 
     @property
@@ -85,7 +86,7 @@ class Problem:
 
     @property
     def needs_gradient(self) -> bool:
-        return self.train_hidden or self.train_weight
+        return self.train_hidden or self.train_weight or self.train_bias
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,7 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
         plan
         for name in (KINDS if kind == "auto" else (kind,))
         if _obstacle(name, problem) is None
+        and not (kind == "auto" and _loses_digits(name, problem))
         for plan in _PLANS_OF_KIND[name](problem)
     ]
     fitting = [plan for plan in candidates if plan.extra_bytes <= budget]
@@ -313,6 +315,11 @@ def _obstacle_to_stash(per_token_gradient: bool, sharded: bool) -> str | None:
     return "does not shard the vocabulary; use plan='recompute'" if sharded else None
 
 
+def _loses_digits(kind: str, problem: Problem) -> bool:
+    """A stash is rounded before the factor of the backward, under fp16 a loss scale, is known."""
+    return kind == "stash" and problem.needs_gradient and problem.hidden_dtype == torch.float16
+
+
 def _obstacle_to_fused(problem: Problem) -> str | None:
     if problem.device == "cpu" or problem.rows != "triton":
         return "is a Triton kernel and needs a GPU and impl='triton'; use plan='recompute'"
@@ -329,7 +336,8 @@ def _even_chunks(size: int, smallest: int) -> list[int]:
             chunk = math.ceil(size / splits)
             if chunk >= smallest:
                 chunks.append(chunk)
-    return chunks
+    # However the sizes above fall: what fits at one size fits at all larger ones.
+    return chunks if chunks[-1] <= smallest else [*chunks, smallest]
 
 
 def _stash_plans(problem: Problem) -> list[Plan]:

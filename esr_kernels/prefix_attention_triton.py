@@ -296,6 +296,7 @@ def attend(
 ) -> Tensor:
     """Checked operands -> [B, Hq, D]."""
     query = query.contiguous()
+    prefix_lengths, suffix_lengths = prefix_lengths.contiguous(), suffix_lengths.contiguous()
     batch, heads, dim = query.shape
     prompts, kv_heads, capacity, _ = prefix_key.shape
     repeats = heads // kv_heads
@@ -330,7 +331,7 @@ def attend(
             value,
             prefix_lengths,
             suffix_lengths,
-            prefix_lengths if groups is None else groups.rows,
+            prefix_lengths if groups is None else groups.rows.contiguous(),
             weighted,
             sums,
             *key.stride()[:3],

@@ -135,7 +135,7 @@ def linear_divergence(
     if labels is not None:
         picked = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
         cross_entropy = torch.where(labels == -100, 0.0, -picked)
-    row = per_token + label_weight * cross_entropy
+    row = per_token + label_weight * cross_entropy if label_weight else per_token
     weighted = torch.where(weights != 0, weights * row, 0.0)
     if reduction == "none":
         loss = weighted

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from esr_kernels import rows_native, rows_torch
-from esr_kernels.arguments import REDUCTIONS, check_size, one_of
+from esr_kernels.arguments import REDUCTIONS, check_memory_budget, check_size, one_of
 from esr_kernels.execute import Call, Operands
 from esr_kernels.native import cpu_rows
-from esr_kernels.plan import Plan, Problem, check_kind, make_plan
+from esr_kernels.plan import KINDS, Plan, Problem, check_kind, make_plan
 from esr_kernels.row_stats import RowSpec
 
 
@@ -30,9 +30,9 @@ class Request:
     impl: str
 
     def problem(
-        self, x: Operands, tokens: int, wanted: tuple[bool, bool], weight_grad_given: bool
+        self, x: Operands, tokens: int, wanted: tuple[bool, bool, bool], weight_grad_given: bool
     ) -> Problem:
-        """The sizes of a call on `tokens` rows that wants gradients of (hidden, head)."""
+        """The sizes of a call on `tokens` rows that wants gradients of (hidden, head, bias)."""
         hidden = x.student_hidden
         on_gpu = hidden.device.type != "cpu" or self.impl == "triton"
         return Problem(
@@ -45,6 +45,7 @@ class Request:
             device="cuda" if on_gpu else "cpu",
             train_hidden=wanted[0],
             train_weight=wanted[1],
+            train_bias=wanted[2],
             two_pass=self.spec.divergence.kl_weights is None,
             per_token_gradient=self.reduction == "none",
             sharded=self.group is not None,
@@ -63,12 +64,17 @@ class Request:
     def call(self, problem: Problem) -> Call:
         """Raises ValueError where no plan of the wanted kind fits the budget."""
         plan = self.plan
-        if isinstance(plan, Plan):
+        kind = plan.kind if isinstance(plan, Plan) else plan
+        if kind == "stash" and not problem.needs_gradient:
+            plan = make_plan(problem, "recompute", self.memory_budget)  # Nothing to stash.
+        elif not isinstance(plan, Plan):
+            plan = make_plan(problem, plan, self.memory_budget)
+        elif plan.problem.needs_gradient or not problem.needs_gradient:
             # Its chunks on these sizes: which buffers a chunk may share depends on them.
-            check_kind(plan.kind, problem)
+            check_kind(kind, problem)
             plan = replace(plan, problem=problem)
         else:
-            plan = make_plan(problem, plan, self.memory_budget)
+            plan = make_plan(problem, kind, self.memory_budget)  # Made for no backward.
         rows = _rows_module(problem.rows)
         return Call(self.spec, plan, rows, self.classes, self.reduction, self.group)
 
@@ -118,9 +124,14 @@ def plan_linear_divergence(
         check_size(name, size, 1)
     check_size("tokens", tokens, 0)
     one_of("reduction", reduction, REDUCTIONS)
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating point, got {dtype}")
+    one_of("plan", plan, ("auto", *KINDS))
+    check_memory_budget(memory_budget)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
     device = torch.device(device).type
+    rows = "triton"
+    if device == "cpu":
+        rows = "torch" if dtype == torch.float64 else cpu_rows()
     problem = Problem(
         tokens=tokens,
         classes=classes,
@@ -134,6 +145,6 @@ def plan_linear_divergence(
         two_pass=two_pass,
         weight_grad_given=weight_grad_given,
         per_token_gradient=reduction == "none",
-        rows=cpu_rows() if device == "cpu" else "triton",
+        rows=rows,
     )
     return make_plan(problem, plan, memory_budget)

@@ -1,4 +1,4 @@
-"""Row passes in PyTorch: the CPU path.
+"""Row passes in PyTorch: for fp64, and on CPU where no compiler is (`rows_native`).
 
 Every function takes a tile of fp32 (or fp64) raw logits and may overwrite them. Rows go through in
 blocks that stay in the cache: the passes below touch a block some ten times, main memory three

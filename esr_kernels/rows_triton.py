@@ -2,7 +2,7 @@
 
 statistics  One program per (token, split of the row) reduces both models' logits to ten statistics.
             Reads 8 bytes an element.
-pull sums   The second pass of JSD and the like: two sums. Reads 8 bytes an element.
+pull sums   The second pass of JSD and the like: three sums. Reads 8 bytes an element.
 gradient    One program per (token, block): reads 8 bytes an element, writes dz in its dtype.
 
 A row is split over programs when there are too few tokens to fill the machine; parts merge in a
@@ -76,13 +76,14 @@ def _kind(divergence: Divergence) -> tuple[int, float]:
     """(KIND of the kernels, the divergence's parameter)."""
     if divergence.kl_weights is not None:
         return 0, 0.0
-    if isinstance(divergence, JSD):
+    # Not isinstance: a subclass may compute something else.
+    if type(divergence) is JSD:
         return 1, float(divergence.beta)
-    if isinstance(divergence, SkewForwardKL):
+    if type(divergence) is SkewForwardKL:
         return 2, float(divergence.alpha)
-    if isinstance(divergence, SkewReverseKL):
+    if type(divergence) is SkewReverseKL:
         return 3, float(divergence.alpha)
-    if isinstance(divergence, TotalVariation):
+    if type(divergence) is TotalVariation:
         return 4, 0.0
     raise TypeError(
         f"divergence: the Triton row passes do not know {divergence!r}; use impl='torch'"

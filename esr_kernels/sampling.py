@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm, reference_sampling, sampling_torch
+from esr_kernels.arguments import check_memory_budget, check_size
 from esr_kernels.head import check_bias, check_head, check_impl, checked_transform
 from esr_kernels.philox import SampleKeys, keys_of
 from esr_kernels.plan import default_memory_budget
@@ -86,11 +87,13 @@ def sample_from_logits(
         >>> sample_from_logits(logits, keys, SamplingParams(0.7, top_p=0.95)).tokens
     """
     check_logits(logits)
-    if num_classes is not None and not 0 < num_classes <= logits.shape[1]:
-        raise ValueError(
-            f"num_classes must be an integer from 1 to {logits.shape[1]}, the columns of logits, "
-            f"got {num_classes!r}"
-        )
+    if num_classes is not None:
+        check_size("num_classes", num_classes, 1)
+        if num_classes > logits.shape[1]:
+            raise ValueError(
+                f"num_classes must be at most {logits.shape[1]}, the columns of logits, "
+                f"got {num_classes}"
+            )
     check_bias("bias", bias, logits, logits.shape[1])
     check_impl(impl, "logits", logits)
     transform = checked_transform(
@@ -233,6 +236,7 @@ def _sample_rows(
 
 
 def _rows_at_once(row_bytes: int, memory_budget: int | None, device: str) -> int:
+    check_memory_budget(memory_budget)
     if memory_budget is not None and memory_budget < row_bytes:
         raise ValueError(
             f"memory_budget must be at least {row_bytes} bytes, a row of logits, "

@@ -28,6 +28,8 @@ def check_logits(logits: Tensor) -> None:
 
 def check_keys(keys: SampleKeys, like: Tensor) -> SampleKeys:
     """Raise unless `keys` name a row for each of `like`."""
+    if not isinstance(keys, SampleKeys):
+        raise TypeError(f"keys must be SampleKeys(seed, rows, step), got {type(keys).__name__}")
     seed, rows, step = keys
     batch = like.shape[0]
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -131,7 +131,7 @@ def row_law(params: SamplingParams, rows: int, classes: int, device: torch.devic
 
     def each(value: float | Tensor, off: float, dtype: torch.dtype) -> Tensor | None:
         if isinstance(value, Tensor):
-            return value.to(dtype)
+            return value.to(dtype).contiguous()  # kernels read them side by side
         if value == off:
             return None
         return torch.full((rows,), value, dtype=dtype, device=device)

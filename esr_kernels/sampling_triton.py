@@ -52,15 +52,15 @@ def sample_rows(raw: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys) ->
 
 
 def _shared_arguments(classes: Classes, law: RowLaw) -> dict[str, object]:
-    invalid = classes.invalid
+    invalid, softcap = classes.invalid, classes.transform.softcap
     return {
-        "bias_ptr": classes.bias,
-        "invalid_ptr": None if invalid is None else invalid.view(torch.uint8),
+        "bias_ptr": None if classes.bias is None else classes.bias.contiguous(),
+        "invalid_ptr": None if invalid is None else invalid.contiguous().view(torch.uint8),
         "inv_temperature_ptr": law.inv_temperature,
         "n_classes": classes.count,
         "n_tiles": triton.cdiv(classes.count, TILE),
         "scale": float(classes.transform.scale),
-        "softcap": classes.transform.softcap,
+        "softcap": None if softcap is None else float(softcap),
     }
 
 

@@ -106,17 +106,18 @@ def token_logprob(
     )
     _check_tokens(tokens, head)
     if impl == "reference":
-        fields = reference.token_logprob(
-            head.hidden,
-            head.weight,
-            tokens,
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            num_classes=head.classes,
-            dtype=gemm.logits_dtype(head.hidden.dtype),
-        )
+        with gemm.plain_precision(head.hidden):
+            fields = reference.token_logprob(
+                head.hidden,
+                head.weight,
+                tokens,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                temperature=temperature,
+                num_classes=head.classes,
+                dtype=gemm.logits_dtype(head.hidden.dtype),
+            )
         return TokenLogprob(**fields)
     live = tokens != IGNORE
     ids = torch.where(live, tokens, NO_CLASS)[:, None]

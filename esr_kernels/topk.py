@@ -45,6 +45,8 @@ def _check_teacher(
             f"has, got {list(logprobs.shape)} on {logprobs.device}"
         )
     if weights is not None:
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"token_weights must be a torch.Tensor, got {type(weights).__name__}")
         if weights.shape != (tokens,):
             raise ValueError(f"token_weights must have shape [{tokens}], got {list(weights.shape)}")
         if weights.is_complex() or weights.requires_grad:
@@ -214,22 +216,23 @@ def linear_topk_divergence(
     if token_weights is not None:
         weights = token_weights.to(device=head.hidden.device, dtype=dtype, non_blocking=True)
     if impl == "reference":
-        fields = reference.linear_topk_divergence(
-            head.hidden,
-            head.weight,
-            teacher_ids,
-            teacher_logprobs,
-            divergence=divergence,
-            tail=tail,
-            token_weights=weights,
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            num_classes=head.classes,
-            reduction=reduction,
-            dtype=dtype,
-        )
+        with gemm.plain_precision(head.hidden):
+            fields = reference.linear_topk_divergence(
+                head.hidden,
+                head.weight,
+                teacher_ids,
+                teacher_logprobs,
+                divergence=divergence,
+                tail=tail,
+                token_weights=weights,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                temperature=temperature,
+                num_classes=head.classes,
+                reduction=reduction,
+                dtype=dtype,
+            )
         return TopkDivergence(**fields)
     live = None if weights is None else weights != 0
     picked = pick(

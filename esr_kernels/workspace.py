@@ -29,7 +29,9 @@ def borrow(name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) 
     buffer = _buffers.by_key.get((name, dtype))
     if buffer is None or buffer.numel() < size:
         _buffers.by_key.pop((name, dtype), None)
-        buffer = _buffers.by_key[name, dtype] = torch.empty(size, dtype=dtype)
+        # Made outside of inference mode, whose tensors no later call could write to.
+        with torch.inference_mode(False):
+            buffer = _buffers.by_key[name, dtype] = torch.empty(size, dtype=dtype)
     return buffer[:size].view(shape)
 
 

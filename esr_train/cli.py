@@ -285,5 +285,5 @@ def _positive(text: str) -> int:
 def _temperature(text: str) -> float:
     value = float(text)
     if not (value == 0 or 1e-6 <= value < float("inf")):
-        raise argparse.ArgumentTypeError(f"got {text}, must be 0 (greedy) or above")
+        raise argparse.ArgumentTypeError(f"got {text}, must be 0 (greedy) or at least 1e-6")
     return value

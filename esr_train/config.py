@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -184,6 +185,11 @@ def check(config: Config) -> Config:
     for key in _NOT_NEGATIVE:
         if not _get(config, key) >= 0:
             raise ConfigError(f"{key}: got {_get(config, key)!r}, must be 0 or above")
+    if not (config.rollout.temperature == 0 or 1e-6 <= config.rollout.temperature < math.inf):
+        raise ConfigError(
+            f"rollout.temperature: got {config.rollout.temperature!r}, must be 0 (greedy) or a "
+            "finite number of at least 1e-6"
+        )
     if config.loss.denominator == "fixed" and config.loss.fixed_length is None:
         raise ConfigError(
             'loss.fixed_length: needed (a number of tokens) by loss.denominator "fixed"'

@@ -219,10 +219,6 @@ class CapturedStep:
 
     def __init__(self, function: Callable[[], None], capture: bool) -> None:
         self.function, self.capture = function, capture
-        self.reset()
-
-    def reset(self) -> None:
-        """The function will find other tensors."""
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
 
@@ -238,12 +234,13 @@ class CapturedStep:
             torch.cuda.current_stream().wait_stream(side)
             return None
         if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(graph):
                     self.function()
             except RuntimeError as error:  # the model looks at its tensors, or allocates by them
                 logger.warning("decoding without a CUDA graph: %s", error)
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own current
                 self.capture = False
                 return self.function()
             self.graph = graph

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import SampleKeys, SamplingParams, sample_from_hidden
+from esr_kernels.arguments import check_size
 from esr_train.data import seed_from
 from esr_train.decode import CapturedStep, Decoder, decoder_for, evaluating
 from esr_train.models import Head, decoder, eos_ids, head, max_positions
@@ -86,12 +87,13 @@ class PrefixRollout:
         self.model = model
         self.classes = classes or head(model).weight.shape[0]
         self.eos_ids = eos_ids(model, tokenizer)
-        # Keys and values that the last `generate` began with: P * L + B * N of them where the
+        # Keys and values that the last `generate` began with: P * L + B * (N - 1) of them where the
         # model reads shared prompts.
         self.kv_bytes = 0
 
     def check_fits(self, prompts: list[list[int]], max_new_tokens: int) -> None:
-        """Raise ContextError where a prompt is empty, or with its response exceeds the context."""
+        """Raise ContextError where a prompt is empty, or with its response exceeds the context, and
+        ValueError where a token is none that the model has an embedding for."""
         if not prompts or min(map(len, prompts)) == 0:
             raise ContextError("prompts: at least one is needed, and none may be empty")
         longest, limit = max(prompts, key=len), max_positions(self.model)
@@ -100,6 +102,11 @@ class PrefixRollout:
                 f"context overflow: the longest prompt has {len(longest)} tokens (ids "
                 f"{longest[:8]}...), and with {max_new_tokens} new ones exceeds the model's {limit}"
             )
+        known = self.model.get_input_embeddings().weight.shape[0]
+        for prompt in prompts:
+            if not 0 <= min(prompt) <= max(prompt) < known:
+                bad = min(prompt) if min(prompt) < 0 else max(prompt)
+                raise ValueError(f"prompts: token ids must be from 0 to {known - 1}, got {bad}")
 
     @torch.no_grad()
     def generate(
@@ -130,23 +137,42 @@ class PrefixRollout:
             on_progress: called with (tokens a response so far, responses not known to have ended).
 
         Raises:
-            ContextError: before any work, naming the longest prompt.
+            ContextError: before any work, naming the longest prompt; ValueError or TypeError naming
+            another argument.
         """
+        check_size("samples_per_prompt", samples_per_prompt, 1)
+        check_size("max_new_tokens", max_new_tokens, 1)
         self.check_fits(prompts_token_ids, max_new_tokens)
-        if samples_per_prompt < 1 or max_new_tokens < 1:
-            raise ValueError(
-                "samples_per_prompt and max_new_tokens must be at least 1, "
-                f"got {samples_per_prompt} and {max_new_tokens}"
-            )
         batch = len(prompts_token_ids) * samples_per_prompt
         if row_keys is None:
             row_keys = torch.arange(batch)
+        if not isinstance(row_keys, Tensor):
+            raise TypeError(f"row_keys must be a torch.Tensor, got {type(row_keys).__name__}")
         if row_keys.shape != (batch,) or row_keys.dtype != torch.int64:
             raise ValueError(
                 f"row_keys must be int64 of shape [{batch}], one for each response, "
                 f"got {row_keys.dtype} {list(row_keys.shape)}"
             )
-        params = SamplingParams(temperature, top_k, top_p, min_p)
+        if len(row_keys.unique()) != batch:
+            raise ValueError("row_keys must be distinct: rows that share one draw alike")
+        device = next(self.model.parameters()).device
+
+        def each(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.shape != (batch,):
+                raise ValueError(
+                    f"{name} must be a number or have shape [{batch}], one for each response, "
+                    f"got {list(value.shape)}"
+                )
+            return value.to(device)
+
+        params = SamplingParams(
+            each("temperature", temperature),
+            each("top_k", top_k),
+            each("top_p", top_p),
+            each("min_p", min_p),
+        )
         with evaluating(self.model):
             engine = decoder_for(decoder(self.model))
             # The last token is drawn and never read: no room for it.

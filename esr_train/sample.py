@@ -1,6 +1,7 @@
 """Answers of a student or its teacher to prompts of one's own, with what each token was worth.
 
-Sampled by the engine that training samples with, so what is seen here is what training sees.
+Sampled by the engine that training samples with, over all classes of the model's head: where the
+other model's is smaller, training leaves out what that has no embedding for.
 """
 
 from __future__ import annotations

@@ -101,12 +101,33 @@ def test_a_plan_for_any_way_of_naming_a_device():
         ((64, 0, 32, 48), {}, ValueError, "classes must be an integer of at least 1, got 0"),
         ((64, 1000, 32.0, 48), {}, ValueError, "student_dim must be an integer"),
         ((64, 1000, 32, 48), {"reduction": "avg"}, ValueError, "reduction must be one of"),
-        ((64, 1000, 32, 48), {"dtype": torch.int8}, TypeError, "dtype must be floating point"),
+        (
+            (64, 1000, 32, 48),
+            {"dtype": torch.int8},
+            TypeError,
+            "dtype must be a floating point torch.dtype",
+        ),
     ],
 )
 def test_a_plan_of_impossible_sizes(sizes, options, error, message):
     with pytest.raises(error, match=message):
         plan_linear_divergence(*sizes, device="cpu", **options)
+
+
+def test_a_budget_beside_a_plan():
+    plan = plan_linear_divergence(23, 1003, 24, 40, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="memory_budget must be None with a Plan"):
+        linear_divergence(*_tensors(), plan=plan, memory_budget=1 << 20)
+
+
+def test_a_gradient_buffer_without_a_backward():
+    tensors = _tensors()
+    weight_grad = torch.zeros_like(tensors[1])
+    with pytest.raises(ValueError, match="weight_grad is added to in the backward"):
+        linear_divergence(*tensors, weight_grad=weight_grad)
+    with torch.no_grad():  # evaluation in a trainer that always passes it
+        linear_divergence(*tensors, weight_grad=weight_grad)
+    assert not weight_grad.any()
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ _BAD_CALLS = [
     ({"keys": SampleKeys(0, _ROW_IDS, -1)}, ValueError, "keys.step must not be negative"),
     ({"keys": SampleKeys(0, _ROW_IDS, torch.zeros(3).long())}, ValueError, "keys.step must have"),
     ({"params": SamplingParams(torch.ones(3))}, ValueError, r"temperature .* shape \[2\]"),
-    ({"num_classes": 4}, ValueError, "num_classes must be an integer from 1 to 3"),
+    ({"num_classes": 4}, ValueError, "num_classes must be at most 3"),
     ({"softcap": 0.0}, ValueError, "softcap must be"),
     ({"logit_scale": 0.0}, ValueError, "logit_scale must be"),
     ({"bias": torch.zeros(2)}, ValueError, r"bias must have shape \[3\]"),

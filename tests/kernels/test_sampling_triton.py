@@ -135,3 +135,18 @@ def test_blocks_and_batch_change_no_bit(monkeypatch):
 
 def test_no_rows_launch_no_kernel():
     assert len(sample_from_logits(SOME[:0], _keys(0), impl="triton").tokens) == 0
+
+
+def test_parameters_need_not_lie_side_by_side():
+    """Strided and expanded ones, as a table of settings or one value for all rows would be."""
+    logits = _normal(6, 300, seed=2)
+    table = torch.tensor([[0.7, 0.9], [1.0, 0.5], [1.3, 0.8]], device=DEVICE).repeat(2, 1)
+    params = SamplingParams(
+        table[:, 0],
+        top_k=torch.tensor(50, device=DEVICE).expand(6),
+        top_p=table[:, 1],
+        min_p=torch.tensor(0.01, device=DEVICE).expand(6),
+    )
+    bias = _normal(1, 600, seed=3)[0, ::2]
+    invalid = (_normal(1, 600, seed=4)[0] > 1.5)[::2]
+    _agree(logits, params, bias=bias, invalid=invalid, softcap=30)
