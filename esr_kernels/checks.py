@@ -74,6 +74,32 @@ def check_options(
         check_stash(reduction == "none", False)
 
 
+def checked_transforms(
+    temperature: float,
+    teacher_temperature: float | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
+) -> tuple[LogitTransform, LogitTransform]:
+    """The transforms of the student's and the teacher's logits; raises on a bad value."""
+    return (
+        checked_transform(
+            ("student_logit_scale", student_logit_scale),
+            ("student_softcap", student_softcap),
+            ("temperature", temperature),
+        ),
+        checked_transform(
+            ("teacher_logit_scale", teacher_logit_scale),
+            ("teacher_softcap", teacher_softcap),
+            (
+                "teacher_temperature",
+                temperature if teacher_temperature is None else teacher_temperature,
+            ),
+        ),
+    )
+
+
 def check_inputs(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -167,8 +193,6 @@ def check_inputs(
         if token_weights.is_complex() or token_weights.requires_grad:
             raise TypeError("token_weights must be real and carry no gradient; detach them")
         row_weight = token_weights.to(device=device, dtype=logits_dtype, non_blocking=True)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
     return Inputs(
         student_hidden,
         student_weight,
@@ -180,15 +204,13 @@ def check_inputs(
         teacher_ids,
         labels,
         row_weight,
-        checked_transform(
-            ("student_logit_scale", student_logit_scale),
-            ("student_softcap", student_softcap),
-            ("temperature", temperature),
-        ),
-        checked_transform(
-            ("teacher_logit_scale", teacher_logit_scale),
-            ("teacher_softcap", teacher_softcap),
-            ("teacher_temperature", teacher_temperature),
+        *checked_transforms(
+            temperature,
+            teacher_temperature,
+            student_softcap,
+            teacher_softcap,
+            student_logit_scale,
+            teacher_logit_scale,
         ),
         classes,
     )

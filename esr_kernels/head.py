@@ -21,6 +21,10 @@ IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 _TILE_STEP = 64
 
 
+# The kernels hold scale, soft-cap and temperature in fp32, where anything larger is infinite.
+_LARGEST = torch.finfo(torch.float32).max
+
+
 class Head(NamedTuple):
     """Checked operands: one dtype, contiguous rows; the classes that exist."""
 
@@ -137,14 +141,14 @@ def checked_transform(
 ) -> LogitTransform:
     """The transform of the logits from (argument name, value) pairs; raises on a bad value."""
     for name, value in (temperature, scale, softcap):
-        if value is not None or name == temperature[0]:
+        if value is not None or name != softcap[0]:
             check_number(name, value)
     # Comparisons, which NaN fails too: a compiler may hold a number that changes as a symbol.
-    if not 0 < temperature[1] < math.inf:
+    if not 0 < temperature[1] <= _LARGEST:
         raise ValueError(f"{temperature[0]} must be finite and above 0, got {temperature[1]}")
-    if not 0 < abs(scale[1]) < math.inf:
+    if not 0 < abs(scale[1]) <= _LARGEST:
         raise ValueError(f"{scale[0]} must be finite and not 0, got {scale[1]}")
-    if softcap[1] is not None and not 0 < softcap[1] < math.inf:
+    if softcap[1] is not None and not 0 < softcap[1] <= _LARGEST:
         raise ValueError(f"{softcap[0]} must be None or finite and above 0, got {softcap[1]}")
     return LogitTransform(scale[1], softcap[1], temperature[1])
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esr_kernels.checks import check_options
+from esr_kernels.checks import check_options, checked_transforms
 from esr_kernels.divergences import Divergence, resolve_divergence
-from esr_kernels.head import checked_transform
 from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
 from esr_kernels.plan import Plan
 
@@ -52,18 +51,13 @@ class LinearDivergenceLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(reduction, impl, plan, memory_budget, compact, label_weight)
-        checked_transform(
-            ("student_logit_scale", student_logit_scale),
-            ("student_softcap", student_softcap),
-            ("temperature", temperature),
-        )
-        checked_transform(
-            ("teacher_logit_scale", teacher_logit_scale),
-            ("teacher_softcap", teacher_softcap),
-            (
-                "teacher_temperature",
-                temperature if teacher_temperature is None else teacher_temperature,
-            ),
+        checked_transforms(
+            temperature,
+            teacher_temperature,
+            student_softcap,
+            teacher_softcap,
+            student_logit_scale,
+            teacher_logit_scale,
         )
         self.divergence = resolve_divergence(divergence)
         self.temperature = temperature

@@ -67,7 +67,7 @@ def sample_from_logits(
         mask[invalid] = True
         z = z.masked_fill(mask[:classes], -torch.inf)
     lse = z.logsumexp(1)
-    log_p = z - lse[:, None]
+    log_p = z.log_softmax(1)  # not z - lse, which loses the digits of large logits
     keep = kept_classes(
         log_p, per_row(params.top_k), per_row(params.top_p).float(), per_row(params.min_p).float()
     )

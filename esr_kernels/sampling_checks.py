@@ -60,6 +60,8 @@ def _check_int64(name: str, value: Tensor, shapes: list[tuple[int, ...]], like: 
 
 def check_rows(params: SamplingParams, like: Tensor) -> None:
     """Raise unless every tensor among the parameters has a value for each row."""
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params must be SamplingParams(...), got {params!r}")
     for name in ("temperature", "top_k", "top_p", "min_p"):
         value = getattr(params, name)
         if isinstance(value, Tensor) and (

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -63,12 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
     except ERRORS as error:
         print(f"esr-train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # Out of memory on a GPU is a class of its own, on a CPU a sentence.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         first = str(error).split(". ")[0]
-        print(
-            f"esr-train: error: {first}. Set optim.micro_batch, or lower rollout.prompts",
-            file=sys.stderr,
-        )
+        advice = "Set optim.micro_batch, or lower rollout.prompts"
+        if options.run is _sample:
+            advice = "Lower --samples or --max-new-tokens"
+        print(f"esr-train: error: {first}. {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"esr-train: {error or 'interrupted'}", file=sys.stderr)
@@ -276,14 +280,16 @@ def _decoded(experiment: Experiment, batch: RolloutBatch) -> str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, must be a whole number of at least 1")
+    return int(text)
 
 
 def _temperature(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not (value == 0 or 1e-6 <= value < float("inf")):
         raise argparse.ArgumentTypeError(f"got {text}, must be 0 (greedy) or at least 1e-6")
     return value

@@ -58,7 +58,21 @@ class RolloutBatch:
         return ids
 
     def select(self, rows: Tensor) -> RolloutBatch:
-        """The responses at `rows`."""
+        """The responses at `rows`: int64 indices, or a bool mask over all [B]."""
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"rows must be a torch.Tensor, got {type(rows).__name__}")
+        batch = len(self.prompts)
+        if rows.dtype == torch.bool and rows.shape == (batch,):
+            rows = rows.nonzero()[:, 0]
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise ValueError(
+                f"rows must be int64 indices, or a bool mask of shape [{batch}], "
+                f"got {rows.dtype} {list(rows.shape)}"
+            )
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < batch:
+            raise ValueError(
+                f"rows must be from 0 to {batch - 1}, got {int(rows.min())} to {int(rows.max())}"
+            )
 
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[rows]
@@ -84,8 +98,20 @@ class PrefixRollout:
     """
 
     def __init__(self, model: Any, tokenizer: Any, classes: int | None = None) -> None:
+        if getattr(model, "get_output_embeddings", lambda: None)() is None:
+            raise TypeError(
+                "model must be a transformers causal language model with an output head, "
+                f"got {type(model).__name__}"
+            )
         self.model = model
-        self.classes = classes or head(model).weight.shape[0]
+        self.classes = rows = head(model).weight.shape[0]
+        if classes is not None:
+            check_size("classes", classes, 1)
+            if classes > rows:
+                raise ValueError(
+                    f"classes must be at most {rows}, the rows of the head, got {classes}"
+                )
+            self.classes = classes
         self.eos_ids = eos_ids(model, tokenizer)
         # Keys and values that the last `generate` began with: P * L + B * (N - 1) of them where the
         # model reads shared prompts.
@@ -94,6 +120,11 @@ class PrefixRollout:
     def check_fits(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         """Raise ContextError where a prompt is empty, or with its response exceeds the context, and
         ValueError where a token is none that the model has an embedding for."""
+        if not isinstance(prompts, (list, tuple)) or not all(
+            isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt)
+            for prompt in prompts
+        ):
+            raise TypeError("prompts_token_ids must be a list with a list of ints for each prompt")
         if not prompts or min(map(len, prompts)) == 0:
             raise ContextError("prompts: at least one is needed, and none may be empty")
         longest, limit = max(prompts, key=len), max_positions(self.model)
@@ -127,7 +158,7 @@ class PrefixRollout:
 
         The same arguments and weights give the same tokens, bit for bit. A row's noise is a
         function of (seed_key, row key, position) alone: neighbours change a sample only by the
-        rounding of its logits.
+        rounding of its logits. A model whose logits are NaN gives tokens with a log-prob of NaN.
 
         Args:
             temperature, top_k, top_p, min_p: as in `esr_kernels.SamplingParams`; numbers, or
@@ -142,6 +173,10 @@ class PrefixRollout:
         """
         check_size("samples_per_prompt", samples_per_prompt, 1)
         check_size("max_new_tokens", max_new_tokens, 1)
+        if not isinstance(seed_key, tuple) or not all(
+            type(part) in (int, str) for part in seed_key
+        ):
+            raise TypeError(f"seed_key must be a tuple of ints and strings, got {seed_key!r}")
         self.check_fits(prompts_token_ids, max_new_tokens)
         batch = len(prompts_token_ids) * samples_per_prompt
         if row_keys is None:

@@ -257,6 +257,10 @@ def test_a_batch_is_cut_by_rows() -> None:
         ({"row_keys": torch.zeros(8, dtype=torch.int64)}, "row_keys must be distinct"),
         ({"temperature": torch.ones(3)}, r"temperature must be a number or have shape \[8\]"),
         ({"prompts_token_ids": [[3], [4], [5], [99]]}, "token ids must be from 0 to 31, got 99"),
+        ({"prompts_token_ids": [1, 2]}, "prompts_token_ids must be a list with a list of ints"),
+        ({"prompts_token_ids": [[1.9]]}, "prompts_token_ids must be a list with a list of ints"),
+        ({"prompts_token_ids": torch.ones(2, 2)}, "prompts_token_ids must be a list"),
+        ({"seed_key": 0}, "seed_key must be a tuple of ints and strings, got 0"),
         ({"max_new_tokens": 8.0}, "max_new_tokens must be an integer of at least 1, got 8.0"),
         ({"samples_per_prompt": True}, "samples_per_prompt must be an integer of at least 1"),
         ({"samples_per_prompt": 0}, "samples_per_prompt must be an integer of at least 1, got 0"),
@@ -274,8 +278,31 @@ def test_bad_arguments_are_refused(change: dict, message: str) -> None:
         "temperature": 1.0,
         "seed_key": (0,),
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         PrefixRollout(tiny_llama(), TOKENIZER).generate(**arguments | change)
+
+
+def test_a_selection_by_mask_is_that_of_its_indices() -> None:
+    batch = PrefixRollout(tiny_llama(), TOKENIZER).generate(PROMPTS, 2, 6, 1.0, (0,))
+    mask = torch.tensor([False, True] * 3 + [True, False])
+    by_mask, by_index = batch.select(mask), batch.select(torch.tensor([1, 3, 5, 6]))
+    assert by_mask.prompts == by_index.prompts == PROMPTS
+    assert torch.equal(by_mask.tokens, by_index.tokens)
+    with pytest.raises(TypeError, match="rows must be a torch.Tensor, got list"):
+        batch.select([0, 1])
+    for rows in (torch.tensor([99]), torch.tensor([True]), torch.tensor([0.0])):
+        with pytest.raises(ValueError, match="rows must be"):
+            batch.select(rows)
+
+
+def test_an_engine_for_no_model_or_no_classes_is_refused() -> None:
+    model = tiny_llama()
+    for wrong in (None, model.model):
+        with pytest.raises(TypeError, match="model must be a transformers causal language model"):
+            PrefixRollout(wrong, TOKENIZER)
+    for classes in (0, -1, 1.5, True, 33):
+        with pytest.raises(ValueError, match="classes must be"):
+            PrefixRollout(model, TOKENIZER, classes)
 
 
 @pytest.mark.gpu

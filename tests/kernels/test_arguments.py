@@ -24,6 +24,12 @@ def _tensors() -> list[torch.Tensor]:
 WRONG_OPTIONS = {
     "temperature": ({"temperature": "2"}, TypeError, "temperature must be a number, got str '2'"),
     "softcap": ({"student_softcap": [30]}, TypeError, "student_softcap must be a number, got list"),
+    "scale beyond fp32": (
+        {"student_logit_scale": 1e39},
+        ValueError,
+        "student_logit_scale must be finite and not 0",
+    ),
+    "no scale": ({"teacher_logit_scale": None}, TypeError, "teacher_logit_scale must be a number"),
     "label weight": ({"label_weight": None}, TypeError, "label_weight must be a number"),
     "budget": (
         {"memory_budget": "1GB"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -326,3 +328,18 @@ def test_logits_of_16_bit_operands_are_not_rounded():
 def test_no_graph_is_recorded():
     drawn = sample_from_hidden(HIDDEN, WEIGHT.clone().requires_grad_(), _keys(), impl=IMPL)
     assert not any(field.requires_grad for field in drawn)
+
+
+def test_the_reference_keeps_the_digits_of_large_logits():
+    for size in (1e4, 1e16, 1e20):
+        logits = torch.full((1, 700), size, device=DEVICE)
+        for impl in ("reference", "torch"):
+            drawn = sample_from_logits(logits, _keys(1), SamplingParams(top_k=5), impl=impl)
+            assert float(drawn.logprob) == pytest.approx(-math.log(700), rel=1e-5)
+            assert float(drawn.log_kept) == pytest.approx(math.log(5 / 700), rel=1e-5)
+
+
+def test_parameters_of_another_kind_are_refused():
+    for params in (0.7, "0.7", SamplingParams):
+        with pytest.raises(TypeError, match=r"params must be SamplingParams\(...\)"):
+            sample_from_logits(torch.zeros(1, 3, device=DEVICE), _keys(1), params)
