@@ -93,7 +93,7 @@ def pick(
     dz_dtype = logits_dtype if on_cpu else head.hidden.dtype
     element_bytes = logits_dtype.itemsize + (dz_dtype != logits_dtype) * dz_dtype.itemsize
     hidden, index = head.hidden, None
-    if live is not None and values_are_at_hand(live):
+    if live is not None and values_are_at_hand(live):  # on a GPU counting would stall
         if not bool(live.all()):
             index = live.nonzero()[:, 0]
             hidden, ids = hidden[index], ids[index]

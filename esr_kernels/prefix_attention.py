@@ -248,7 +248,7 @@ def _check_groups(groups: RowGroups | None, batch: int, prompts: int, device: to
         )
     if rows.device != device or place.device != device:
         raise ValueError(f"groups must be on {device} as query is, got {rows.device}")
-    if device.type == "cpu" and batch:
+    if device.type == "cpu" and batch:  # where looking stalls nothing
         found = rows.flatten()[place] if int(place.max()) < rows.numel() else None
         if found is None or not torch.equal(found, torch.arange(batch)):
             raise ValueError("groups: place must say where each row stands in rows")

@@ -118,6 +118,6 @@ def checked_classes(
             removed = torch.zeros(rows_of_head, dtype=torch.bool, device=like.device)
             removed.index_fill_(0, ids, True)
         removed = removed[:count]
-        if like.device.type == "cpu" and not mask:  # a few columns rather than all logits
+        if like.device.type == "cpu" and not mask:  # a few columns, and counting stalls nothing
             removed = removed.nonzero()[:, 0]
     return Classes(count, None if bias is None else bias[:count].detach(), transform, removed)

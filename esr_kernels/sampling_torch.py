@@ -193,7 +193,7 @@ def _cut_(z: Tensor, top: Tensor, lse_above: Tensor, law: RowLaw) -> Tensor:
     """
     threshold, at_threshold = _threshold(z, top, lse_above, law)
     crowded = at_threshold < z.shape[1]
-    if z.device.type == "cpu":
+    if z.device.type == "cpu":  # where counting stalls nothing, and few rows are crowded
         rows = crowded.nonzero()[:, 0]
         if len(rows):
             some = z[rows]
@@ -237,7 +237,7 @@ def _ranked_threshold(
     if law.top_k is not None:
         k = torch.where(law.top_k > 0, law.top_k.clamp(max=everything), everything)
     p = torch.ones_like(lse_above) if law.top_p is None else law.top_p.double()
-    if z.device.type != "cpu":
+    if z.device.type != "cpu":  # what follows counts rows, and would stall a GPU
         threshold, at_threshold, _ = _prefix(z, top, lse_above, k, p, everything)
         return threshold, at_threshold
     threshold = torch.full_like(top[:, 0], -torch.inf)

@@ -29,7 +29,7 @@ class TokenLogprob(NamedTuple):
 
 def _check_tokens(tokens: Tensor, head: Head) -> None:
     check_ids("tokens", tokens, f"[{head.hidden.shape[0]}]", head.hidden)
-    if not values_are_at_hand(tokens):
+    if not values_are_at_hand(tokens):  # looking would stall a GPU
         return
     bad = (tokens != IGNORE) & ((tokens < 0) | (tokens >= head.classes))
     if bool(bad.any()):
