@@ -99,7 +99,7 @@ def recompute_backward(
 def active_rows(token_weights: Tensor | None, compact: bool) -> Tensor | None:
     """Indices of the rows of weight other than 0, or None for all rows.
 
-    Looks at the weights: only where the caller says `compact`, by default where they are on the CPU.
+    Looks at the weights, which stalls a GPU: `compact` is by default where they are on the CPU.
     """
     if token_weights is None or not compact:
         return None
