@@ -12,7 +12,13 @@ import torch
 from bench.measure import interleaved, median_ratio, record
 from esr_kernels import gemm
 
-SHAPES = [(16, 576, 49_152), (64, 576, 49_152), (256, 512, 151_936), (512, 256, 151_936)]
+SHAPES = [
+    (16, 576, 49_152),
+    (64, 576, 49_152),
+    (256, 512, 151_936),
+    (512, 256, 151_936),
+    (1024, 512, 49_152),
+]
 ROUNDS = 7
 
 

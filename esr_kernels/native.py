@@ -1,8 +1,9 @@
-"""Compiling and loading the C of this package: the fast row passes on CPU, where a compiler is.
+"""Compiling and loading the C of this package, for what PyTorch is slow at on CPU: row passes over
+logits, and turning them. Where there is a compiler.
 
 Compiled once per machine with `$CC`, cc, gcc or clang, for the instructions of that machine, into
 `$ESR_CACHE` (default ~/.cache/esr); takes about two seconds, and a few milliseconds afterwards.
-Without a compiler, or with ESR_NATIVE=0, the PyTorch passes take over, with a note in the log.
+Without a compiler, or with ESR_NATIVE=0, PyTorch takes over, with a note in the log.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("rows_native.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("rows_native.c", "turn_native.c")]
 # Nothing here licenses the compiler to reorder sums or to forget about NaN and infinity.
 _FLAGS = (
     "-O3 -std=gnu11 -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "
@@ -79,18 +81,19 @@ def _machine() -> str:
 
 def _compiled() -> Path:
     compiler = _compiler()
-    source = b"".join(path.read_bytes() for path in (_SOURCE, *_SOURCE.parent.glob("*.h")))
+    headers = sorted(_SOURCES[0].parent.glob("*.h"))
+    source = b"".join(path.read_bytes() for path in (*_SOURCES, *headers))
     identity = [compiler, *_FLAGS, platform.platform(), _machine()]
     digest = hashlib.sha256(source + "\0".join(identity).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("ESR_CACHE") or Path.home() / ".cache" / "esr").expanduser()
-    target = cache / "native" / f"rows-{digest}.so"
+    target = cache / "native" / f"esr-{digest}.so"
     if _is_whole(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        built = Path(directory) / "rows.so"
+        built = Path(directory) / "esr.so"
         for tuning in _TUNING:
-            command = [compiler, *_FLAGS, *tuning, str(_SOURCE), "-o", str(built), "-lm"]
+            command = [compiler, *_FLAGS, *tuning, *map(str, _SOURCES), "-o", str(built), "-lm"]
             run = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if run.returncode == 0:
                 break
@@ -112,6 +115,17 @@ def _is_whole(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def turn_(compiled: ctypes.CDLL, strip: Tensor, out: Tensor) -> None:
+    """out [n, m] = strip.T, fp32 on CPU; `strip` is contiguous, and so are the rows of `out`."""
+    compiled.turn(
+        ctypes.c_void_p(strip.data_ptr()),
+        ctypes.c_int64(strip.shape[0]),
+        ctypes.c_int64(strip.shape[1]),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(out.stride(0)),
+    )
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from esr_kernels.execute import (
     stash,
 )
 from esr_kernels.row_stats import IGNORED_LABEL, RowsKnown, RowStats
+from esr_kernels.workspace import on_huge_pages
 
 # The label of a row whose class lies on another rank.
 _OTHER_RANK = -1
@@ -131,6 +132,7 @@ def _new_gradients(wanted: Wanted, x: Operands, call: Call) -> Gradients:
         # What is added to the caller's fp32 memory must not be rounded before.
         given = call.plan.problem.weight_grad_given
         weight = torch.empty_like(x.student_weight, dtype=dtype if given else None)
+        weight = on_huge_pages(weight)
         # Rows of the head that the models do not share.
         weight[0 if x.student_ids is not None else call.classes :].zero_()
     if wanted[2]:

@@ -7,10 +7,30 @@ thread keeps the largest buffer that it needed under each name. `release_workspa
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 
 import torch
 from torch import Tensor
+
+_MADV_HUGEPAGE, _PAGE, _LARGE = 14, 4096, 4 << 20
+
+
+def on_huge_pages(fresh: Tensor) -> Tensor:
+    """The same memory, not touched yet, which Linux is asked to hand out 2 MiB at a time.
+
+    A fresh gradient of a head of 150,000 classes costs a first touch of its 38,000 small pages,
+    0.1 of the product that writes it. NumPy asks for the same. A refusal does no harm.
+    """
+    size = fresh.numel() * fresh.element_size()
+    if fresh.device.type == "cpu" and size >= _LARGE and sys.platform == "linux":
+        start = -(-fresh.data_ptr() // _PAGE) * _PAGE
+        length = (fresh.data_ptr() + size - start) // _PAGE * _PAGE
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_HUGEPAGE)
+        )
+    return fresh
 
 
 class _Buffers(threading.local):
@@ -31,7 +51,7 @@ def borrow(name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) 
         _buffers.by_key.pop((name, dtype), None)
         # Made outside of inference mode, whose tensors no later call could write to.
         with torch.inference_mode(False):
-            buffer = _buffers.by_key[name, dtype] = torch.empty(size, dtype=dtype)
+            buffer = _buffers.by_key[name, dtype] = on_huge_pages(torch.empty(size, dtype=dtype))
     return buffer[:size].view(shape)
 
 

@@ -12,7 +12,7 @@ import torch
 from bench.measure import MIB, extra_bytes
 from esr_kernels import linear_divergence, plan_linear_divergence, release_workspace
 from esr_kernels.plan import Plan, Problem, make_plan
-from esr_kernels.workspace import borrow
+from esr_kernels.workspace import borrow, on_huge_pages
 from tests.kernels import cases
 from tests.kernels.cases import DEVICE
 
@@ -140,3 +140,11 @@ def test_a_plan_that_cannot_serve_a_call_is_refused():
         linear_divergence(*case.tensors, plan=plan, reduction="none")
     with pytest.raises(ValueError, match="plan='stash' does not shard"):
         linear_divergence(*case.tensors, plan=plan, group=SimpleNamespace(size=lambda: 2))
+
+
+def test_huge_pages_are_the_same_memory():
+    fresh = torch.empty(3 << 20)
+    asked = on_huge_pages(fresh)
+    assert asked is fresh
+    assert asked.fill_(2).eq(2).all()
+    assert on_huge_pages(torch.empty(0)).numel() == 0

@@ -19,6 +19,7 @@ from esr_kernels import (
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
+    gemm,
     native,
     rows_native,
     rows_torch,
@@ -262,10 +263,33 @@ def _not_c(_: str, names: list[str]) -> list[str]:
 def test_a_changed_source_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setenv("ESR_CACHE", str(tmp_path))
     first = native._compiled()
-    shutil.copytree(native._SOURCE.parent, tmp_path / "package", ignore=_not_c)
-    changed = tmp_path / "package" / native._SOURCE.name
-    monkeypatch.setattr(native, "_SOURCE", changed)
+    copy = tmp_path / "package"
+    shutil.copytree(native._SOURCES[0].parent, copy, ignore=_not_c)
+    monkeypatch.setattr(native, "_SOURCES", [copy / path.name for path in native._SOURCES])
     assert native._compiled() == first
-    header = next(changed.parent.glob("*.h"))
+    header = next(copy.glob("*.h"))
     header.write_text(header.read_text() + "\n/* changed */\n")
     assert native._compiled() != first and native._compiled().exists()
+
+
+@pytest.mark.parametrize("padding", [0, 1, 8])
+@pytest.mark.parametrize("classes", [1, 7, 8, 1000, 1024])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 67])
+def test_turned_logits_are_exact_and_stay_inside_their_rows(tokens, classes, padding):
+    strip, out = torch.randn(classes, tokens), torch.full((tokens, classes + padding), 7.0)
+    native.turn_(native.library(), strip, out[:, :classes])
+    assert torch.equal(out[:, :classes], strip.T)
+    assert (out[:, classes:] == 7).all()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_projections_with_classes_in_front_are_products(compiled, offset, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(gemm, "library", lambda: None)
+    hidden, weight = torch.randn(9, 16), torch.randn(5 * gemm._TURNED_CLASSES + 13, 16)
+    out = torch.full((9, weight.shape[0] + offset + 5), torch.nan)
+    gemm.project(hidden, weight, out[:, offset : offset + weight.shape[0]])
+    exact = (hidden.double() @ weight.double().T).float()
+    torch.testing.assert_close(out[:, offset : offset + weight.shape[0]], exact)
+    assert out[:, :offset].isnan().all() and out[:, offset + weight.shape[0] :].isnan().all()
