@@ -5,8 +5,8 @@
     tile       the tile with the largest log-sum-exp plus Gumbel noise
     class      in that tile, by inverting its cumulative sum at one uniform, in fp64
 
-Rows go through in blocks that stay in the cache; a block's logits are the only copy. No operation
-mixes rows, so a row's draw does not depend on the block that it is in. softmax() serves for exp():
+Rows go through in blocks that stay in the cache; a block's logits are the only copy, if any. No
+operation mixes rows, so a row's draw does not depend on the block that it is in. softmax() serves for exp():
 its vectorised exponential is faster, and it treats every tile alike wherever it lies.
 """
 
@@ -37,6 +37,7 @@ def sample_rows(raw: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys) ->
         torch.empty(raw.shape[0], dtype=torch.int64, device=device),
         *(torch.empty(raw.shape[0], dtype=torch.float32, device=device) for _ in range(3)),
     )
+    as_they_are = _is_loaded(raw, dtype, classes, law)
     for outer in _blocks(raw.shape[0], tiles, _NOISE_ELEMENTS):
         noise, level = None, None
         if not law.all_greedy:
@@ -44,8 +45,11 @@ def sample_rows(raw: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys) ->
             noise, level = gumbel(high, low), uniform(third, fourth)
         for inner in _blocks(outer.stop - outer.start, tiles * TILE, _BLOCK_ELEMENTS):
             rows = slice(outer.start + inner.start, outer.start + inner.stop)
-            z = borrow("sampled logits", (rows.stop - rows.start, tiles * TILE), raw, dtype)
-            _load_(z, raw[rows], classes, law.rows(rows))
+            if as_they_are:
+                z = raw[rows]
+            else:
+                z = borrow("sampled logits", (rows.stop - rows.start, tiles * TILE), raw, dtype)
+                _load_(z, raw[rows], classes, law.rows(rows))
             drawn = _draw_(
                 z,
                 law.rows(rows),
@@ -61,6 +65,15 @@ def _blocks(rows: int, width: int, elements: int) -> Iterator[slice]:
     height = max(1, elements // width)
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
+
+
+def _is_loaded(raw: Tensor, dtype: torch.dtype, classes: Classes, law: RowLaw) -> bool:
+    """Whether `_load_` would copy what is there already, and filters would not overwrite it."""
+    plain = classes.bias is None and classes.invalid is None and not law.filtered
+    unscaled = classes.transform.softcap is None and classes.transform.scale == 1.0
+    whole = raw.shape[1] == classes.count and classes.count % TILE == 0
+    same = raw.dtype == dtype and raw.is_contiguous()
+    return plain and unscaled and law.inv_temperature is None and whole and same
 
 
 def _load_(z: Tensor, raw: Tensor, classes: Classes, law: RowLaw) -> None:
@@ -123,7 +136,7 @@ def _log_sum_exp(maxima: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
 def _draw_(
     z: Tensor, law: RowLaw, noise: Tensor | None, level: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, log-probabilities, log of the kept mass, log-sum-exps; overwrites `z`."""
+    """Tokens, log-probabilities, log of the kept mass, log-sum-exps; filters overwrite `z`."""
     maxima, log_sums = tile_sums(z.unflatten(1, (-1, TILE)))
     top, lse_above = _log_sum_exp(maxima, log_sums)
     lse = (top[:, 0].double() + lse_above).to(torch.float32)
