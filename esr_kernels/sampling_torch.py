@@ -6,8 +6,8 @@
     class      in that tile, by inverting its cumulative sum at one uniform, in fp64
 
 Rows go through in blocks that stay in the cache; a block's logits are the only copy, if any. No
-operation mixes rows, so a row's draw does not depend on the block that it is in. softmax() serves for exp():
-its vectorised exponential is faster, and it treats every tile alike wherever it lies.
+operation mixes rows, so a row's draw does not depend on the block that it is in. softmax() serves
+for exp(): its vectorised exponential is faster, and it treats every tile alike wherever it lies.
 """
 
 from __future__ import annotations
