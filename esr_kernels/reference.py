@@ -43,7 +43,7 @@ def transformed_logits(
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) of each row; classes of probability 0 in `a` contribute 0 and no gradient."""
-    live = log_a > -torch.inf
+    live = log_a != -torch.inf  # NaN is
     gap = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
     return (torch.where(live, log_a, -torch.inf).exp() * gap).sum(-1)
 
@@ -158,7 +158,7 @@ def linear_divergence(
 
 
 def _entropy(log_p: Tensor) -> Tensor:
-    return -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1)
+    return -torch.where(log_p != -torch.inf, log_p.exp() * log_p, 0.0).sum(-1)
 
 
 def token_logprob(
@@ -241,10 +241,10 @@ def linear_topk_divergence(
         summed_in = torch.promote_types(teacher_logprobs.dtype, torch.float32)
         doubt = 2 * eps * _entropy(log_q) + 2 * torch.finfo(summed_in).eps
         missing = 1 - log_q.exp().sum(-1)
-        missing = torch.where(missing > doubt, missing, torch.where(alive, doubt, 0.0))
+        missing = torch.where(missing <= doubt, torch.where(alive, doubt, 0.0), missing)
         log_p = torch.cat([log_p, log_rest[:, None]], dim=1)
         log_q = torch.cat([log_q, missing.log()[:, None]], dim=1)
-    has_ids = (log_q > -torch.inf).any(-1, keepdim=True)
+    has_ids = (log_q != -torch.inf).any(-1, keepdim=True)
     log_p = torch.where(has_ids, log_p, 0.0)
     log_q = torch.where(has_ids, log_q, 0.0)
     log_p = log_p - log_p.logsumexp(-1, keepdim=True)

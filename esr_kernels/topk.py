@@ -114,7 +114,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     error out of the divergence.
     """
     a, b = log_a.exp(), log_b.exp()
-    live = a > 0
+    live = a != 0  # NaN is, and reaches the gradient
     gap = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
     value = (a * gap + (b - a)).sum(1)
     # What is left of rounding below 0 is reported as 0; the gradient does not notice.

@@ -309,6 +309,25 @@ def test_nan_stays_in_its_row(tail, impl):
     assert broken.grad[7].isnan().all() and broken.grad[others].isfinite().all()
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_nan_of_the_teacher_reaches_the_gradient(tail, divergence, impl):
+    hidden, weight, _ = HEADS["random_head"](torch.float32)
+    ids, logprobs = _teacher((hidden, weight, {}))
+    broken = logprobs.clone()
+    broken[7, 0] = torch.nan
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    out = linear_topk_divergence(
+        hidden, weight, ids, broken, divergence=divergence, tail=tail, impl=impl
+    )
+    out.loss.backward()
+    others = torch.arange(TOKENS, device=DEVICE) != 7
+    assert out.loss.isnan() and out.per_token[7].isnan() and out.per_token[others].isfinite().all()
+    assert hidden.grad[7].isnan().all() and hidden.grad[others].isfinite().all()
+    assert weight.grad.isnan().any()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
