@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import gemm
-from esr_kernels.arguments import REDUCTIONS, check_memory_budget, check_number, one_of
+from esr_kernels.arguments import REDUCTIONS, check_memory_budget, check_number, check_size, one_of
 from esr_kernels.head import (
     IMPLEMENTATIONS,
     check_bias,
@@ -59,6 +59,8 @@ def check_options(
     memory_budget: int | None,
     compact: bool | None,
     label_weight: float,
+    num_classes: int | None,
+    group: Any,
 ) -> None:
     """Raise on an option that no tensors could go with."""
     one_of("reduction", reduction, REDUCTIONS)
@@ -70,8 +72,16 @@ def check_options(
     one_of("plan", kind, ("auto", *KINDS))
     if isinstance(plan, Plan) and memory_budget is not None:
         raise ValueError("memory_budget must be None with a Plan, whose chunks are set")
+    if num_classes is not None and not torch.compiler.is_compiling():  # else it may be a symbol
+        check_size("num_classes", num_classes, 1)
+    if group is not None and not hasattr(group, "size"):
+        raise TypeError(
+            f"group must be a torch.distributed process group, got {type(group).__name__} {group!r}"
+        )
+    if group is not None and impl == "reference":
+        raise ValueError("impl='reference' does not shard the vocabulary: group must be None")
     if kind == "stash":
-        check_stash(reduction == "none", False)
+        check_stash(reduction == "none", group is not None)
 
 
 def checked_transforms(
@@ -166,12 +176,6 @@ def check_inputs(
         raise ValueError(f"label_weight must be finite, got {label_weight}")
     if label_weight and labels is None:
         raise ValueError(f"label_weight is {label_weight} and there are no labels")
-    if group is not None and not hasattr(group, "size"):
-        raise TypeError(
-            f"group must be a torch.distributed process group, got {type(group).__name__} {group!r}"
-        )
-    if group is not None and impl == "reference":
-        raise ValueError("impl='reference' does not shard the vocabulary: group must be None")
     if weight_grad is not None:
         _check_weight_grad(weight_grad, student_weight, impl)
     logits_dtype = gemm.logits_dtype(student_hidden.dtype)

@@ -145,7 +145,7 @@ def linear_divergence(
         >>> out.loss.backward()
     """
     resolved = resolve_divergence(divergence)
-    check_options(reduction, impl, plan, memory_budget, compact, label_weight)
+    check_options(reduction, impl, plan, memory_budget, compact, label_weight, num_classes, group)
     inputs = check_inputs(
         student_hidden,
         student_weight,

@@ -50,7 +50,9 @@ class LinearDivergenceLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check_options(reduction, impl, plan, memory_budget, compact, label_weight)
+        check_options(
+            reduction, impl, plan, memory_budget, compact, label_weight, num_classes, group
+        )
         checked_transforms(
             temperature,
             teacher_temperature,

@@ -128,7 +128,10 @@ def plan_linear_divergence(
     check_memory_budget(memory_budget)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
-    device = torch.device(device).type
+    try:
+        device = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must name a device of PyTorch, got {device!r}") from error
     rows = "triton"
     if device == "cpu":
         rows = "torch" if dtype == torch.float64 else cpu_rows()

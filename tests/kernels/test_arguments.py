@@ -63,6 +63,8 @@ def test_an_option_of_the_wrong_kind(name):
         ({"memory_budget": 0}, ValueError, "memory_budget must be"),
         ({"temperature": -1.0}, ValueError, "temperature must be finite and above 0"),
         ({"teacher_softcap": "30"}, TypeError, "teacher_softcap must be a number"),
+        ({"num_classes": 0}, ValueError, "num_classes must be an integer of at least 1, got 0"),
+        ({"group": "world"}, TypeError, "group must be a torch.distributed process group"),
     ],
 )
 def test_a_module_refuses_at_once(options, error, message):
@@ -96,7 +98,7 @@ def test_a_plan_for_any_way_of_naming_a_device():
     by_name = plan_linear_divergence(*sizes, device="cpu", **fp32)
     assert plan_linear_divergence(*sizes, device=torch.device("cpu"), **fp32) == by_name
     assert default_memory_budget(torch.device("cuda", 1)) == default_memory_budget("cuda")
-    with pytest.raises(RuntimeError, match="gpu"):
+    with pytest.raises(ValueError, match="device must name a device of PyTorch, got 'gpu'"):
         plan_linear_divergence(*sizes, device="gpu")
 
 
