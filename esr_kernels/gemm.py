@@ -9,8 +9,10 @@ Strips serve vocabulary maps too: `ids` picks rows of a head, a strip of them at
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -52,17 +54,27 @@ def _strips(
         yield strip, rows.to(dtype)
 
 
-# On CPU a product of few tokens and many classes takes 0.6 to 0.9 of the time with the classes in
-# front (bench/bench_projection.py). The result is turned a strip at a time, while it is in the
-# cache; PyTorch is slow at that, and it pays for fewer tokens.
+# On an AMD EPYC a product of few tokens and many classes takes 0.6 to 0.9 of the time with the
+# classes in front, on an Intel Xeon 1.2 to 1.9 (bench/bench_projection.py). The result is turned a
+# strip at a time, while it is in the cache; PyTorch is slow at that, and it pays for fewer tokens.
 _TURNED_CLASSES = 1024
 _FEW_TOKENS, _FEW_TOKENS_FOR_PYTORCH = 512, 256
+
+
+@functools.cache
+def _turning_pays() -> bool:
+    """By the processor's maker and not by a measurement, so that runs agree bit for bit."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _mm_transposed(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = hidden @ weight.T, all of one dtype."""
     tokens, classes = out.shape
-    if hidden.device.type != "cpu" or tokens > _FEW_TOKENS or classes < 4 * _TURNED_CLASSES:
+    few = tokens <= _FEW_TOKENS and classes >= 4 * _TURNED_CLASSES
+    if hidden.device.type != "cpu" or not few or not _turning_pays():
         torch.mm(hidden, weight.T, out=out)
         return
     compiled = library() if out.dtype == torch.float32 and out.stride(1) == 1 else None

@@ -287,6 +287,7 @@ def test_turned_logits_are_exact_and_stay_inside_their_rows(tokens, classes, pad
 def test_projections_with_classes_in_front_are_products(compiled, offset, monkeypatch):
     if not compiled:
         monkeypatch.setattr(gemm, "library", lambda: None)
+    monkeypatch.setattr(gemm, "_turning_pays", lambda: True)
     hidden, weight = torch.randn(9, 16), torch.randn(5 * gemm._TURNED_CLASSES + 13, 16)
     out = torch.full((9, weight.shape[0] + offset + 5), torch.nan)
     gemm.project(hidden, weight, out[:, offset : offset + weight.shape[0]])
