@@ -17,7 +17,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 _log = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(name) for name in ("rows_native.c", "turn_native.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("rows_native.c", "turn_native.c", "attention_native.c", "team_native.c")]
 # Nothing here licenses the compiler to reorder sums or to forget about NaN and infinity.
 _FLAGS = (
     "-O3 -std=gnu11 -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "
@@ -35,6 +34,8 @@ _FLAGS = (
 _TUNING: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 # Below this many logits a second thread costs more than it brings.
 _WORTH_A_THREAD = 1 << 16
+_PARTS_A_THREAD = 4
+_LOADED_IN = os.getpid()
 
 
 @functools.cache
@@ -128,25 +129,55 @@ def turn_(compiled: ctypes.CDLL, strip: Tensor, out: Tensor) -> None:
     )
 
 
-@functools.cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="esr-rows")
+def over_rows(name: str, what: ctypes.Structure, rows: int, row_elements: int) -> None:
+    """Call the compiled `name(&what, first, last)` over all rows, on PyTorch's threads.
 
-
-def over_rows(work: Callable[[int, int], object], rows: int, classes: int) -> None:
-    """work(first, last) over all rows, on as many threads as PyTorch would use.
-
-    `work` is a call through ctypes, which lets go of the interpreter's lock. Rows are not shared
-    between threads, so results do not depend on how many there are.
+    Rows are not shared between threads, so results do not depend on how many there are.
     """
-    parts = min(torch.get_num_threads(), rows, max(1, rows * classes // _WORTH_A_THREAD))
-    if parts <= 1:
-        work(0, rows)
+    compiled = library()
+    assert compiled is not None
+    function, pointer = getattr(compiled, name), ctypes.byref(what)
+    function.restype = None
+    threads = min(torch.get_num_threads(), max(1, rows * row_elements // _WORTH_A_THREAD))
+    if threads <= 1:
+        function(pointer, ctypes.c_int64(0), ctypes.c_int64(rows))
         return
-    ends = [rows * part // parts for part in range(parts + 1)]
-    # A pool's threads do not survive a fork: one pool for each process.
-    pool = _threads(os.getpid())
-    waiting = [pool.submit(work, a, b) for a, b in zip(ends[1:-1], ends[2:], strict=True)]
-    work(ends[0], ends[1])
-    for done in waiting:
-        done.result()
+    # Parts are handed out as threads come free: another process may have taken a core.
+    parts = min(rows, _PARTS_A_THREAD * threads)
+    start = _team(os.getpid())
+    if start is not None:
+        compiled.over_rows(
+            start,
+            function,
+            pointer,
+            ctypes.c_int64(rows),
+            ctypes.c_int64(parts),
+            ctypes.c_uint(threads),
+        )
+        return
+
+    def work(part: int) -> None:  # without the interpreter's lock: a call through ctypes
+        ends = (rows * end // parts for end in (part, part + 1))
+        function(pointer, *map(ctypes.c_int64, ends))
+
+    for _ in _pool(os.getpid(), threads).map(work, range(parts)):
+        pass
+
+
+@functools.cache
+def _team(process: int) -> ctypes._FuncPointer | None:
+    """GOMP_parallel of the OpenMP that PyTorch runs on: its threads go on spinning for a while
+    after an operation, and others would have to share the cores with them.
+
+    None where PyTorch has another library; and in a forked process, where OpenMP would wait for
+    threads that only the parent has.
+    """
+    if process != _LOADED_IN:
+        return None
+    return getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads for where there is no team; those of a parent do not survive a fork."""
+    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="esr-rows")

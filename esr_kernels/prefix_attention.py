@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from esr_kernels import prefix_attention_torch, reference
+from esr_kernels import prefix_attention_native, prefix_attention_torch, reference
 from esr_kernels.head import check_impl
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -88,8 +88,8 @@ def shared_prefix_attention(
         scale: None is 1 / sqrt(D).
         softcap: None is no soft-capping (Gemma 2 has it).
         window: a query sees its own key and the window - 1 before it; None: all before it.
-        impl: "auto" (Triton on GPU, PyTorch on CPU and for D above 256), "torch", "triton", or
-            "reference" (plain PyTorch, row by row).
+        impl: "auto" (Triton on GPU, "torch" on CPU and for D above 256), "torch" (fp32 on CPU:
+            compiled C where there is a compiler), "triton", or "reference" (PyTorch, row by row).
 
     Returns:
         [B, Hq, D] in the dtype of `query`.
@@ -101,8 +101,8 @@ def shared_prefix_attention(
     Exactness: scores, softmax and sums are fp32 (fp64 for fp64); products have the operands' dtype
         and accumulate in fp32. Repeated calls agree bit for bit.
     Memory: Triton keeps D + 2 floats a query head and split of the prefix, PyTorch the scores of
-        both parts. Keys and values are never repeated or concatenated: P * L + B * N of them stand
-        for B * (L + N).
+        both parts, C nothing. Keys and values are never repeated or concatenated: P * L + B * N of
+        them stand for B * (L + N).
     Gradients: none; this is for sampling.
     Reference: `esr_kernels.reference.shared_prefix_attention`.
 
@@ -152,7 +152,8 @@ def shared_prefix_attention(
         from esr_kernels import prefix_attention_triton
 
         return prefix_attention_triton.attend(*tensors, **options)
-    return prefix_attention_torch.attend(*tensors, **options)
+    on_cpu = prefix_attention_native if prefix_attention_native.serves(query) else None
+    return (on_cpu or prefix_attention_torch).attend(*tensors, **options)
 
 
 def _triton_can(query: Tensor) -> bool:
@@ -252,3 +253,5 @@ def _check_groups(groups: RowGroups | None, batch: int, prompts: int, device: to
         found = rows.flatten()[place] if int(place.max()) < rows.numel() else None
         if found is None or not torch.equal(found, torch.arange(batch)):
             raise ValueError("groups: place must say where each row stands in rows")
+        if int((rows >= 0).sum()) != batch:
+            raise ValueError("groups: rows must name each row once, and be -1 in other places")

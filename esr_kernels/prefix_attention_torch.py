@@ -1,9 +1,8 @@
-"""`shared_prefix_attention` in PyTorch: the CPU path.
+"""`shared_prefix_attention` in PyTorch: on CPU without a compiler, and for other dtypes than fp32.
 
 The queries of a prompt's rows are the rows of one matrix, so that the prefix is a product
 [G * rep, D] x [D, L] for each prompt and key head and is read once; the suffix is a batched product
 [rep, D] x [D, N]. Each part gives its mean of values and its log-sum-exp, in which the two merge.
-Without window and soft-cap PyTorch's flash attention does it where queries are many.
 """
 
 from __future__ import annotations
@@ -15,12 +14,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from esr_kernels.prefix_attention import RowGroups
-
-
-# Queries of a key head from which flash attention is the faster on CPU, as it is for a single one.
-# A suffix has as many as query heads share a key head; at 3 of them and 64 keys products take 0.6
-# of flash attention's time.
-_FLASH_QUERIES = 16
 
 
 class _Part(NamedTuple):
@@ -114,9 +107,6 @@ def _part(
     if lengths.device.type == "cpu":  # where looking costs nothing
         shortest, longest = (int(end) for end in lengths.aminmax())
         key, value = key[:, :, :longest], value[:, :, :longest]
-    plain = shortest and first is None and softcap is None and query.numel()
-    if plain and (query.shape[2] == 1 or query.shape[2] >= _FLASH_QUERIES):
-        return _flash_part(query, key.to(dtype), value.to(dtype), lengths, shortest < longest)
     scores = query @ key.to(dtype).transpose(2, 3)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
@@ -135,23 +125,6 @@ def _part(
     total = weights.sum(dim=-1, keepdim=True)
     lse = total.log().add_(top).clamp_(min=lowest)
     return _Part((weights @ value.to(dtype)).div_(total.masked_fill_(total == 0, 1.0)), lse)
-
-
-def _flash_part(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, ragged: bool) -> _Part:
-    """`_part` by PyTorch's flash attention on CPU: one operation in place of eight.
-
-    It is called by name since the public function keeps the log-sum-exp to itself. Every row must
-    see a key.
-    """
-    mask = None
-    if ragged:
-        position = torch.arange(key.shape[2])
-        mask = torch.zeros(len(lengths), 1, query.shape[2], key.shape[2], dtype=query.dtype)
-        mask.masked_fill_((position >= lengths[:, None])[:, None, None, :], -torch.inf)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=mask, scale=1.0
-    )
-    return _Part(out, lse[..., None])
 
 
 def _to_rows(field: Tensor, width: int, batch: int, groups: RowGroups | None) -> Tensor:

@@ -21,6 +21,10 @@ struct transform { /* softcap * tanh(scale * z / softcap) / temperature */
     float outer;       /* softcap / temperature */
 };
 
+struct known { /* of whole rows, [n] each */
+    const float *student_lse, *teacher_lse, *lse_gap, *pull_sum, *student_rest, *teacher_rest;
+};
+
 struct tile {
     float *s, *t; /* raw logits, rows of `stride` elements; overwritten */
     int64_t s_stride, t_stride, classes;
@@ -32,10 +36,8 @@ struct tile {
     float label_weight;
     float label_pull; /* pull of a label that is not ignored: -label_weight */
     int64_t ignored_label;
-};
-
-struct known { /* of whole rows, [n] each */
-    const float *student_lse, *teacher_lse, *lse_gap, *pull_sum, *student_rest, *teacher_rest;
+    struct known known;  /* what a call does not ask for is NULL here and below */
+    float *parts, *sums; /* [n, COLUMNS], [n, 3] */
 };
 
 /* ---- one block of a row --------------------------------------------------------------------- */
@@ -280,13 +282,13 @@ INLINE float label_chain(const struct tile *x, const float *s, int64_t label) {
 /* ---- the four passes, over rows [first, last) ------------------------------------------------ */
 
 /* parts [n, COLUMNS] of a tile of classes. */
-void tile_stats(const struct tile *x, int64_t first, int64_t last, float *parts) {
+void tile_stats(const struct tile *x, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         float *s = x->s + row * x->s_stride, *t = x->t + row * x->t_stride;
         struct running student, teacher;
         row_statistics(s, t, x, &student, &teacher);
-        write_part(parts + row * COLUMNS, 0, s, x->classes, &student);
-        write_part(parts + row * COLUMNS, 1, t, x->classes, &teacher);
+        write_part(x->parts + row * COLUMNS, 0, s, x->classes, &student);
+        write_part(x->parts + row * COLUMNS, 1, t, x->classes, &teacher);
     }
 }
 
@@ -307,18 +309,16 @@ INLINE struct normaliser known_normaliser(const struct known *k, int64_t row) {
 }
 
 /* sums [n, 3] of summands, pulls and p over a tile. */
-void tile_pull_sums(
-    const struct tile *x, int64_t first, int64_t last, const struct known *k, float *sums
-) {
+void tile_pull_sums(const struct tile *x, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         float *s = x->s + row * x->s_stride, *t = x->t + row * x->t_stride;
-        struct normaliser norm = known_normaliser(k, row);
+        struct normaliser norm = known_normaliser(&x->known, row);
         double total[3] = {0, 0, 0};
         transform_rows(x, s, t);
 #define SUMS(kind) pull_sums_of(kind, 0, 0, s, t, x, norm, total)
         FOR_KIND(x->kind, SUMS)
 #undef SUMS
-        for (int i = 0; i < 3; i++) sums[row * 3 + i] = (float)total[i];
+        for (int i = 0; i < 3; i++) x->sums[row * 3 + i] = (float)total[i];
     }
 }
 
@@ -348,10 +348,10 @@ static void gradient_block(
 }
 
 /* s <- dz of a tile whose rows are known. */
-void tile_gradient(const struct tile *x, int64_t first, int64_t last, const struct known *k) {
+void tile_gradient(const struct tile *x, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         float *s = x->s + row * x->s_stride, *t = x->t + row * x->t_stride;
-        struct normaliser norm = known_normaliser(k, row);
+        struct normaliser norm = known_normaliser(&x->known, row);
         float weight = weight_of(x, row), at_label = 0;
         if (silenced(x, row)) continue;
         for (int64_t start = 0; start < x->classes; start += BLOCK) {
@@ -360,17 +360,17 @@ void tile_gradient(const struct tile *x, int64_t first, int64_t last, const stru
             transform_block(t + start, start, n, &x->teacher);
             if (has_label(x, row) && x->labels[row] >= start && x->labels[row] < start + n)
                 at_label = label_chain(x, s, x->labels[row]);
-            gradient_block(s + start, t + start, n, x, norm, k->pull_sum[row], weight);
+            gradient_block(s + start, t + start, n, x, norm, x->known.pull_sum[row], weight);
         }
         if (has_label(x, row)) s[x->labels[row]] -= x->label_weight * weight * at_label;
     }
 }
 
 /* Whole rows at once: parts [n, COLUMNS], sums [n, 3] (not for MIX), and s <- dz. */
-void stash_rows(const struct tile *x, int64_t first, int64_t last, float *parts, float *sums) {
+void stash_rows(const struct tile *x, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         float *s = x->s + row * x->s_stride, *t = x->t + row * x->t_stride;
-        float *part = parts + row * COLUMNS, weight = weight_of(x, row), at_label = 0;
+        float *part = x->parts + row * COLUMNS, weight = weight_of(x, row), at_label = 0;
         struct running student, teacher;
         row_statistics(s, t, x, &student, &teacher);
         write_part(part, 0, s, x->classes, &student);
@@ -389,7 +389,7 @@ void stash_rows(const struct tile *x, int64_t first, int64_t last, float *parts,
         } else {
             double total[3] = {0, 0, 0};
             pull_sums_kept(s, t, x, norm, total);
-            for (int i = 0; i < 3; i++) sums[row * 3 + i] = (float)total[i];
+            for (int i = 0; i < 3; i++) x->sums[row * 3 + i] = (float)total[i];
             float pull_sum = (float)(total[1] / total[2]) + label_pull;
             int64_t n = x->classes;
             SIMD for (int64_t i = 0; i < n; i++) s[i] = weight * (t[i] - s[i] * pull_sum);

@@ -47,6 +47,17 @@ class _Transform(ctypes.Structure):
     ]
 
 
+class _Known(ctypes.Structure):
+    _fields_ = [
+        ("student_lse", _Pointer),
+        ("teacher_lse", _Pointer),
+        ("lse_gap", _Pointer),
+        ("pull_sum", _Pointer),
+        ("student_rest", _Pointer),
+        ("teacher_rest", _Pointer),
+    ]
+
+
 class _Tile(ctypes.Structure):
     _fields_ = [
         ("s", _Pointer),
@@ -64,17 +75,9 @@ class _Tile(ctypes.Structure):
         ("label_weight", ctypes.c_float),
         ("label_pull", ctypes.c_float),
         ("ignored_label", ctypes.c_int64),
-    ]
-
-
-class _Known(ctypes.Structure):
-    _fields_ = [
-        ("student_lse", _Pointer),
-        ("teacher_lse", _Pointer),
-        ("lse_gap", _Pointer),
-        ("pull_sum", _Pointer),
-        ("student_rest", _Pointer),
-        ("teacher_rest", _Pointer),
+        ("known", _Known),
+        ("parts", _Pointer),
+        ("sums", _Pointer),
     ]
 
 
@@ -134,18 +137,19 @@ class _Call:
             outer=0.0 if softcap is None else softcap / temperature,
         )
 
-    def known(self, rows: RowsKnown) -> _Known:
-        return _Known(*(self._pointer(field, torch.float32) for field in rows))
-
-    def run(self, name: str, *arguments: object) -> None:
-        function = getattr(library(), name)
-        function.restype = None
-        tile = ctypes.byref(self.tile)
-
-        def work(first: int, last: int) -> None:
-            function(tile, ctypes.c_int64(first), ctypes.c_int64(last), *arguments)
-
-        over_rows(work, self.rows, self.classes)
+    def run(
+        self,
+        name: str,
+        *,
+        known: RowsKnown | None = None,
+        parts: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> None:
+        if known is not None:
+            self.tile.known = _Known(*(self._pointer(field, torch.float32) for field in known))
+        self.tile.parts = self._pointer(parts, torch.float32)
+        self.tile.sums = self._pointer(sums, torch.float32)
+        over_rows(name, self.tile, self.rows, self.classes)
 
 
 def serves(divergence: Divergence, dtype: torch.dtype) -> bool:
@@ -153,24 +157,19 @@ def serves(divergence: Divergence, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and _kind(divergence) is not None
 
 
-def _out(tensor: Tensor) -> _Pointer:
-    return _Pointer(tensor.data_ptr())
-
-
 def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     """Statistics [n, 1, COLUMNS] of a tile of classes; overwrites the logits."""
     parts = tile.s.new_empty(tile.s.shape[0], 1, COLUMNS)
-    _Call(tile, None, spec).run("tile_stats", _out(parts))
+    _Call(tile, None, spec).run("tile_stats", parts=parts)
     return parts
 
 
 def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
     sums = tile.s.new_empty(tile.s.shape[0], 3)
-    call = _Call(tile, None, spec)
     # The sum of pulls is what is asked for: any will do.
-    known = call.known(known_rows(stats, stats.lse_gap, None, spec))
-    call.run("tile_pull_sums", ctypes.byref(known), _out(sums))
+    known = known_rows(stats, stats.lse_gap, None, spec)
+    _Call(tile, None, spec).run("tile_pull_sums", known=known, sums=sums)
     return sums
 
 
@@ -178,8 +177,7 @@ def tile_gradient_(
     tile: Tile, known: RowsKnown, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> None:
     """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
-    call = _Call(tile, row_weight, spec)
-    call.run("tile_gradient", ctypes.byref(call.known(known)))
+    _Call(tile, row_weight, spec).run("tile_gradient", known=known)
     if dz is not tile.s:
         dz.copy_(tile.s)
 
@@ -191,7 +189,7 @@ def stash_rows_(
     n, mix = tile.s.shape[0], spec.divergence.kl_weights
     parts = tile.s.new_empty(n, 1, COLUMNS)
     sums = tile.s.new_empty(n if mix is None else 0, 3)
-    _Call(tile, row_weight, spec).run("stash_rows", _out(parts), _out(sums))
+    _Call(tile, row_weight, spec).run("stash_rows", parts=parts, sums=sums)
     if dz is not tile.s:
         dz.copy_(tile.s)
     stats = merge_parts(parts)

@@ -4,10 +4,7 @@
  * The rows are far apart in memory and longer than the caches, so on x86 they are written past them:
  * an ordinary store would first read every line that it is about to overwrite.
  */
-#include <stdint.h>
-#include <string.h>
-
-#define TILE 8 /* classes and tokens that are turned in registers */
+#include "turn_native.h"
 
 static void turn_part(
     const float *strip, int64_t tokens, float *out, int64_t stride, int64_t first_token,
@@ -19,38 +16,10 @@ static void turn_part(
 }
 
 #ifdef __AVX__
-#include <immintrin.h>
-
-/* Pairs, then pairs of pairs, then halves of the registers change places. */
-static inline void turn_tile(const float *strip, int64_t tokens, float *out, int64_t stride) {
-    __m256 a[TILE], b[TILE];
-    for (int i = 0; i < TILE; i++) a[i] = _mm256_loadu_ps(strip + i * tokens);
-    for (int i = 0; i < TILE; i += 2) {
-        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < TILE; i += 4)
-        for (int k = 0; k < 2; k++) {
-            a[i + 2 * k] = _mm256_shuffle_ps(b[i + k], b[i + k + 2], 0x44);
-            a[i + 2 * k + 1] = _mm256_shuffle_ps(b[i + k], b[i + k + 2], 0xee);
-        }
-    for (int k = 0; k < 4; k++) {
-        _mm256_stream_ps(out + k * stride, _mm256_permute2f128_ps(a[k], a[k + 4], 0x20));
-        _mm256_stream_ps(out + (k + 4) * stride, _mm256_permute2f128_ps(a[k], a[k + 4], 0x31));
-    }
-}
-
 static int is_aligned(const float *out, int64_t stride) {
     return (((uintptr_t)out | (uintptr_t)(stride * (int64_t)sizeof(float))) & 31) == 0;
 }
 #else
-static inline void turn_tile(const float *strip, int64_t tokens, float *out, int64_t stride) {
-    float tile[TILE][TILE];
-    for (int i = 0; i < TILE; i++)
-        for (int k = 0; k < TILE; k++) tile[k][i] = strip[i * tokens + k];
-    for (int k = 0; k < TILE; k++) memcpy(out + k * stride, tile[k], sizeof tile[k]);
-}
-
 static int is_aligned(const float *out, int64_t stride) {
     (void)out, (void)stride;
     return 1;
@@ -63,7 +32,7 @@ void turn(const float *strip, int64_t classes, int64_t tokens, float *out, int64
     if (!is_aligned(out, stride)) whole_tokens = 0;
     for (int64_t token = 0; token < whole_tokens; token += TILE)
         for (int64_t class = 0; class < whole_classes; class += TILE)
-            turn_tile(strip + class * tokens + token, tokens, out + token * stride + class, stride);
+            turn_tile(1, strip + class * tokens + token, tokens, out + token * stride + class, stride);
     turn_part(strip, tokens, out, stride, 0, whole_tokens, whole_classes, classes);
     turn_part(strip, tokens, out, stride, whole_tokens, tokens, 0, classes);
 #ifdef __AVX__

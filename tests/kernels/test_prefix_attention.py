@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-from esr_kernels import reference
+from esr_kernels import prefix_attention_native, reference
+from esr_kernels.native import library
 from esr_kernels.prefix_attention import RowGroups, group_rows, shared_prefix_attention
 from tests.kernels.cases import DEVICE
 
@@ -17,6 +18,19 @@ OPTIONS = {
     "one key": {"window": 1},
     "window and softcap": {"window": 16, "softcap": 3.0},
 }
+
+
+# "compiled" and "torch" are what impl="torch" is with a C compiler and without.
+IMPLS = ["compiled", "torch", "triton"]
+
+
+@pytest.fixture
+def impl(request, monkeypatch):
+    if request.param == "compiled" and (library() is None or DEVICE != "cpu"):
+        pytest.skip("the compiled attention is for CPUs with a C compiler")
+    if request.param == "torch":
+        monkeypatch.setattr(prefix_attention_native, "serves", lambda query: False)
+    return "torch" if request.param == "compiled" else request.param
 
 
 def _case(
@@ -76,23 +90,22 @@ def _plain(tensors, groups, **options):
 def test_torch_is_the_reference(heads, options):
     tensors, groups = _case(heads=heads)
     truth = reference.shared_prefix_attention(*tensors, groups=groups, **options)
-    run = functools.partial(shared_prefix_attention, groups=groups, impl="torch", **options)
-    _assert_close(run(*tensors), truth, 1e-14)
-    # Plain fp32 attention has 1e-7 on these shapes.
-    _assert_close(run(*_in(torch.float32, tensors)), truth, 1e-6)
+    out = shared_prefix_attention(*tensors, groups=groups, impl="torch", **options)
+    _assert_close(out, truth, 1e-14)
 
 
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_triton_is_the_reference(options):
-    tensors, groups = _case()
+@pytest.mark.parametrize("heads", [(6, 2), (5, 1)], ids=str)
+def test_single_precision_is_the_reference(heads, options, impl):
+    tensors, groups = _case(heads=heads)
     truth = reference.shared_prefix_attention(*tensors, groups=groups, **options)
-    out = shared_prefix_attention(
-        *_in(torch.float32, tensors), groups=groups, impl="triton", **options
-    )
-    _assert_close(out, truth, 1e-6)
+    single = _in(torch.float32, tensors)
+    out = shared_prefix_attention(*single, groups=groups, impl=impl, **options)
+    _assert_close(out, truth, 1e-6)  # plain fp32 attention has 1e-7 on these shapes
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", "triton"], indirect=True)
 @pytest.mark.parametrize("std", [1.0, 4.0], ids=["random", "peaked"])
 def test_16_bit_errs_no_more_than_plain_pytorch(impl, std):
     tensors, groups = _case(std=std, dtype=torch.float16)
@@ -103,7 +116,7 @@ def test_16_bit_errs_no_more_than_plain_pytorch(impl, std):
     _assert_close(out, truth, 1.5 * float(plain))
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 @pytest.mark.parametrize(
     ("shape", "prompt_of_row"),
     [
@@ -125,7 +138,7 @@ def test_odd_shapes_in_equal_groups(shape, prompt_of_row, impl):
     assert torch.equal(out, shared_prefix_attention(*single, groups=groups, impl=impl))
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"], indirect=True)
 def test_a_row_without_keys_gets_zero(impl):
     tensors, groups = _case()
     tensors[3][1], tensors[6][1:4] = 0, 0  # prompt 1, and three of its rows
@@ -133,7 +146,7 @@ def test_a_row_without_keys_gets_zero(impl):
     assert not out[1:4].any() and out[4].any() and out.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 def test_what_lies_beyond_the_lengths_does_not_matter(impl):
     tensors, groups = _case(dtype=torch.float32)
     out = shared_prefix_attention(*tensors, groups=groups, impl=impl)
@@ -144,7 +157,7 @@ def test_what_lies_beyond_the_lengths_does_not_matter(impl):
     assert torch.equal(out, shared_prefix_attention(*tensors, groups=groups, impl=impl))
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 def test_caches_may_be_views(impl):
     tensors, groups = _case(dtype=torch.float32)
     out = shared_prefix_attention(*tensors, groups=groups, impl=impl)
@@ -197,6 +210,7 @@ NAMES = (
         ("groups", lambda _: None, "7 rows for 4 prompts"),
         ("groups", lambda g: g._replace(rows=g.rows[:3]), r"groups must have rows \[4, G\]"),
         ("groups", lambda g: RowGroups(g.rows, g.place * 0), "place must say where"),
+        ("groups", lambda g: g._replace(rows=g.rows.abs()), "rows must name each row once"),
         ("scale", lambda _: float("nan"), "scale must be None or finite"),
         ("softcap", lambda _: 0.0, "softcap must be None or finite and above 0"),
         ("window", lambda _: 0, "window must be None or an integer of at least 1"),
