@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 _log = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(name) for name in ("rows_native.c", "turn_native.c", "attention_native.c", "team_native.c")]
+_SOURCES = [
+    Path(__file__).with_name(f"{name}_native.c") for name in ("rows", "turn", "attention", "team")
+]
 # Nothing here licenses the compiler to reorder sums or to forget about NaN and infinity.
 _FLAGS = (
     "-O3 -std=gnu11 -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "

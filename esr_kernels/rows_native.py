@@ -20,7 +20,7 @@ from esr_kernels.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from esr_kernels.native import library, over_rows
+from esr_kernels.native import over_rows
 from esr_kernels.row_stats import (
     COLUMNS,
     IGNORED_LABEL,
