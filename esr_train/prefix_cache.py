@@ -126,7 +126,8 @@ class _PrefixLayer(CacheLayerMixin):
         if self.suffix is None or key_states.shape[2] != 1:
             raise Unsupported("the model does not store one key a layer and token")
         for stored, states in zip(self.suffix, (key_states, value_states), strict=True):
-            if stored.device.type == "cpu":  # where looking stalls nothing, and a plain copy is faster
+            # On CPU looking stalls nothing, and a plain copy is faster.
+            if stored.device.type == "cpu":
                 stored[:, :, int(cache.index)] = states[:, :, 0]
             else:
                 stored.index_copy_(2, cache.index, states)

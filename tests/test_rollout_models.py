@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -227,7 +228,6 @@ def test_adapters_take_part() -> None:
 
 
 def test_a_peft_student_samples_through_its_adapters() -> None:
-    peft = pytest.importorskip("peft")
     model = make("llama")
     before = greedy(model)
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
