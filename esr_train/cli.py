@@ -15,15 +15,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import logging as transformers_logging
 
+from esr_kernels import SamplingParams
 from esr_train.checkpoint import CheckpointError, Interrupt
 from esr_train.compare import Interrupted, cap_steps, compare
 from esr_train.config import Config, ConfigError, ModelConfig, arm_config, load_config, to_yaml
@@ -140,9 +141,14 @@ def _add_sample(commands: Any) -> None:
     command.add_argument(
         "--max-new-tokens", type=_positive, help="of an answer; rollout.max_new_tokens"
     )
-    command.add_argument(
-        "--temperature", type=_temperature, help="0 is greedy; rollout.temperature"
-    )
+    for name, meaning in (
+        ("temperature", "0 is greedy; rollout.temperature"),
+        ("top_k", "sample from the k likeliest tokens"),
+        ("top_p", "from the fewest that have this share of the probability"),
+        ("min_p", "from those at least this share as likely as the likeliest"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        command.add_argument(option, type=_sampling_parameter(name), help=meaning)
     command.add_argument("--seed", type=int, default=0, help="another one samples other answers")
     command.add_argument("--teacher", action="store_true", help="ask the teacher instead")
 
@@ -214,14 +220,17 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     rollout = config.rollout
-    temperature = options.temperature
+    given = {"temperature": rollout.temperature}
+    for field in dataclasses.fields(SamplingParams):
+        if getattr(options, field.name) is not None:
+            given[field.name] = getattr(options, field.name)
     text = sample_text(
         config,
         config.teacher if options.teacher else config.student,
         options.prompt,
         options.samples or rollout.samples,
         options.max_new_tokens or rollout.max_new_tokens,
-        rollout.temperature if temperature is None else temperature,
+        SamplingParams(**given),
         options.seed,
     )
     print(text)
@@ -285,11 +294,19 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value == 0 or 1e-6 <= value < float("inf")):
-        raise argparse.ArgumentTypeError(f"got {text}, must be 0 (greedy) or at least 1e-6")
-    return value
+def _sampling_parameter(name: str) -> Callable[[str], float]:
+    """Parser of a field of SamplingParams, which knows what is allowed."""
+
+    def parse(text: str) -> float:
+        try:
+            value = int(text) if name == "top_k" else float(text)
+        except ValueError as error:
+            kind = "an integer" if name == "top_k" else "a number"
+            raise argparse.ArgumentTypeError(f"{name} must be {kind}, got {text}") from error
+        try:
+            SamplingParams(**{name: value})
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    return parse

@@ -118,9 +118,20 @@ _POSITIVE = (
     "loss.window_tokens loss.temperature optim.lr optim.micro_batch eval.problems "
     "eval.max_new_tokens"
 ).split()
-_NOT_NEGATIVE = (
-    "rollout.temperature optim.warmup_steps eval.every eval.teacher_text checkpoint.every"
-).split()
+_NOT_NEGATIVE = "optim.warmup_steps eval.every eval.teacher_text checkpoint.every".split()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error, where its last value would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (at, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is given twice", at.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
@@ -128,7 +139,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     if not path.is_file():
         raise ConfigError(f"config: {path} is not a file")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is not valid YAML: {_one_line(error)}") from error
     config = config_from_dict(data)
@@ -137,7 +148,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         if not separator:
             raise ConfigError(f"override: got {override!r}, expected section.key=value")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {key}: {_one_line(error)}") from error
         config = _set(config, key.strip(), value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from esr_kernels import SamplingParams
 from esr_train.config import Config, ConfigError, ModelConfig
 from esr_train.data import encode
 from esr_train.models import load_model, load_tokenizer
@@ -25,13 +26,13 @@ def sample_text(
     prompts: list[str],
     samples: int,
     max_new_tokens: int,
-    temperature: float,
+    params: SamplingParams,
     seed: int,
 ) -> str:
     """Every prompt with `samples` answers, as text for a terminal.
 
     Prompts are put as the task of the config puts its own: through the chat template, or as they
-    are.
+    are. Log-probs are of the whole distribution at the temperature, whatever `params` leave of it.
 
     Raises:
         ConfigError, ModelError, ContextError: an unknown task, a model that cannot be loaded,
@@ -44,7 +45,16 @@ def sample_text(
     tokenizer = load_tokenizer(spec, config.runtime)
     ids = [encode(tokenizer, Problem(prompt), task.chat) for prompt in prompts]
     rollout = PrefixRollout(load_model(spec, config.runtime), tokenizer)
-    batch = rollout.generate(ids, samples, max_new_tokens, temperature, (seed, "sample"))
+    batch = rollout.generate(
+        ids,
+        samples,
+        max_new_tokens,
+        params.temperature,
+        (seed, "sample"),
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+    )
     parts = []
     for row, prompt in enumerate(batch.prompts):
         if row % samples == 0:

@@ -58,7 +58,9 @@ def test_published_configs_load_and_survive_a_round_trip(config_path: Path, tmp_
         ("seeds=[1, 1]", "seeds: .* must be different"),
         ("steps=0", "steps: got 0, must be above 0"),
         ("optim.lr=-1", "optim.lr: got -1.0, must be above 0"),
-        ("rollout.temperature=-1", "rollout.temperature: .* must be 0 or above"),
+        ("rollout.temperature=-1", r"rollout.temperature: .* must be 0 \(greedy\) or a finite"),
+        ("rollout.temperature=1e-9", r"rollout.temperature: .* must be 0 \(greedy\) or a finite"),
+        ("optim={lr: 1, lr: 2}", "optim: 'lr' is given twice"),
         ("steps", "expected section.key=value"),
         ("loss.denominator=fixed", "loss.fixed_length: needed"),
         ("student.model=", "student.model"),
@@ -126,3 +128,9 @@ def test_the_configuration_stays_small_and_explained() -> None:
     for name in {n for _, n in names} | plain:
         line = next(t for t in source.splitlines() if t.startswith(f"    {name}: "))
         assert "  # " in line, f"{name} has no help"
+
+
+def test_a_key_that_is_given_twice_is_an_error(path: Path) -> None:
+    path.write_text(path.read_text() + "\nsteps: 3\nsteps: 4\n")
+    with pytest.raises(ConfigError, match="'steps' is given twice"):
+        load_config(path)

@@ -85,9 +85,28 @@ def test_an_error_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
+    "filters", [("--top-k", "1"), ("--top-p", "1e-6"), ("--min-p", "1")], ids=lambda f: f[0]
+)
+def test_the_narrowest_filters_leave_the_greedy_answer(
+    path: Path, capsys: pytest.CaptureFixture[str], filters: tuple[str, str]
+) -> None:
+    """With the log-probs of the whole distribution, all the same."""
+    options = ("--prompt", "1+2", "--samples", "1", "--max-new-tokens", "9")
+    greedy = ask(path, capsys, *options, "--temperature", "0")
+    assert ask(path, capsys, *options, "--temperature", "1", *filters) == greedy
+    assert ask(path, capsys, *options, "--temperature", "1") != greedy
+
+
+@pytest.mark.parametrize(
     "options",
-    [[], ["--prompt", "1", "--samples", "0"], ["--prompt", "1", "--temperature", "-1"]],
-    ids=["no prompt", "no samples", "temperature"],
+    [
+        [],
+        ["--prompt", "1", "--samples", "0"],
+        ["--prompt", "1", "--temperature", "-1"],
+        ["--prompt", "1", "--top-p", "1.5"],
+        ["--prompt", "1", "--top-k", "2.5"],
+    ],
+    ids=["no prompt", "no samples", "temperature", "top-p", "top-k"],
 )
 def test_usage_errors_are_exit_code_2(path: Path, options: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
