@@ -52,7 +52,7 @@ INLINE void tile(
     int rows, int vectors, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
     int64_t depth, float *out, int64_t out_stride, const float *shrink
 ) {
-    vector sum[4][4];
+    vector sum[4][2];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
             if (shrink)

@@ -1,5 +1,5 @@
 """Compiling and loading the C of this package, for what PyTorch is slow at on CPU: row passes over
-logits, and turning them. Where there is a compiler.
+logits, turning them, decode attention. Where there is a compiler.
 
 Compiled once per machine with `$CC`, cc, gcc or clang, for the instructions of that machine, into
 `$ESR_CACHE` (default ~/.cache/esr); takes about two seconds, and a few milliseconds afterwards.
@@ -42,7 +42,7 @@ _LOADED_IN = os.getpid()
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled row passes, or None where they cannot be had."""
+    """The compiled functions, or None where they cannot be had."""
     switch = os.environ.get("ESR_NATIVE", "1")
     if switch not in ("0", "1"):
         raise ValueError(f"ESR_NATIVE must be 0 or 1, got {switch!r}")
@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
         RuntimeError,
         subprocess.SubprocessError,
     ) as error:
-        _log.warning("No compiled row passes (%s); the PyTorch ones are used instead", error)
+        _log.warning("No compiled code for the CPU (%s); PyTorch does its work, slower", error)
         return None
 
 
@@ -172,9 +172,9 @@ def _team(process: int) -> ctypes._FuncPointer | None:
     after an operation, and others would have to share the cores with them.
 
     None where PyTorch has another library; and in a forked process, where OpenMP would wait for
-    threads that only the parent has.
+    threads that only its parent has.
     """
-    if process != _LOADED_IN:
+    if process != _LOADED_IN or os.name != "posix":
         return None
     return getattr(ctypes.CDLL(None), "GOMP_parallel", None)
 

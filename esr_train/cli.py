@@ -220,7 +220,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     rollout = config.rollout
-    given = {"temperature": rollout.temperature}
+    given: dict[str, Any] = {"temperature": rollout.temperature}
     for field in dataclasses.fields(SamplingParams):
         if getattr(options, field.name) is not None:
             given[field.name] = getattr(options, field.name)
@@ -294,10 +294,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _sampling_parameter(name: str) -> Callable[[str], float]:
+def _sampling_parameter(name: str) -> Callable[[str], Any]:
     """Parser of a field of SamplingParams, which knows what is allowed."""
 
-    def parse(text: str) -> float:
+    def parse(text: str) -> Any:
+        value: Any
         try:
             value = int(text) if name == "top_k" else float(text)
         except ValueError as error:
