@@ -1,5 +1,5 @@
 """Compiling and loading the C of this package, for what PyTorch is slow at on CPU: row passes over
-logits, turning them, decode attention. Where there is a compiler.
+logits, turning them, tiles of a draw, decode attention. Where there is a compiler.
 
 Compiled once per machine with `$CC`, cc, gcc or clang, for the instructions of that machine, into
 `$ESR_CACHE` (default ~/.cache/esr); takes about two seconds, and a few milliseconds afterwards.
@@ -25,7 +25,8 @@ from torch import Tensor
 
 _log = logging.getLogger(__name__)
 _SOURCES = [
-    Path(__file__).with_name(f"{name}_native.c") for name in ("rows", "turn", "attention", "team")
+    Path(__file__).with_name(f"{name}_native.c")
+    for name in ("rows", "turn", "attention", "tiles", "team")
 ]
 # Nothing here licenses the compiler to reorder sums or to forget about NaN and infinity.
 _FLAGS = (

@@ -76,9 +76,9 @@ def sample_from_logits(
         probability; no tail is cut: Gumbel noise has 64 random bits, the level in a tile 52.
         Repeated calls agree bit for bit. PyTorch and Triton use the same words; as their sums round
         differently, about one draw in a million differs.
-    Memory: no [B, V] tensor beyond the logits. On CPU three blocks of rows, 2.5 MB each, which the
-        next call uses again (`release_workspace`); on GPU 8 bytes a row and tile, and with filters
-        twice that and 64 KiB a row.
+    Memory: no [B, V] tensor beyond the logits. On CPU up to three blocks of rows, 2.5 MB each,
+        which the next call uses again (`release_workspace`); on GPU 8 bytes a row and tile, and
+        with filters twice that and 64 KiB a row.
     Gradients: none; operands are read without autograd.
     Reference: `esr_kernels.reference_sampling.sample_from_logits`.
 
