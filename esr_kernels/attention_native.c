@@ -158,7 +158,8 @@ static void walk(
 ) {
     int64_t length = cache->lengths[owner], start = length;
     for (int64_t q = from; q < from + count; q++) start = first[q] < start ? first[q] : start;
-    for (start = start > 0 ? start : 0; start < length; start += KEYS) {
+    /* Blocks are the same whichever queries go together, so that a row's sums are. */
+    for (start = start > 0 ? start - start % KEYS : 0; start < length; start += KEYS) {
         int64_t n = length - start < KEYS ? length - start : KEYS;
         const float *key = at(cache->key, cache->key_strides, owner, head, start);
         const float *value = at(cache->value, cache->value_strides, owner, head, start);

@@ -4,7 +4,6 @@ prompt's keys and values are stored, and read, once for all of its rows."""
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor
 
 from esr_kernels import prefix_attention_native, prefix_attention_torch, reference
+from esr_kernels.arguments import check_size
 from esr_kernels.head import check_impl
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LARGEST = torch.finfo(torch.float32).max
 # What the kernels keep of a head in registers.
 _WIDEST_TRITON_HEAD = 256
 
@@ -34,8 +35,11 @@ def group_rows(
     Raises:
         ValueError: a row names a prompt that is not from 0 to `prompts` - 1.
     """
+    check_size("prompts", prompts, 0)
     members: list[list[int]] = [[] for _ in range(prompts)]
     for row, prompt in enumerate(prompt_of_row):
+        if not isinstance(prompt, int):
+            raise TypeError(f"prompt_of_row must hold ints, got {prompt!r} for row {row}")
         if not 0 <= prompt < prompts:
             raise ValueError(
                 f"prompt_of_row must be from 0 to {prompts - 1}, got {prompt} for row {row}"
@@ -80,8 +84,9 @@ def shared_prefix_attention(
         query: [B, Hq, D]; heads h * Hq / Hkv to (h + 1) * Hq / Hkv - 1 read key head h.
         prefix_key, prefix_value: [P, Hkv, L, D], the dtype of `query`.
         prefix_lengths: [P] int64, on the device of `query`, from 0 to L.
-        suffix_key, suffix_value: [B, Hkv, N, D]; N may be 0. May be views with any strides but 1
-            in the last dimension. Beyond the lengths both caches must hold finite numbers.
+        suffix_key, suffix_value: [B, Hkv, N, D]; N may be 0. Views of any strides are fine; best
+            is 1 in the last dimension. What lies beyond the lengths or is hidden by a window must
+            be finite in both caches: it may be multiplied by 0.
         suffix_lengths: [B] int64, from 0 to N, the query's own key counted.
         groups: which rows a prompt has, by `group_rows`. None: B = P * G, and rows p * G to
             (p + 1) * G - 1 belong to prompt p.
@@ -115,11 +120,11 @@ def shared_prefix_attention(
     )
     check_impl(impl, "query", query)
     scale = dim**-0.5 if scale is None else scale
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be None or finite, got {scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be None or finite and above 0, got {softcap}")
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if not abs(scale) <= _LARGEST:
+        raise ValueError(f"scale must be None or finite in fp32, got {scale}")
+    if softcap is not None and not 0 < softcap <= _LARGEST:
+        raise ValueError(f"softcap must be None or finite in fp32 and above 0, got {softcap}")
+    if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"window must be None or an integer of at least 1, got {window!r}")
     _check_groups(groups, batch, prefix_key.shape[0], query.device)
     if batch == 0:
@@ -181,6 +186,18 @@ def _check_tensors(
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"query must be one of {allowed}, got {query.dtype}")
     batch, heads, dim = query.shape
+    if dim == 0:
+        raise ValueError("query must have heads of at least one dimension, got [..., 0]")
+    for name, value in (
+        ("prefix_key", prefix_key),
+        ("prefix_value", prefix_value),
+        ("prefix_lengths", prefix_lengths),
+        ("suffix_key", suffix_key),
+        ("suffix_value", suffix_value),
+        ("suffix_lengths", suffix_lengths),
+    ):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if prefix_key.dim() != 4 or prefix_key.shape[3] != dim:
         raise ValueError(
             f"prefix_key must have shape [P, Hkv, L, {dim}], got {list(prefix_key.shape)}"
@@ -241,7 +258,11 @@ def _check_groups(groups: RowGroups | None, batch: int, prompts: int, device: to
                 "have the same number of rows; see group_rows"
             )
         return
+    if not isinstance(groups, RowGroups):
+        raise TypeError(f"groups must be None or what group_rows returns, got {groups!r}")
     rows, place = groups
+    if rows.dtype != torch.int64 or place.dtype != torch.int64:
+        raise TypeError(f"groups must be int64, got {rows.dtype} and {place.dtype}")
     if rows.dim() != 2 or rows.shape[0] != prompts or place.shape != (batch,):
         raise ValueError(
             f"groups must have rows [{prompts}, G] and place [{batch}], "
@@ -250,7 +271,8 @@ def _check_groups(groups: RowGroups | None, batch: int, prompts: int, device: to
     if rows.device != device or place.device != device:
         raise ValueError(f"groups must be on {device} as query is, got {rows.device}")
     if device.type == "cpu" and batch:  # where looking stalls nothing
-        found = rows.flatten()[place] if int(place.max()) < rows.numel() else None
+        inside = 0 <= int(place.min()) <= int(place.max()) < rows.numel()
+        found = rows.flatten()[place] if inside else None
         if found is None or not torch.equal(found, torch.arange(batch)):
             raise ValueError("groups: place must say where each row stands in rows")
         if int((rows >= 0).sum()) != batch:

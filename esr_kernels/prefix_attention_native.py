@@ -71,16 +71,17 @@ def attend(
     batch, heads, dim = query.shape
     prompts, kv_heads = prefix_key.shape[:2]
     width = batch // prompts if groups is None else groups.rows.shape[1]
-    out = torch.empty(batch, heads, dim)
+    out = torch.empty(batch, heads, dim, dtype=torch.float32, device="cpu")
     # Copies, if any, live in this list as long as the calls that read them.
     kept: list[Tensor] = []
 
     def pointer(tensor: Tensor) -> int:
-        kept.append(tensor.contiguous())
+        kept.append(tensor.resolve_neg().contiguous())
         return kept[-1].data_ptr()
 
     def cache(key: Tensor, value: Tensor, lengths: Tensor) -> _Cache:
-        both = [t if t.stride(3) == 1 else t.contiguous() for t in (key, value)]
+        both = [t.resolve_neg() for t in (key, value)]
+        both = [t if t.stride(3) == 1 else t.contiguous() for t in both]
         kept.extend(both)
         strides = ((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in both)
         return _Cache(*(t.data_ptr() for t in both), *strides, pointer(lengths))

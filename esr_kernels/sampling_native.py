@@ -22,7 +22,8 @@ def serves(logits: Tensor) -> bool:
 
 def tile_sums(tiled: Tensor) -> tuple[Tensor, Tensor]:
     """(maxima, log of the sums of exp(z - maximum)) of tiles [..., 256]."""
-    maxima, log_sums = torch.empty(2, *tiled.shape[:-1]).unbind()
+    tiled = tiled.resolve_neg()
+    maxima, log_sums = tiled.new_empty(2, *tiled.shape[:-1]).unbind()
     what = _Tiles(tiled.data_ptr(), maxima.data_ptr(), log_sums.data_ptr())
     over_rows("tile_sums", what, maxima.numel(), tiled.shape[-1])
     return maxima, log_sums

@@ -8,6 +8,7 @@ device, so that on CUDA a step can be captured once and replayed: `CapturedStep`
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,17 +33,29 @@ _AGREES = {torch.float32: 1e-3, torch.float64: 1e-3}
 _AGREES_16_BIT = 0.1
 
 
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, which turns dropout and gradient checkpointing off; then as it was."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    """Eval mode inside, which turns dropout and gradient checkpointing off; then as it was.
+
+    Autocast is off, too: logits are those of the model's own dtype, whoever asks. Other threads
+    wait for the model: its mode and its attention are state that they would share.
+    """
+    with _locks_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    device = next(model.parameters()).device.type
+    with lock, torch.autocast(device, enabled=False):
+        training = [module for module in model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 class SharedPrefixDecoder:
@@ -124,7 +137,14 @@ class PlainDecoder:
         self.cache = DynamicCache(config=self.model.config)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         hidden = self._forward(ids, positions)
-        self.cache.batch_repeat_interleave(samples)
+        if samples > 1:
+            try:
+                self.cache.batch_repeat_interleave(samples)
+            except AttributeError as error:  # layers with a state instead of keys
+                raise Unsupported(
+                    f"{type(self.model).__name__} cannot share a prompt among samples, and its "
+                    "cache cannot be repeated for them; ask for one sample a prompt"
+                ) from error
         self.mask = self.mask.repeat_interleave(samples, dim=0)
         self.position = self.mask.sum(1)
         return hidden

@@ -126,18 +126,35 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def check_head(model: Any) -> None:
     """Raise ModelError unless decoder and `Head` together give the model's own logits."""
-    weight = head(model).weight
+    known = head(model)
+    layer, weight = model.get_output_embeddings(), known.weight
+    for name, parameter in layer.named_parameters():
+        # An adapter may add nothing yet, and something after the first step.
+        if parameter.requires_grad and parameter is not weight and parameter is not known.bias:
+            raise ModelError(
+                f"{type(model).__name__}: its head trains {name} beside a weight and a bias, which "
+                "logits from hidden states leave out; take the head out of target_modules"
+            )
     ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
     with torch.no_grad():
         own = model(input_ids=ids).logits.float()
-        ours = head(model).logits(decoder(model)(input_ids=ids).last_hidden_state)
+        below = decoder(model)(input_ids=ids)
+    if not hasattr(below, "last_hidden_state"):
+        raise ModelError(f"{type(model).__name__}: its decoder returns no last_hidden_state")
+    with torch.no_grad():
+        ours = known.logits(below.last_hidden_state)
     # bf16 logits are rounded on one side only
     tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2
-    if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+    same = own.shape == ours.shape
+    if same:
+        gap, largest = float((own - ours).abs().max()), float(own.abs().max())
+        same = torch.allclose(own, ours, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+    if not same:
+        how = f"difference {gap:.3g}" if own.shape == ours.shape else "of another shape"
         raise ModelError(
             f"{type(model).__name__}: its logits are not scale, bias and soft-cap on a linear head "
-            f"(difference {float((own - ours).abs().max()):.3g}), so the loss from hidden states "
-            "would train another distribution; this architecture is not supported"
+            f"over its decoder ({how}), so sampling and loss from hidden states would be of "
+            "another distribution; this architecture, hook or kind of adapter is not supported"
         )
 
 

@@ -8,6 +8,7 @@ reads the cache: `esr_kernels.shared_prefix_attention`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -167,21 +168,25 @@ class _PrefixLayer(CacheLayerMixin):
         return -1
 
 
-_active: list[PrefixCache] = []  # the cache whose responses are being decoded, last in
+class _Active(threading.local):
+    """Of a thread: the cache whose responses are being decoded."""
+
+    cache: PrefixCache | None = None
+
+
+_active = _Active()
 
 
 @contextmanager
 def shared_prefix_decoding(model: Any, cache: PrefixCache) -> Iterator[None]:
     """Inside, forward passes of `model` (a decoder) attend through `cache`."""
     config = model.config
-    own = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    _active.append(cache)
+    own, before = config._attn_implementation, _active.cache
+    config._attn_implementation, _active.cache = ATTENTION, cache
     try:
         yield
     finally:
-        _active.pop()
-        config._attn_implementation = own
+        config._attn_implementation, _active.cache = own, before
 
 
 def _attend(
@@ -196,7 +201,7 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What models call in place of their own attention: query [B, Hq, 1, D] -> [B, 1, Hq, D]."""
-    layer = _active[-1].pending if _active else None
+    layer = _active.cache.pending if _active.cache is not None else None
     if layer is None or layer.prefix is None or layer.suffix is None:
         raise Unsupported("attention that does not follow an update of the cache")
     cache = layer.cache

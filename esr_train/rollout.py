@@ -20,7 +20,7 @@ from esr_kernels import SampleKeys, SamplingParams, sample_from_hidden
 from esr_kernels.arguments import check_size
 from esr_train.data import seed_from
 from esr_train.decode import CapturedStep, Decoder, decoder_for, evaluating
-from esr_train.models import Head, decoder, eos_ids, head, max_positions
+from esr_train.models import Head, check_head, decoder, eos_ids, head, max_positions
 
 # Steps between looks at which rows have ended, on CUDA: each look is at the state of the one
 # before, copied while the device went on, so the host never waits for a step it has just queued.
@@ -92,9 +92,13 @@ class PrefixRollout:
     """Generates with a causal language model.
 
     Args:
-        tokenizer: only asked which tokens end a response.
+        tokenizer: only asked for `eos_token_id`; None if the model's config says it.
         classes: sample from the first so many tokens of the vocabulary. Student and teacher may be
             padded to different sizes, and neither can read a token that it has no embedding for.
+
+    Raises:
+        ModelError: the model's logits are not those of its head's weight on its decoder's hidden
+            states: a LoRA on the head, a prompt or prefix that is learned, a hook.
     """
 
     def __init__(self, model: Any, tokenizer: Any, classes: int | None = None) -> None:
@@ -103,6 +107,8 @@ class PrefixRollout:
                 "model must be a transformers causal language model with an output head, "
                 f"got {type(model).__name__}"
             )
+        with evaluating(model):
+            check_head(model)
         self.model = model
         self.classes = rows = head(model).weight.shape[0]
         if classes is not None:
@@ -253,9 +259,10 @@ class _Sampling:
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         # By response; beyond the end of a response its row may go on for a while, see `result`.
-        self.tokens = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
-        self.logprob = torch.zeros(batch, max_new_tokens, device=device)
-        self.log_kept = torch.zeros(batch, max_new_tokens, device=device)
+        shape, fp32 = (batch, max_new_tokens), torch.float32
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.logprob = torch.zeros(shape, dtype=fp32, device=device)
+        self.log_kept = torch.zeros(shape, dtype=fp32, device=device)
         # By row that is computed.
         self.rows = torch.arange(batch, device=device)  # which response it is
         self.keys = row_keys

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -320,3 +321,39 @@ def test_a_captured_step_is_the_step() -> None:
         eager = engine.generate(prompts, 4, 100, 1.0, (0,))
     assert torch.equal(replayed.tokens, eager.tokens)
     assert torch.equal(replayed.logprob, eager.logprob)
+
+
+def test_threads_take_turns_on_a_model() -> None:
+    model = tiny_llama()
+    expected = PrefixRollout(model, TOKENIZER).generate(PROMPTS, 2, 8, 1.0, (0,)).tokens
+    with ThreadPoolExecutor(3) as pool:
+        engines = [PrefixRollout(model, TOKENIZER) for _ in range(12)]
+        runs = [pool.submit(engine.generate, PROMPTS, 2, 8, 1.0, (0,)) for engine in engines]
+        assert all(torch.equal(run.result().tokens, expected) for run in runs)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("first", ["inside", "outside"])
+def test_autocast_changes_nothing(first: str) -> None:
+    """Neither a rollout nor the verdict on how the model is decoded."""
+    model = tiny_llama()
+    engine = PrefixRollout(model, TOKENIZER)
+    batches = []
+    for inside in (first == "inside", first != "inside"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            batches.append(engine.generate(PROMPTS, 2, 8, 1.0, (0,)))
+    assert torch.equal(batches[0].tokens, batches[1].tokens)
+    assert torch.equal(batches[0].logprob, batches[1].logprob)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    engine = PrefixRollout(tiny_llama(), TOKENIZER)
+    expected = engine.generate(PROMPTS, 2, 8, 1.0, (0,))
+    torch.set_default_dtype(dtype)
+    try:
+        batch = engine.generate(PROMPTS, 2, 8, 1.0, (0,))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(batch.tokens, expected.tokens)
+    assert torch.equal(batch.logprob, expected.logprob)

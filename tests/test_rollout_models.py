@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from esr_train import decode, prefix_cache, rollout
+from esr_train.models import ModelError
 from esr_train.rollout import PrefixRollout, RolloutBatch
 from tests.tiny import char_tokenizer, tiny_llama
 
@@ -125,7 +126,7 @@ class _OtherPositions(transformers.LlamaForCausalLM):
         self.model.rotary_emb.register_forward_pre_hook(
             lambda _, args, kwargs: (
                 (args, {"position_ids": kwargs["position_ids"] * 0 + 1})
-                if args[0].shape[1] == 1 and prefix_cache._active
+                if args[0].shape[1] == 1 and prefix_cache._active.cache is not None
                 else None
             ),
             with_kwargs=True,
@@ -189,7 +190,7 @@ def test_everything_is_put_back_when_a_step_fails(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(prefix_cache, "shared_prefix_attention", fail)
     with pytest.raises(RuntimeError, match="^no$"):
         greedy(model, 2)
-    assert model.config._attn_implementation == "sdpa" and not prefix_cache._active
+    assert model.config._attn_implementation == "sdpa" and prefix_cache._active.cache is None
     assert [module.training for module in model.modules()] == training
 
 
@@ -236,3 +237,37 @@ def test_a_peft_student_samples_through_its_adapters() -> None:
     for row, prompt in enumerate(ours.prompts):
         assert ours.response(row) == by_transformers(student, prompt)
     assert not torch.equal(ours.tokens, before.tokens)
+
+
+def _prompted(config: Any) -> Any:
+    return peft.get_peft_model(make("llama"), config).eval()
+
+
+def _hooked() -> Any:
+    model = make("llama")
+    model.lm_head.register_forward_hook(lambda module, inputs, out: out * 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: _prompted(peft.LoraConfig(target_modules=["lm_head"])), "head trains lora_A"),
+        (
+            lambda: _prompted(peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3)),
+            "another shape",
+        ),
+        (
+            lambda: _prompted(peft.PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=3)),
+            "its logits are not",
+        ),
+        (_hooked, "its logits are not"),
+    ],
+    ids=["lora on the head", "prompt tuning", "prefix tuning", "hook"],
+)
+def test_logits_that_are_no_head_over_the_decoder_are_refused(
+    build: Callable[[], Any], reason: str
+) -> None:
+    """They would be sampled without what is beside the two."""
+    with pytest.raises(ModelError, match=reason):
+        PrefixRollout(build(), TOKENIZER)

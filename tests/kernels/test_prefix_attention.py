@@ -178,6 +178,10 @@ def test_groups_of_rows():
     assert groups.rows.flatten()[groups.place].tolist() == list(range(7))
     with pytest.raises(ValueError, match="prompt_of_row.*0 to 3, got 4 for row 1"):
         group_rows([0, 4], 4)
+    with pytest.raises(TypeError, match="prompt_of_row must hold ints, got 'a' for row 1"):
+        group_rows([0, "a"], 4)
+    with pytest.raises(ValueError, match="prompts must be an integer of at least 0, got -1"):
+        group_rows([], -1)
 
 
 def test_no_rows():
@@ -210,7 +214,16 @@ NAMES = (
         ("groups", lambda g: RowGroups(g.rows, g.place * 0), "place must say where"),
         ("groups", lambda g: g._replace(rows=g.rows.abs()), "rows must name each row once"),
         ("scale", lambda _: float("nan"), "scale must be None or finite"),
-        ("softcap", lambda _: 0.0, "softcap must be None or finite and above 0"),
+        ("softcap", lambda _: 0.0, "softcap must be None or finite in fp32 and above 0"),
+        ("softcap", lambda _: 1e39, "softcap must be None or finite in fp32 and above 0"),
+        ("scale", lambda _: 1e39, "scale must be None or finite in fp32"),
+        ("window", lambda _: True, "window must be None or an integer of at least 1"),
+        ("query", lambda x: x[..., :0], "query must have heads of at least one dimension"),
+        ("prefix_lengths", lambda x: x.tolist(), "prefix_lengths must be a torch.Tensor, got list"),
+        ("groups", lambda g: (g.rows, g.place), "groups must be None or what group_rows returns"),
+        ("groups", lambda g: RowGroups(g.rows.int(), g.place.int()), "groups must be int64"),
+        ("groups", lambda g: g._replace(rows=g.rows.double()), "groups must be int64"),
+        ("groups", lambda g: g._replace(place=g.place - 9), "place must say where"),
         ("window", lambda _: 0, "window must be None or an integer of at least 1"),
         ("impl", lambda _: "cuda", "impl must be one of"),
     ],

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esr_kernels import prefix_attention_native, reference
+from esr_kernels import SampleKeys, prefix_attention_native, reference, sample_from_logits
 from esr_kernels.native import library
 from esr_kernels.prefix_attention import shared_prefix_attention
 from tests.kernels.test_prefix_attention import _assert_close, _case, _in
@@ -45,20 +45,22 @@ def test_wider_heads_go_through_pytorch():
     _assert_close(out, truth, 1e-6)
 
 
-def test_a_row_is_the_same_alone_and_with_any_threads():
+@pytest.mark.parametrize("window", [None, 40, 90])
+def test_a_row_is_the_same_alone_and_with_any_threads(window):
     tensors, groups = _case((0,) * 40, prompts=1, length=200, own=70, dim=64, dtype=torch.float32)
     query, pk, pv, lengths, sk, sv, own = tensors = [tensor.cpu() for tensor in tensors]
-    together = _attend(tensors)
+    together = _attend(tensors, window=window)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(_attend(tensors), together)
+            assert torch.equal(_attend(tensors, window=window), together)
     finally:
         torch.set_num_threads(before)
     for row in (0, 17, 39):
         one = slice(row, row + 1)
-        alone = _attend((query[one], pk, pv, lengths, sk[one], sv[one], own[one]))
+        row_of = (query[one], pk, pv, lengths, sk[one], sv[one], own[one])
+        alone = _attend(row_of, window=window)
         assert torch.equal(alone[0], together[row])
 
 
@@ -85,3 +87,29 @@ def test_what_is_not_finite_stays_in_its_row(bad):
     assert torch.equal(out[[0, 1]], good[[0, 1]]) and out[3].isfinite().all()
     tensors[0][0, 0] = bad
     assert _attend(tensors)[0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_is_not_what_the_compiled_code_writes(dtype):
+    tensors, groups = _case(dtype=torch.float32)
+    tensors = [tensor.cpu() for tensor in tensors]
+    groups = type(groups)(*(field.cpu() for field in groups))
+    logits = torch.randn(9, 700)
+    keys = SampleKeys(0, torch.arange(9), 0)
+    attended, drawn = _attend(tensors, groups=groups), sample_from_logits(logits, keys)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(_attend(tensors, groups=groups), attended)
+        again = sample_from_logits(logits, keys)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(again, drawn, strict=True))
+
+
+def test_lazily_negated_operands():
+    tensors, groups = _case(dtype=torch.float32)
+    tensors = [tensor.cpu() for tensor in tensors]
+    groups = type(groups)(*(field.cpu() for field in groups))
+    expected = _attend([-tensors[0], *tensors[1:4], -tensors[4], *tensors[5:]], groups=groups)
+    lazy = [torch._neg_view(tensors[at]) if at in (0, 4) else tensors[at] for at in range(7)]
+    assert torch.equal(_attend(lazy, groups=groups), expected)
