@@ -12,7 +12,6 @@
 #define KEYS 64     /* in a block */
 #define QUERIES 24  /* that go together: heads of a row, times rows */
 #define WIDEST 256  /* dimensions of a head */
-#define SIMD _Pragma("omp simd")
 
 #if defined(__AVX512F__)
 #define LANES 16

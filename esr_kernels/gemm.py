@@ -54,8 +54,8 @@ def _strips(
         yield strip, rows.to(dtype)
 
 
-# On an AMD EPYC a product of few tokens and many classes takes 0.6 to 0.9 of the time with the
-# classes in front, on an Intel Xeon 1.2 to 1.9 (bench/bench_projection.py). The result is turned a
+# On an AMD EPYC a product of few tokens and many classes takes 0.6 to 1.1 of the time with the
+# classes in front, on an Intel Xeon 1.3 to 1.9 (bench/bench_projection.py). The result is turned a
 # strip at a time, while it is in the cache; PyTorch is slow at that, and it pays for fewer tokens.
 _TURNED_CLASSES = 1024
 _FEW_TOKENS, _FEW_TOKENS_FOR_PYTORCH = 512, 256

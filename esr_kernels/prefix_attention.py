@@ -157,8 +157,9 @@ def shared_prefix_attention(
         from esr_kernels import prefix_attention_triton
 
         return prefix_attention_triton.attend(*tensors, **options)
-    on_cpu = prefix_attention_native if prefix_attention_native.serves(query) else None
-    return (on_cpu or prefix_attention_torch).attend(*tensors, **options)
+    if prefix_attention_native.serves(query):
+        return prefix_attention_native.attend(*tensors, **options)
+    return prefix_attention_torch.attend(*tensors, **options)
 
 
 def _triton_can(query: Tensor) -> bool:

@@ -9,7 +9,6 @@
 #include "rows_native_math.h"
 
 #define BLOCK 256
-#define SIMD _Pragma("omp simd")
 
 /* Columns of a part's statistics: row_stats.py. */
 enum { MAX = 0, LOG_SUM = 2, GAP = 4, CENTRED = 6, ARGMAX = 8, COLUMNS = 10 };

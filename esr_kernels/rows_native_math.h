@@ -1,11 +1,12 @@
-/* Elementwise arithmetic of rows_native.c in fp32: exponentials, logarithms and the divergences that
- * are no mix of the two KLs. Branch-free, so that loops over these vectorise.
+/* Elementwise arithmetic in fp32: exponentials, logarithms and the divergences that are no mix of the
+ * two KLs. Branch-free, so that loops over these vectorise.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define SIMD _Pragma("omp simd")
 
 enum { MIX, JSD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION };
 

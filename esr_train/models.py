@@ -139,18 +139,20 @@ def check_head(model: Any) -> None:
     with torch.no_grad():
         own = model(input_ids=ids).logits.float()
         below = decoder(model)(input_ids=ids)
-    if not hasattr(below, "last_hidden_state"):
-        raise ModelError(f"{type(model).__name__}: its decoder returns no last_hidden_state")
-    with torch.no_grad():
+        if not hasattr(below, "last_hidden_state"):
+            raise ModelError(f"{type(model).__name__}: its decoder returns no last_hidden_state")
         ours = known.logits(below.last_hidden_state)
     # bf16 logits are rounded on one side only
     tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2
-    same = own.shape == ours.shape
-    if same:
-        gap, largest = float((own - ours).abs().max()), float(own.abs().max())
-        same = torch.allclose(own, ours, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
-    if not same:
-        how = f"difference {gap:.3g}" if own.shape == ours.shape else "of another shape"
+    if own.shape != ours.shape:
+        how: str | None = f"shape {list(own.shape)}, not {list(ours.shape)}"
+    elif torch.allclose(
+        own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max()), equal_nan=True
+    ):
+        how = None
+    else:
+        how = f"difference {float((own - ours).abs().max()):.3g}"
+    if how:
         raise ModelError(
             f"{type(model).__name__}: its logits are not scale, bias and soft-cap on a linear head "
             f"over its decoder ({how}), so sampling and loss from hidden states would be of "

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 
-from esr_train.decode import CapturedStep
 from esr_train.models import head
 from esr_train.prefix_cache import PrefixCache
 from esr_train.rollout import ContextError, PrefixRollout, RolloutBatch
@@ -360,65 +357,3 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(batch.tokens, expected.tokens)
     assert torch.equal(batch.logprob, expected.logprob)
-
-
-class _Graph:
-    """A CUDA graph as far as `CapturedStep` sees one; it counts its replays."""
-
-    made: ClassVar[list[_Graph]] = []
-
-    def __init__(self) -> None:
-        self.replays = 0
-        self.made.append(self)
-
-    def replay(self) -> None:
-        self.replays += 1
-
-
-class _Stream:
-    def wait_stream(self, other: _Stream) -> None:
-        pass
-
-
-@pytest.fixture
-def _cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    _Graph.made.clear()
-    for name, stand_in in {
-        "CUDAGraph": _Graph,
-        "Stream": _Stream,
-        "current_stream": _Stream,
-        "stream": nullcontext,
-        "graph": nullcontext,
-        "set_stream": lambda stream: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-
-
-@pytest.mark.usefixtures("_cuda_without_a_gpu")
-def test_the_third_step_is_captured_and_all_after_are_replays() -> None:
-    calls: list[int] = []
-    step = CapturedStep(lambda: calls.append(len(_Graph.made)), capture=True)
-    for _ in range(7):
-        step()
-    # Two as they are, one that is recorded; it and the four after it are replayed.
-    assert calls == [0, 0, 1]
-    [graph] = _Graph.made
-    assert graph.replays == 5
-
-
-@pytest.mark.usefixtures("_cuda_without_a_gpu")
-def test_a_step_that_cannot_be_captured_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:
-    calls: list[str] = []
-
-    def function() -> None:
-        capturing = len(_Graph.made) == 1 and "refused" not in calls
-        calls.append("refused" if capturing else "ran")
-        if capturing:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    step = CapturedStep(function, capture=True)
-    with caplog.at_level(logging.WARNING, "esr_train"):
-        for _ in range(5):
-            step()
-    assert calls == ["ran", "ran", "refused", "ran", "ran", "ran"]
-    assert "decoding without a CUDA graph: operation not permitted" in caplog.text

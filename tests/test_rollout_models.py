@@ -255,7 +255,7 @@ def _hooked() -> Any:
         (lambda: _prompted(peft.LoraConfig(target_modules=["lm_head"])), "head trains lora_A"),
         (
             lambda: _prompted(peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3)),
-            "another shape",
+            r"shape \[1, 7, 32\], not \[1, 4, 32\]",
         ),
         (
             lambda: _prompted(peft.PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=3)),
