@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from bench.measure import interleaved, median_ratio, record
-from esr_kernels import native, prefix_attention_native, prefix_attention_torch
+from esr_kernels.attention import prefix_torch as prefix_attention_torch
+from esr_kernels.cpu import attention as prefix_attention_native
+from esr_kernels.cpu import library as native
 
 PROMPTS, SAMPLES, PROMPT_LENGTH, CAPACITY = 8, 8, 128, 63
 LAYERS, HEADS, KV_HEADS, DIM = 30, 9, 3, 64

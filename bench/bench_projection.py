@@ -1,6 +1,6 @@
 """The projection of a few tokens onto many classes on CPU, against one product.
 
-`gemm.project`, and what it would be with the classes in front whatever the processor.
+`matmul.project`, and what it would be with the classes in front whatever the processor.
 
     make bench        or   python -m pytest bench/bench_projection.py -s
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import interleaved, median_ratio, record
-from esr_kernels import gemm
+from esr_kernels.common import matmul
 
 SHAPES = [
     (16, 576, 49_152),
@@ -28,8 +28,8 @@ ROUNDS = 7
 def test_projection_is_no_slower_than_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_front(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         with monkeypatch.context() as forced:
-            forced.setattr(gemm, "_turning_pays", lambda: True)
-            gemm.project(hidden, weight, out)
+            forced.setattr(matmul, "_turning_pays", lambda: True)
+            matmul.project(hidden, weight, out)
 
     table: dict[str, dict[str, float]] = {}
     for tokens, dim, classes in SHAPES:
@@ -37,7 +37,7 @@ def test_projection_is_no_slower_than_one_product(monkeypatch: pytest.MonkeyPatc
         ours, plain = torch.empty(tokens, classes), torch.empty(tokens, classes)
         seconds = interleaved(
             {
-                "project": lambda h=hidden, w=weight, o=ours: gemm.project(h, w, o),
+                "project": lambda h=hidden, w=weight, o=ours: matmul.project(h, w, o),
                 "classes in front": lambda h=hidden, w=weight, o=ours: in_front(h, w, o),
                 "product": lambda h=hidden, w=weight, o=plain: torch.mm(h, w.T, out=o),
             },

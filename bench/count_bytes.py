@@ -4,7 +4,7 @@
 
 A masked lane counts nothing, so this is the traffic that a kernel asks for; a GPU moves the same,
 but for the rest of the 32-byte sectors at the ends of a row. Held against the cost model of
-`plan.py` by tests/kernels/test_bytes.py.
+`plan.py` by tests/kernels/divergence/test_bytes.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,16 @@ if __name__ == "__main__":
 import torch
 from triton.runtime import interpreter
 
-from esr_kernels import rows_triton
-from esr_kernels.divergences import JSD, Divergence, ReverseKL
-from esr_kernels.row_stats import LogitTransform, RowSpec, Tile, known_rows, merge_parts, mixed_kl
+from esr_kernels.divergence import rows_triton
+from esr_kernels.divergence.losses import JSD, Divergence, ReverseKL
+from esr_kernels.divergence.statistics import (
+    LogitTransform,
+    RowSpec,
+    Tile,
+    known_rows,
+    merge_parts,
+    mixed_kl,
+)
 
 TOKENS, CLASSES = 2, 20_011
 _PLAIN = LogitTransform()

@@ -27,10 +27,10 @@ from esr_kernels import (
     TotalVariation,
     linear_divergence,
     linear_topk_divergence,
-    reference,
     token_logprob,
 )
-from esr_kernels.divergences import resolve_divergence
+from esr_kernels.divergence import reference
+from esr_kernels.divergence.losses import resolve_divergence
 
 Result = dict[str, Any]  # errors by name, and "ok"
 Check = tuple[str, Callable[[], Result]]

@@ -12,15 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from esr_kernels import (
-    fused_triton,
-    picked_triton,
-    prefix_attention_triton,
-    rows_triton,
-    sampling_fused_triton,
-    sampling_triton,
-)
-from esr_kernels.divergences import (
+from esr_kernels.attention import prefix_triton as prefix_attention_triton
+from esr_kernels.attention.op import RowGroups
+from esr_kernels.divergence import fused_triton, rows_triton
+from esr_kernels.divergence.losses import (
     JSD,
     Divergence,
     ForwardKL,
@@ -30,11 +25,13 @@ from esr_kernels.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from esr_kernels.philox import SampleKeys
-from esr_kernels.picked import RestGradient
-from esr_kernels.prefix_attention import RowGroups
-from esr_kernels.row_stats import LogitTransform, RowSpec, Tile
-from esr_kernels.sampling_law import Classes, RowLaw
+from esr_kernels.divergence.statistics import LogitTransform, RowSpec, Tile
+from esr_kernels.sampling import draw_triton as sampling_triton
+from esr_kernels.sampling import fused_triton as sampling_fused_triton
+from esr_kernels.sampling.params import Classes, RowLaw
+from esr_kernels.sampling.philox import SampleKeys
+from esr_kernels.scoring import selected_triton as picked_triton
+from esr_kernels.scoring.selected import RestGradient
 
 KERNELS = (
     "row_statistics_kernel",

@@ -1,6 +1,8 @@
 """Fused ops for on-policy distillation: exact two-model divergences from hidden states."""
 
-from esr_kernels.divergences import (
+from esr_kernels.attention.op import RowGroups, group_rows, shared_prefix_attention
+from esr_kernels.common.workspace import release_workspace
+from esr_kernels.divergence.losses import (
     JSD,
     Divergence,
     ForwardKL,
@@ -11,21 +13,19 @@ from esr_kernels.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from esr_kernels.linear_divergence import LinearDivergence, linear_divergence
-from esr_kernels.module import LinearDivergenceLoss
-from esr_kernels.plan import Plan, default_memory_budget
-from esr_kernels.prefix_attention import RowGroups, group_rows, shared_prefix_attention
-from esr_kernels.request import plan_linear_divergence
-from esr_kernels.sampling import (
+from esr_kernels.divergence.module import LinearDivergenceLoss
+from esr_kernels.divergence.op import LinearDivergence, linear_divergence
+from esr_kernels.divergence.plan import Plan, default_memory_budget
+from esr_kernels.divergence.request import plan_linear_divergence
+from esr_kernels.sampling.op import (
     Sample,
     SampleKeys,
     SamplingParams,
     sample_from_hidden,
     sample_from_logits,
 )
-from esr_kernels.token_logprob import TokenLogprob, token_logprob
-from esr_kernels.topk import TopkDivergence, linear_topk_divergence
-from esr_kernels.workspace import release_workspace
+from esr_kernels.scoring.token_logprob import TokenLogprob, token_logprob
+from esr_kernels.scoring.topk import TopkDivergence, linear_topk_divergence
 
 __all__ = [
     "JSD",

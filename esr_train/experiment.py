@@ -16,7 +16,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from esr_kernels.divergences import resolve_divergence
+from esr_kernels.divergence.losses import resolve_divergence
 from esr_train.config import Config, ConfigError, to_yaml
 from esr_train.evaluate import Evaluator
 from esr_train.metrics import cpu_name

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import SampleKeys, SamplingParams, sample_from_hidden
-from esr_kernels.arguments import check_size
+from esr_kernels.common.arguments import check_size
 from esr_train.data import seed_from
 from esr_train.decode import CapturedStep, Decoder, decoder_for, evaluating
 from esr_train.models import Head, check_head, decoder, eos_ids, head, max_positions

@@ -16,7 +16,7 @@ from triton.runtime.jit import KernelInterface
 import esr_kernels
 from bench.gpu_static import Compiled, cdna3_resident_warps, cuda_resident_warps
 from bench.kernel_walks import KERNELS
-from esr_kernels.fused_triton import BLOCKS
+from esr_kernels.divergence.fused_triton import BLOCKS
 
 ROOT = Path(__file__).parents[1]
 GOOD = Compiled(
@@ -37,8 +37,8 @@ GOOD = Compiled(
 
 def test_every_kernel_is_listed():
     found = set()
-    for path in Path(esr_kernels.__file__).parent.glob("*_triton.py"):
-        module = importlib.import_module(f"esr_kernels.{path.stem}")
+    for path in Path(esr_kernels.__file__).parent.rglob("*_triton.py"):
+        module = importlib.import_module(".".join(["esr_kernels", path.parent.name, path.stem]))
         found |= {
             name.lstrip("_")
             for name, value in vars(module).items()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import linear_divergence
-from esr_kernels import reference as oracle_module
+from esr_kernels.divergence import reference as oracle_module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOWED_RATIO = 1.5

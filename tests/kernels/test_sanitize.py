@@ -1,6 +1,6 @@
 """What the numerics of `linear_divergence` leave out of the kernels' ways to run.
 
-With `test_linear_divergence_numerics`, enough for an out-of-bounds access, a race between programs
+With `divergence.test_numerics`, enough for an out-of-bounds access, a race between programs
 or a read of unwritten memory to show where a sanitizer executes the kernels (`make sanitize`).
 """
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esr_kernels import linear_topk_divergence, reference, token_logprob
+from esr_kernels import linear_topk_divergence, token_logprob
+from esr_kernels.divergence import reference
 from tests.kernels import cases, head_cases
 from tests.kernels.cases import DEVICE
 

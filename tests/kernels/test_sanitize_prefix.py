@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esr_kernels import reference
-from esr_kernels.prefix_attention import shared_prefix_attention
-from tests.kernels.test_prefix_attention import _assert_close, _case, _plain
+from esr_kernels.attention.op import shared_prefix_attention
+from esr_kernels.divergence import reference
+from tests.kernels.attention.test_op import _assert_close, _case, _plain
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 3.0}], ids=["plain", "all"])

@@ -1,0 +1,212 @@
+"""The public boundary of ops on one head: what is accepted, and the error for what is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esr_kernels.common import matmul
+from esr_kernels.common.arguments import check_memory_budget, check_number, one_of
+from esr_kernels.divergence.plan import default_memory_budget
+from esr_kernels.divergence.statistics import LogitTransform
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
+# Below this many classes in a tile a GEMM is no longer a GEMM; tiles are multiples of it.
+_TILE_STEP = 64
+
+
+# The kernels hold scale, soft-cap and temperature in fp32, where anything larger is infinite.
+_LARGEST = torch.finfo(torch.float32).max
+
+
+class Head(NamedTuple):
+    """Checked operands: one dtype, contiguous rows; the classes that exist."""
+
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+    classes: int
+
+
+def check_head(
+    prefix: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    num_classes: int | None,
+    impl: str,
+) -> Head:
+    """Raise on the first argument that cannot be used, else return the operands ready for use.
+
+    `prefix` is what the caller's signature puts before "hidden" and "weight".
+    """
+    hidden_name, weight_name = f"{prefix}hidden", f"{prefix}weight"
+    rows_of_head = check_operands(hidden_name, hidden, weight_name, weight)
+    check_bias("bias", bias, hidden, rows_of_head)
+    if rows_of_head == 0:
+        raise ValueError(f"{weight_name} must have at least one row")
+    classes = rows_of_head if num_classes is None else num_classes
+    if not isinstance(classes, int) or isinstance(classes, bool) or not 0 < classes <= rows_of_head:
+        raise ValueError(
+            f"num_classes must be an integer from 1 to {rows_of_head}, the rows of {weight_name}, "
+            f"got {num_classes!r}"
+        )
+    check_impl(impl, hidden_name, hidden)
+    return Head(
+        *ready(hidden_name, hidden, weight_name, weight),
+        bias,
+        checked_transform(
+            ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)
+        ),
+        classes,
+    )
+
+
+def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> int:
+    """Raise unless the two are matrices of one model on one device; returns the head's rows."""
+    for name, value in ((hidden_name, hidden), (weight_name, weight)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor; with FSDP2 compute the loss inside "
+                "of the wrapped forward, where it is gathered, else pass its to_local()"
+            )
+        if value.is_meta:
+            raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
+        if value.dim() != 2:
+            raise ValueError(
+                f"{name} must have 2 dimensions, got shape {list(value.shape)}; "
+                "flatten batch and time into one token dimension"
+            )
+        if value.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise TypeError(f"{name} must be one of {allowed}, got {value.dtype}")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{weight_name} must have {hidden.shape[1]} columns as {hidden_name} has, "
+            f"got shape {list(weight.shape)}"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(
+            f"{weight_name} must be on {hidden_name}'s device {hidden.device}, got {weight.device}"
+        )
+    return weight.shape[0]
+
+
+def check_bias(name: str, bias: Tensor | None, hidden: Tensor, rows: int) -> None:
+    """Raise unless `bias` is None or a floating-point vector for `rows` classes."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(bias).__name__}")
+    if bias.shape != (rows,) or bias.device != hidden.device:
+        raise ValueError(
+            f"{name} must have shape [{rows}] on {hidden.device}, "
+            f"got {list(bias.shape)} on {bias.device}"
+        )
+    if not bias.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {bias.dtype}")
+
+
+def ready(
+    hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Checked operands in one dtype, that of autocast where it is on, with contiguous rows."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{hidden_name} and {weight_name} must have the same dtype outside of autocast, "
+            f"got {hidden.dtype} and {weight.dtype}"
+        )
+    return hidden.contiguous(), weight.contiguous()
+
+
+def checked_transform(
+    scale: tuple[str, float], softcap: tuple[str, float | None], temperature: tuple[str, float]
+) -> LogitTransform:
+    """The transform of the logits from (argument name, value) pairs; raises on a bad value."""
+    for name, value in (temperature, scale, softcap):
+        if value is not None or name != softcap[0]:
+            check_number(name, value)
+    # Comparisons, which NaN fails too: a compiler may hold a number that changes as a symbol.
+    if not 0 < temperature[1] <= _LARGEST:
+        raise ValueError(f"{temperature[0]} must be finite and above 0, got {temperature[1]}")
+    if not 0 < abs(scale[1]) <= _LARGEST:
+        raise ValueError(f"{scale[0]} must be finite and not 0, got {scale[1]}")
+    if softcap[1] is not None and not 0 < softcap[1] <= _LARGEST:
+        raise ValueError(f"{softcap[0]} must be None or finite and above 0, got {softcap[1]}")
+    return LogitTransform(scale[1], softcap[1], temperature[1])
+
+
+def check_impl(impl: str, hidden_name: str, hidden: Tensor) -> None:
+    """Raise unless `impl` is known and can compute on these operands."""
+    one_of("impl", impl, IMPLEMENTATIONS)
+    if impl != "triton":
+        return
+    if hidden.dtype == torch.float64:
+        raise TypeError(f"impl='triton' computes in fp32, got {hidden_name} of float64")
+    if hidden.device.type == "cpu" and not _triton_runs_on_cpu():
+        raise ValueError(
+            "impl='triton' needs a GPU, got CPU tensors; use impl='auto' or 'torch', or set "
+            "TRITON_INTERPRET=1 before importing Triton to run the kernels in its interpreter"
+        )
+
+
+def check_ids(name: str, ids: Tensor, shape: str, hidden: Tensor) -> None:
+    """Raise unless `ids` is int64, a row for each of `hidden`; `shape` is what the message says."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
+    if ids.dim() != shape.count(",") + 1 or ids.shape[0] != hidden.shape[0]:
+        raise ValueError(f"{name} must have shape {shape}, got {list(ids.shape)}")
+    if ids.device != hidden.device:
+        raise ValueError(
+            f"{name} must be on the device of the hidden states, {hidden.device}, got {ids.device}"
+        )
+
+
+def values_are_at_hand(tensor: Tensor) -> bool:
+    """Whether the host may look at values: a GPU would stall it, and a compiler has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _triton_runs_on_cpu() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return os.environ.get("TRITON_INTERPRET") == "1" or matmul.KERNELS_ON_CPU
+
+
+def vocab_tile(head: Head, element_bytes: int, memory_budget: int | None) -> int:
+    """Classes whose logits exist at once: as many as fit the budget at `element_bytes` a logit."""
+    check_memory_budget(memory_budget)
+    budget = memory_budget or default_memory_budget(head.hidden.device.type)
+    column = max(head.hidden.shape[0], 1) * element_bytes
+    if budget // column >= head.classes:
+        return head.classes
+    fitting = budget // column // _TILE_STEP * _TILE_STEP
+    if fitting == 0:
+        if memory_budget is not None:
+            smallest = column * min(_TILE_STEP, head.classes)
+            raise ValueError(
+                f"memory_budget of {memory_budget} bytes is too small: "
+                f"the smallest tile of logits needs {smallest} bytes"
+            )
+        fitting = _TILE_STEP
+    tiles = math.ceil(head.classes / fitting)
+    return math.ceil(head.classes / tiles / _TILE_STEP) * _TILE_STEP

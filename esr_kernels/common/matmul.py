@@ -1,0 +1,170 @@
+"""Matrix products whose result keeps fp32 whatever the operands: the one place that knows how.
+
+Rounding logits to bf16 before the softmax costs 4-23 % of gradient error while the loss hardly
+moves, so the projection must not. A product of two bf16 or fp16 numbers is exact in fp32, and the
+GPU accumulates in fp32: asking for that output is free. PyTorch has no such product on CPU, where
+the operands are converted instead, the weight in strips so that no fp32 copy of a head exists.
+Strips serve vocabulary maps too: `ids` picks rows of a head, a strip of them at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from esr_kernels.common.workspace import borrow
+from esr_kernels.cpu.library import library, turn_
+
+# Set where a sanitizer executes the GPU's code path on CPU memory: PyTorch's products stay the
+# CPU's there, whatever device the tensors claim.
+KERNELS_ON_CPU = os.environ.get("ESR_TRITON_ON_CPU") == "1"
+_STRIP_ELEMENTS = 1 << 22
+
+
+def plain_precision(like: Tensor) -> torch.autocast:
+    """Autocast off: operands were cast at the boundary, and logits stay fp32 from there on."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits of `dtype` operands are held in: fp32, or fp64 for fp64 operands."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _widens(operand: Tensor) -> bool:
+    """Whether products of 16-bit operands can be had with fp32 output."""
+    return operand.device.type == "cuda" and not KERNELS_ON_CPU
+
+
+def _strips(
+    weight: Tensor, ids: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """(classes, their rows of the head in `dtype`), in one strip where nothing must be copied."""
+    classes = weight.shape[0] if ids is None else ids.shape[0]
+    copies = ids is not None or weight.dtype != dtype
+    step = max(1, _STRIP_ELEMENTS // max(weight.shape[1], 1)) if copies else max(classes, 1)
+    for start in range(0, classes, step):
+        strip = slice(start, min(start + step, classes))
+        rows = weight[strip] if ids is None else weight.index_select(0, ids[strip])
+        yield strip, rows.to(dtype)
+
+
+# On an AMD EPYC a product of few tokens and many classes takes 0.6 to 1.1 of the time with the
+# classes in front, on an Intel Xeon 1.3 to 1.9 (bench/bench_projection.py). The result is turned a
+# strip at a time, while it is in the cache; PyTorch is slow at that, and it pays for fewer tokens.
+_TURNED_CLASSES = 1024
+_FEW_TOKENS, _FEW_TOKENS_FOR_PYTORCH = 512, 256
+
+
+@functools.cache
+def _turning_pays() -> bool:
+    """By the processor's maker and not by a measurement, so that runs agree bit for bit."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _mm_transposed(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = hidden @ weight.T, all of one dtype."""
+    tokens, classes = out.shape
+    few = tokens <= _FEW_TOKENS and classes >= 4 * _TURNED_CLASSES
+    if hidden.device.type != "cpu" or not few or not _turning_pays():
+        torch.mm(hidden, weight.T, out=out)
+        return
+    compiled = library() if out.dtype == torch.float32 and out.stride(1) == 1 else None
+    if compiled is None and tokens > _FEW_TOKENS_FOR_PYTORCH:
+        torch.mm(hidden, weight.T, out=out)
+        return
+    turned = borrow("turned", (_TURNED_CLASSES, tokens), hidden, out.dtype)
+    for start in range(0, classes, _TURNED_CLASSES):
+        rows = weight[start : start + _TURNED_CLASSES]
+        strip = turned[: rows.shape[0]]
+        torch.mm(rows, hidden.T, out=strip)
+        part = out[:, start : start + rows.shape[0]]
+        if compiled is None:
+            part.copy_(strip.T)
+        else:
+            turn_(compiled, strip, part)
+
+
+def project(hidden: Tensor, weight: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
+    """out = hidden @ weight[ids].T, [n, D] x [V, D] -> [n, V], fp32 out of any operands."""
+    widens = _widens(hidden) and hidden.dtype == weight.dtype
+    dtype = hidden.dtype if widens else out.dtype
+    hidden = hidden.to(dtype)
+    for strip, rows in _strips(weight, ids, dtype):
+        if dtype == out.dtype:
+            _mm_transposed(hidden, rows, out[:, strip])
+        else:
+            torch.mm(hidden, rows.T, out_dtype=out.dtype, out=out[:, strip])
+    return out
+
+
+def hidden_gradient(
+    dz: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    ids: Tensor | None = None,
+    *,
+    alpha: float,
+    accumulate: bool,
+) -> None:
+    """out (+)= alpha * dz @ weight[ids], [n, V] x [V, D] -> [n, D]."""
+    if ids is None and dz.dtype == weight.dtype:
+        _mm(dz, weight, out, alpha, accumulate)
+        return
+    # Summed over strips in fp32, rounded once.
+    total = torch.zeros(out.shape, dtype=logits_dtype(dz.dtype), device=out.device)
+    for strip, rows in _strips(weight, ids, dz.dtype):
+        _mm(dz[:, strip], rows, total, alpha, True)
+    out.copy_(total + out if accumulate else total)
+
+
+def weight_gradient(
+    dz: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    ids: Tensor | None = None,
+    *,
+    alpha: float,
+    accumulate: bool,
+) -> None:
+    """out[ids] (+)= alpha * dz.T @ hidden, [n, V] x [n, D] -> [V, D]; the ids are distinct."""
+    hidden = hidden.to(dz.dtype)
+    classes = dz.shape[1]
+    copies = ids is not None or not (dz.dtype == out.dtype or _widens(dz))
+    step = max(1, _STRIP_ELEMENTS // max(hidden.shape[1], 1)) if copies else classes
+    for start in range(0, classes, step):
+        strip = slice(start, min(start + step, classes))
+        if ids is None:
+            _mm(dz[:, strip].T, hidden, out[strip], alpha, accumulate)
+            continue
+        rows = out.new_empty(strip.stop - start, hidden.shape[1])
+        _mm(dz[:, strip].T, hidden, rows, alpha, False)
+        if accumulate:
+            out.index_add_(0, ids[strip], rows)
+        else:
+            out.index_copy_(0, ids[strip], rows)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
+    """out = alpha * a @ b + accumulate * out, rounded once, to the dtype of `out`."""
+    beta = 1.0 if accumulate else 0.0
+    if a.dtype.itemsize == 2 and (KERNELS_ON_CPU or a.device.type == "cpu"):
+        # Kernels that are tested without a GPU. oneDNN's AMX product of bf16 reads a column more
+        # where their number is odd: it multiplies what lies between the rows by 0, and that may be
+        # NaN.
+        a = a.contiguous()
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)
+    elif _widens(a):
+        torch.addmm(out, a, b, alpha=alpha, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        product = torch.mm(a.float(), b.float()).mul_(alpha)
+        out.copy_(out + product if accumulate else product)

@@ -1,0 +1,353 @@
+"""The public boundary of `linear_divergence`: what is accepted, and the error for what is not."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esr_kernels.common import matmul
+from esr_kernels.common.arguments import (
+    REDUCTIONS,
+    check_memory_budget,
+    check_number,
+    check_size,
+    one_of,
+)
+from esr_kernels.common.head import (
+    IMPLEMENTATIONS,
+    check_bias,
+    check_impl,
+    check_operands,
+    checked_transform,
+    ready,
+    values_are_at_hand,
+)
+from esr_kernels.divergence.plan import KINDS, Plan, check_stash
+from esr_kernels.divergence.statistics import IGNORED_LABEL, LogitTransform
+
+# Class numbers travel through the row statistics as fp32, which counts exactly up to here.
+_MOST_CLASSES = 1 << 24
+# Of its rows, at most, that a head is padded with.
+_PADDING_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Checked operands: one dtype per model, contiguous rows, weights in the logits' dtype.
+
+    Biases are cut or gathered to the shared classes.
+    """
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    student_ids: Tensor | None
+    teacher_ids: Tensor | None
+    labels: Tensor | None
+    row_weight: Tensor | None
+    student_transform: LogitTransform
+    teacher_transform: LogitTransform
+    classes: int
+
+
+def check_options(
+    reduction: str,
+    impl: str,
+    plan: object,
+    memory_budget: int | None,
+    compact: bool | None,
+    label_weight: float,
+    num_classes: int | None,
+    group: Any,
+) -> None:
+    """Raise on an option that no tensors could go with."""
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("impl", impl, IMPLEMENTATIONS)
+    one_of("compact", compact, (None, True, False))
+    check_number("label_weight", label_weight)
+    check_memory_budget(memory_budget)
+    kind = plan.kind if isinstance(plan, Plan) else plan
+    one_of("plan", kind, ("auto", *KINDS))
+    if isinstance(plan, Plan) and memory_budget is not None:
+        raise ValueError("memory_budget must be None with a Plan, whose chunks are set")
+    if num_classes is not None and not torch.compiler.is_compiling():  # else it may be a symbol
+        check_size("num_classes", num_classes, 1)
+    if group is not None and not hasattr(group, "size"):
+        raise TypeError(
+            f"group must be a torch.distributed process group, got {type(group).__name__} {group!r}"
+        )
+    if group is not None and impl == "reference":
+        raise ValueError("impl='reference' does not shard the vocabulary: group must be None")
+    if kind == "stash":
+        check_stash(reduction == "none", group is not None)
+
+
+def checked_transforms(
+    temperature: float,
+    teacher_temperature: float | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
+) -> tuple[LogitTransform, LogitTransform]:
+    """The transforms of the student's and the teacher's logits; raises on a bad value."""
+    return (
+        checked_transform(
+            ("student_logit_scale", student_logit_scale),
+            ("student_softcap", student_softcap),
+            ("temperature", temperature),
+        ),
+        checked_transform(
+            ("teacher_logit_scale", teacher_logit_scale),
+            ("teacher_softcap", teacher_softcap),
+            (
+                "teacher_temperature",
+                temperature if teacher_temperature is None else teacher_temperature,
+            ),
+        ),
+    )
+
+
+def check_inputs(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    token_weights: Tensor | None,
+    temperature: float,
+    teacher_temperature: float | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
+    num_classes: int | None,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    labels: Tensor | None,
+    label_weight: float,
+    weight_grad: Tensor | None,
+    reduction: str,
+    group: Any,
+    impl: str,
+) -> Inputs:
+    """Raise on the first argument that cannot be used, else return the operands ready for use."""
+    one_of("reduction", reduction, REDUCTIONS)
+    for name, hidden, weight, bias in (
+        ("student", student_hidden, student_weight, student_bias),
+        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
+    ):
+        rows = check_operands(f"{name}_hidden", hidden, f"{name}_weight", weight)
+        check_bias(f"{name}_bias", bias, hidden, rows)
+    student_hidden, student_weight = ready(
+        "student_hidden", student_hidden, "student_weight", student_weight
+    )
+    teacher_hidden, teacher_weight = ready(
+        "teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight
+    )
+    check_impl(impl, "student_hidden", student_hidden)
+    device, tokens = student_hidden.device, student_hidden.shape[0]
+    if teacher_hidden.shape[0] != tokens:
+        raise ValueError(
+            "student_hidden and teacher_hidden must have the same number of tokens, got "
+            f"{tokens} and {teacher_hidden.shape[0]}"
+        )
+    if teacher_hidden.device != device:
+        raise ValueError(
+            f"teacher_hidden must be on the student's device {device}, got {teacher_hidden.device}"
+        )
+    if student_ids is None and teacher_ids is None:
+        both = student_weight.shape[0], teacher_weight.shape[0]
+        classes = _classes(num_classes, *both)
+        if num_classes is None and group is None and not torch.compiler.is_compiling():
+            _warn_of_unlike_vocabularies(*both)
+    else:
+        student_ids, teacher_ids = _mapped_classes(
+            num_classes, student_ids, teacher_ids, student_weight, teacher_weight
+        )
+        classes = student_ids.shape[0]
+    if labels is not None:
+        labels = _labels(labels, tokens, classes, device, group is not None)
+    if not abs(label_weight) < math.inf:
+        raise ValueError(f"label_weight must be finite, got {label_weight}")
+    if label_weight and labels is None:
+        raise ValueError(f"label_weight is {label_weight} and there are no labels")
+    if weight_grad is not None:
+        _check_weight_grad(weight_grad, student_weight, impl)
+    logits_dtype = matmul.logits_dtype(student_hidden.dtype)
+    if (student_hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
+        raise TypeError(
+            "student and teacher must both be float64 or neither, got "
+            f"{student_hidden.dtype} and {teacher_hidden.dtype}"
+        )
+    row_weight = None
+    if token_weights is not None:
+        if not isinstance(token_weights, Tensor):
+            raise TypeError(
+                f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}"
+            )
+        if token_weights.shape != (tokens,):
+            raise ValueError(
+                f"token_weights must have shape [{tokens}], got {list(token_weights.shape)}"
+            )
+        if token_weights.is_complex() or token_weights.requires_grad:
+            raise TypeError("token_weights must be real and carry no gradient; detach them")
+        row_weight = token_weights.to(device=device, dtype=logits_dtype, non_blocking=True)
+    return Inputs(
+        student_hidden,
+        student_weight,
+        _shared_bias(student_bias, student_ids, classes),
+        teacher_hidden,
+        teacher_weight,
+        _shared_bias(None if teacher_bias is None else teacher_bias.detach(), teacher_ids, classes),
+        student_ids,
+        teacher_ids,
+        labels,
+        row_weight,
+        *checked_transforms(
+            temperature,
+            teacher_temperature,
+            student_softcap,
+            teacher_softcap,
+            student_logit_scale,
+            teacher_logit_scale,
+        ),
+        classes,
+    )
+
+
+def _check_weight_grad(weight_grad: Tensor, student_weight: Tensor, impl: str) -> None:
+    if not isinstance(weight_grad, Tensor):
+        raise TypeError(f"weight_grad must be a torch.Tensor, got {type(weight_grad).__name__}")
+    shape, dtype = student_weight.shape, matmul.logits_dtype(student_weight.dtype)
+    if (weight_grad.shape, weight_grad.dtype) != (shape, dtype):
+        raise ValueError(
+            f"weight_grad must be {dtype} of student_weight's shape {list(shape)}, "
+            f"got {weight_grad.dtype} {list(weight_grad.shape)}"
+        )
+    if weight_grad.device != student_weight.device:
+        raise ValueError(
+            f"weight_grad must be on student_weight's device {student_weight.device}, "
+            f"got {weight_grad.device}"
+        )
+    if values_are_at_hand(weight_grad) and weight_grad.data_ptr() == student_weight.data_ptr() != 0:
+        raise ValueError("weight_grad must not be the memory of student_weight itself")
+    if not weight_grad.is_contiguous() or weight_grad.requires_grad:
+        raise ValueError("weight_grad must be contiguous and require no gradient")
+    if impl == "reference":
+        raise ValueError("impl='reference' has autograd's gradients only: weight_grad must be None")
+
+
+def _classes(num_classes: int | None, student: int, teacher: int) -> int:
+    most = min(student, teacher)
+    if most == 0:
+        raise ValueError("student_weight and teacher_weight must have at least one row each")
+    classes = most if num_classes is None else num_classes
+    if not isinstance(classes, int) or isinstance(classes, bool) or not 0 < classes <= most:
+        raise ValueError(
+            f"num_classes must be an integer from 1 to {most}, the rows that student_weight "
+            f"({student}) and teacher_weight ({teacher}) share, got {num_classes!r}"
+        )
+    if classes >= _MOST_CLASSES:
+        raise ValueError(f"num_classes must be below {_MOST_CLASSES}, got {classes}")
+    return classes
+
+
+def _warn_of_unlike_vocabularies(student: int, teacher: int) -> None:
+    # Heads of one tokenizer are padded by a few rows.
+    if abs(student - teacher) > _PADDING_SHARE * max(student, teacher):
+        warnings.warn(
+            f"student_weight has {student} rows and teacher_weight {teacher}: taking the first "
+            f"{min(student, teacher)} as the same classes. Say num_classes if they are, and "
+            "student_ids and teacher_ids if the models number their tokens differently",
+            stacklevel=4,
+        )
+
+
+def _shared_bias(bias: Tensor | None, ids: Tensor | None, classes: int) -> Tensor | None:
+    if bias is None:
+        return None
+    return bias[:classes].contiguous() if ids is None else bias[ids]
+
+
+def _mapped_classes(
+    num_classes: int | None,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    student_weight: Tensor,
+    teacher_weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    if student_ids is None or teacher_ids is None:
+        raise ValueError("student_ids and teacher_ids must be given together")
+    if num_classes is not None:
+        raise ValueError(
+            f"num_classes must be None where student_ids are given, got {num_classes}: "
+            "the ids say which classes are shared"
+        )
+    for name, ids, rows in (
+        ("student_ids", student_ids, student_weight.shape[0]),
+        ("teacher_ids", teacher_ids, teacher_weight.shape[0]),
+    ):
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+        if ids.dtype != torch.int64 or ids.dim() != 1 or ids.numel() == 0:
+            raise ValueError(
+                f"{name} must be a non-empty int64 vector, got {ids.dtype} {list(ids.shape)}"
+            )
+        check_id_values(name, ids, rows)
+    if student_ids.shape != teacher_ids.shape:
+        raise ValueError(
+            "student_ids and teacher_ids must have the same length, got "
+            f"{student_ids.shape[0]} and {teacher_ids.shape[0]}"
+        )
+    device = student_weight.device
+    return student_ids.to(device), teacher_ids.to(device)
+
+
+def check_id_values(name: str, ids: Tensor, rows: int) -> None:
+    """Raise unless the ids are distinct rows of a head; on a GPU nobody looks."""
+    if not values_are_at_hand(ids):
+        return
+    if int(ids.min()) < 0 or int(ids.max()) >= rows:
+        raise ValueError(
+            f"{name} must lie in [0, {rows}), the rows of the head, "
+            f"got {int(ids.min())} to {int(ids.max())}"
+        )
+    if ids.unique().numel() != ids.numel():
+        raise ValueError(f"{name} must be distinct, got duplicates")
+
+
+def check_label_values(labels: Tensor, classes: int, sharded: bool) -> None:
+    """Raise unless every label is a class or says that there is none; on a GPU nobody looks."""
+    if not values_are_at_hand(labels) or not labels.numel():
+        return
+    other_rank = -1 if sharded else IGNORED_LABEL
+    wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORED_LABEL))
+    wrong &= labels != other_rank
+    if bool(wrong.any()):
+        raise ValueError(
+            f"labels must lie in [0, {classes}) or be {IGNORED_LABEL}, got {int(labels[wrong][0])}"
+        )
+
+
+def _labels(
+    labels: Tensor, tokens: int, classes: int, device: torch.device, sharded: bool
+) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64 or labels.shape != (tokens,):
+        raise ValueError(
+            f"labels must be int64 of shape [{tokens}], got {labels.dtype} {list(labels.shape)}"
+        )
+    check_label_values(labels, classes, sharded)
+    return labels.to(device)

@@ -1,0 +1,111 @@
+"""The two autograd functions of `linear_divergence`, one that computes gradients in the forward and
+one that does in the backward.
+
+Both return (loss, the [T] fields of `LinearDivergence`) and give gradients to the student's hidden
+states, head and bias. `custom_ops` has the same for compiled code. Eager code does not go through
+those operators: a function can scale the stashed gradient in place, and costs half a millisecond
+less to call (on a CPU, for tensors of a few elements).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esr_kernels.common.head import values_are_at_hand
+from esr_kernels.divergence.execute import Gradients, Operands
+from esr_kernels.divergence.passes import recompute_backward, recompute_forward, stash_forward
+from esr_kernels.divergence.statistics import RowsKnown
+
+
+def _refuse_double_backward() -> None:
+    # Autograd turns gradients on in a backward only for create_graph=True.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_divergence has no double backward (create_graph=True); "
+            "use impl='reference' for second derivatives"
+        )
+
+
+class StashFunction(torch.autograd.Function):
+    """Gradient in the forward pass; the backward scales it by the upstream scalar."""
+
+    @staticmethod
+    def forward(ctx, call, active, row_weight, weight_grad, *operands):  # type: ignore[no-untyped-def]
+        hidden, weight, bias = ctx.needs_input_grad[_BEFORE : _BEFORE + 3]
+        wanted = hidden, weight or weight_grad is not None, bias
+        outputs, gradients = stash_forward(call, active, row_weight, Operands(*operands), wanted)
+        ctx.save_for_backward(*gradients)
+        ctx.weight_grad, ctx.classes = weight_grad, call.classes
+        ctx.spent = False
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+        if upstream is None:
+            return _input_gradients()
+        _refuse_double_backward()
+        if ctx.spent:
+            raise RuntimeError(
+                "linear_divergence with plan='stash' supports one backward pass: its gradient was "
+                "scaled in place. Use plan='recompute' to backward twice through one graph"
+            )
+        ctx.spent = True
+        gradients = Gradients(*ctx.saved_tensors)
+        if ctx.weight_grad is not None:
+            # Here and not in the forward: the factor is known only now, and checkpointing runs the
+            # forward twice.
+            ctx.weight_grad.addcmul_(gradients.weight, upstream.to(gradients.weight.dtype))
+            gradients = gradients._replace(weight=None)
+        # Reading the factor would stall a GPU; on CPU it spares a pass over the weight gradient.
+        if not values_are_at_hand(upstream) or upstream.item() != 1.0:
+            for gradient in gradients:
+                if gradient is not None:
+                    # With as many dimensions, so that the product is made in fp32: a 16-bit tensor
+                    # would round a factor of none first, and overflow at a loss scale of 2**16.
+                    gradient.mul_(upstream.view((1,) * gradient.dim()))
+        return _input_gradients(gradients)
+
+
+class RecomputeFunction(torch.autograd.Function):
+    """A few floats a token in between; the backward projects again."""
+
+    @staticmethod
+    def forward(ctx, call, active, row_weight, weight_grad, *operands):  # type: ignore[no-untyped-def]
+        outputs, known = recompute_forward(call, active, row_weight, Operands(*operands))
+        ctx.save_for_backward(active, row_weight, *known, *operands)
+        # Not among the saved tensors: other calls add to it before this one's backward.
+        ctx.weight_grad, ctx.call = weight_grad, call
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+        if upstream is None:
+            return _input_gradients()
+        _refuse_double_backward()
+        active, row_weight, *saved = ctx.saved_tensors
+        gradients = recompute_backward(
+            ctx.call,
+            active,
+            row_weight,
+            Operands(*saved[len(RowsKnown._fields) :]),
+            RowsKnown(*saved[: len(RowsKnown._fields)]),
+            upstream,
+            ctx.needs_input_grad[_BEFORE : _BEFORE + 3],
+            ctx.weight_grad,
+        )
+        return _input_gradients(gradients)
+
+
+# Arguments of both before the operands.
+_BEFORE = 4
+_NO_GRADIENTS = Gradients(None, None, None)
+
+
+def _input_gradients(gradients: Gradients = _NO_GRADIENTS) -> tuple[Tensor | None, ...]:
+    after = (None,) * (len(Operands._fields) - len(gradients))
+    return (None,) * _BEFORE + tuple(gradients) + after

@@ -1,0 +1,267 @@
+"""Exact divergence between a student's and a teacher's next-token distributions, from their hidden
+states and output heads, over the whole vocabulary, without ever holding the [T, V] logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esr_kernels.common import matmul
+from esr_kernels.divergence import reference
+from esr_kernels.divergence.arguments import Inputs, check_inputs, check_options
+from esr_kernels.divergence.autograd import RecomputeFunction, StashFunction
+from esr_kernels.divergence.execute import Operands
+from esr_kernels.divergence.losses import Divergence, resolve_divergence
+from esr_kernels.divergence.passes import active_rows
+from esr_kernels.divergence.plan import Plan
+from esr_kernels.divergence.request import Request
+from esr_kernels.divergence.statistics import RowSpec
+
+
+class LinearDivergence(NamedTuple):
+    """What `linear_divergence` returns. All but `loss` are [T], fp32 and detached.
+
+    The entries of rows of weight 0 are 0.
+    """
+
+    loss: Tensor  # scalar, or [T] with reduction="none"; differentiable
+    per_token: Tensor  # the divergence of each token, unweighted, in nats
+    cross_entropy: Tensor  # -log p(label); 0 without a label
+    student_entropy: Tensor  # nats, at the student's temperature
+    teacher_entropy: Tensor
+    student_lse: Tensor  # log-sum-exp of the transformed logits
+    teacher_lse: Tensor
+    agreement: Tensor  # 1 where both models' most probable class is the same
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    divergence: Divergence | str = "reverse_kl",
+    *,
+    token_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    num_classes: int | None = None,
+    student_ids: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    weight_grad: Tensor | None = None,
+    reduction: str = "sum",
+    plan: str | Plan = "auto",
+    memory_budget: int | None = None,
+    compact: bool | None = None,
+    group: Any = None,
+    impl: str = "auto",
+) -> LinearDivergence:
+    """Exact divergence between student and teacher next-token distributions, from hidden states.
+
+    With s = f_s(h_s W_s^T + b_s), t = f_t(h_t W_t^T + b_t) over the shared classes, p = softmax(s),
+    q = softmax(t), and f(x) = softcap * tanh(scale * x / softcap) / temperature:
+
+        loss = sum_i w_i (D(p_i, q_i) - label_weight * log p_i[label_i])
+
+    with reduction "sum"; "mean" divides it by sum_i w_i.
+
+    Args:
+        student_hidden: [T, Ds], the states that the student's head is applied to.
+        student_weight: [Vs, Ds], the student's head, same dtype (or autocast to the same).
+        teacher_hidden: [T, Dt] and `teacher_weight` [Vt, Dt]: the same of the teacher, any Dt and
+            dtype. No gradient ever flows to them.
+        divergence: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), "jeffreys", "jsd",
+            "skew_forward_kl", "skew_reverse_kl", "total_variation", or an instance such as
+            `JSD(beta=0.1)` or `KLMix(0.2, 0.8)`. Beta follows GKD, TRL and Liger.
+        token_weights: [T] float weights, None for all 1. A row of weight 0 contributes exactly 0,
+            NaN or not, and is not computed where `compact` allows.
+        temperature: divides both models' logits; `teacher_temperature` overrides the teacher's.
+            The loss is not multiplied by temperature**2.
+        student_bias: [Vs], trained if it requires a gradient; `teacher_bias` [Vt]. An entry of -inf
+            removes a class.
+        student_softcap, teacher_softcap: Gemma-2-style soft-capping of the logits, None for none.
+        student_logit_scale, teacher_logit_scale: multiply the logits (Cohere, Granite).
+        num_classes: classes that both models have, from 0; default min(Vs, Vt). Rows of the heads
+            beyond it are padding: probability 0, gradient 0.
+        student_ids, teacher_ids: [V] int64, for models that number the same strings differently:
+            class c is row student_ids[c] of the student's head and teacher_ids[c] of the teacher's.
+            All other rows have probability 0 and gradient 0. The ids are distinct; on the CPU that
+            is checked. Heads are gathered a strip at a time, never copied whole.
+        labels: [T] int64 classes for a cross-entropy of weight `label_weight`, -100 for none. They
+            count shared classes: with ids, they index `student_ids`. One that is no class raises
+            on the CPU; on a GPU, where nobody looks, its loss is NaN.
+        weight_grad: [Vs, Ds] fp32 (fp64 for fp64 operands) memory that the backward adds the head's
+            gradient to, unrounded, such as Megatron's `main_grad`; autograd then has none for
+            student_weight, whether or not it requires one. Plan "recompute" adds tile by tile and
+            needs no buffer; "stash" keeps its own until the backward knows the upstream factor.
+        reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).
+        plan: "auto" (no stash for fp16 training, which it would round before the loss scale is
+            known), "stash", "recompute", "fused" (a recompute whose forward is one Triton kernel,
+            GPU only) or a `Plan` from `plan_linear_divergence`.
+        memory_budget: bytes to use beyond inputs and gradients; None takes
+            `default_memory_budget(device)`. Not with a `Plan`, whose chunks are set.
+        compact: drop rows of weight 0 before the GEMMs. None does so when the weights lie on the
+            CPU, where counting them needs no synchronisation; True always, False never.
+        group: a torch.distributed group over whose ranks the vocabulary is sharded. Each rank
+            passes all tokens and its own rows of both heads, the same classes of both; shards may
+            be uneven; `labels` are numbered within the rank that owns them, -1 for another rank's
+            (-100 for none). Statistics travel as ten floats a token, and the hidden gradient is
+            summed over ranks in the backward. Takes the recompute plan.
+        impl: "auto" (Triton on GPU; on CPU compiled C where a compiler is found, else PyTorch),
+            "torch", "triton", or "reference" (plain
+            PyTorch with autograd and all logits held, in fp32).
+
+    Returns:
+        `LinearDivergence`; only `loss` carries a gradient, to student_hidden, student_weight and
+        student_bias.
+
+    Raises:
+        ValueError or TypeError naming the argument, what it was and what is allowed.
+
+    Exactness: logits, softmaxes and reductions are fp32 whatever the operands' dtype; the weight
+        gradient accumulates in fp32. On GPU dz is rounded to the operands' dtype for the gradient
+        GEMMs. Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or
+        empty batch gives loss 0 and zero gradients. NaN in a row of another weight than 0 stays in
+        that row's outputs, but reaches the whole weight gradient.
+    Memory: within `memory_budget` beyond inputs and gradients, logits of all tokens and classes at
+        once only where they fit it; `plan_linear_divergence` prints the peak.
+    Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
+        "recompute" (any number). Neither supports double backward.
+    torch.compile: a node of the graph, forward and backward, for any number of tokens up to a limit
+        where "auto" changes from a stash to a recompute. Numbers, the temperature among them, are
+        constants of a graph: one that changes compiles again.
+    Source: GKD (arXiv 2306.13649) for the divergences; the plans are derived in `plan.py`.
+
+    Example:
+        >>> out = linear_divergence(hidden, lm_head.weight, teacher_hidden, teacher_head.weight)
+        >>> out.loss.backward()
+    """
+    resolved = resolve_divergence(divergence)
+    check_options(reduction, impl, plan, memory_budget, compact, label_weight, num_classes, group)
+    inputs = check_inputs(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        token_weights=token_weights,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        num_classes=num_classes,
+        student_ids=student_ids,
+        teacher_ids=teacher_ids,
+        labels=labels,
+        label_weight=label_weight,
+        weight_grad=weight_grad,
+        reduction=reduction,
+        group=group,
+        impl=impl,
+    )
+    if impl == "reference":
+        with matmul.plain_precision(student_hidden):
+            return _reference(inputs, resolved, reduction, student_bias, teacher_bias, label_weight)
+    # Counting rows on a GPU would stall the host: by default that is done only where it is free.
+    if compact is None:
+        compact = token_weights is not None and token_weights.device.type == "cpu"
+    operands = Operands(
+        inputs.student_hidden,
+        inputs.student_weight,
+        inputs.student_bias,
+        inputs.student_ids,
+        inputs.teacher_hidden.detach(),
+        inputs.teacher_weight.detach(),
+        inputs.teacher_bias,
+        inputs.teacher_ids,
+        inputs.labels,
+    )
+    spec = RowSpec(
+        resolved,
+        inputs.student_transform,
+        inputs.teacher_transform,
+        label_weight if inputs.labels is not None else 0.0,
+    )
+    request = Request(spec, inputs.classes, reduction, plan, memory_budget, group, impl)
+    trains = torch.is_grad_enabled()
+    bias = operands.student_bias
+    wanted = (
+        trains and operands.student_hidden.requires_grad,
+        trains and (operands.student_weight.requires_grad or weight_grad is not None),
+        trains and bias is not None and bias.requires_grad,
+    )
+    if (
+        weight_grad is not None
+        and trains
+        and not (wanted[0] or wanted[2] or operands.student_weight.requires_grad)
+    ):
+        raise ValueError(
+            "weight_grad is added to in the backward, and there is none: student_hidden, "
+            "student_weight or student_bias must require a gradient"
+        )
+    if torch.compiler.is_compiling():
+        from esr_kernels.divergence.compiled import traced
+
+        return LinearDivergence(
+            *traced(request, operands, token_weights, weight_grad, compact, wanted)
+        )
+    active = active_rows(token_weights, compact)
+    if active is not None:
+        active = active.to(inputs.student_hidden.device)
+    tokens = operands.student_hidden.shape[0] if active is None else active.shape[0]
+    call = request.call(request.problem(operands, tokens, wanted, weight_grad is not None))
+    function = StashFunction if call.plan.kind == "stash" else RecomputeFunction
+    loss, *fields = function.apply(call, active, inputs.row_weight, weight_grad, *operands)
+    return LinearDivergence(loss, *fields)
+
+
+def _reference(
+    inputs: Inputs,
+    divergence: Divergence,
+    reduction: str,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    label_weight: float,
+) -> LinearDivergence:
+    student_hidden, teacher_hidden = inputs.student_hidden, inputs.teacher_hidden.detach()
+    if inputs.row_weight is not None:
+        live = (inputs.row_weight != 0)[:, None]
+        student_hidden, teacher_hidden = (
+            torch.where(live, hidden, 0) for hidden in (student_hidden, teacher_hidden)
+        )
+    fields = reference.linear_divergence(
+        student_hidden,
+        inputs.student_weight,
+        teacher_hidden,
+        inputs.teacher_weight.detach(),
+        divergence,
+        token_weights=inputs.row_weight,
+        temperature=inputs.student_transform.temperature,
+        teacher_temperature=inputs.teacher_transform.temperature,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        student_softcap=inputs.student_transform.softcap,
+        teacher_softcap=inputs.teacher_transform.softcap,
+        student_logit_scale=inputs.student_transform.scale,
+        teacher_logit_scale=inputs.teacher_transform.scale,
+        num_classes=inputs.classes,
+        student_ids=inputs.student_ids,
+        teacher_ids=inputs.teacher_ids,
+        labels=inputs.labels,
+        label_weight=label_weight,
+        reduction=reduction,
+        dtype=matmul.logits_dtype(inputs.student_hidden.dtype),
+    )
+    return LinearDivergence(**fields)

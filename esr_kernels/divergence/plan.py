@@ -1,0 +1,368 @@
+"""How a divergence is computed within a budget of bytes, and what that costs.
+
+stash      Chunks of tokens. Both models' logits of a chunk exist at once; their gradient replaces
+           them and goes through the two gradient GEMMs immediately. 4 GEMMs, none repeated.
+recompute  The forward keeps a few floats a token. The backward walks tiles of classes, projects
+           them again, and writes each tile of the weight gradient once. 6 GEMMs (8 where the
+           divergence takes two passes), tiny memory, any upstream gradient.
+fused      recompute whose forward is one Triton kernel, projections and statistics: no logits in
+           memory at all. For calls that want no gradient, and where its GEMMs, slower than the
+           vendor's, cost less than writing logits and reading them back.
+
+Every candidate chunking that fits the budget is priced by a roofline sum, FLOPs over the machine's
+rate plus bytes over its bandwidth, and the cheapest wins. Nothing here depends on a launcher.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from esr_kernels.common.arguments import check_memory_budget
+from esr_kernels.common.workspace import row_stride
+
+MIB = 1 << 20
+KINDS = ("stash", "recompute", "fused")
+# FLOPs done in the time that one byte takes to move: H100-class GPU, and a CPU core with AVX2.
+_FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
+_DEFAULT_BUDGET = {"cuda": 2048 * MIB, "cpu": 320 * MIB}
+# Below this many classes or tokens in a tile a GEMM is no longer a GEMM.
+_SMALLEST_TILE = 64
+# Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
+_TORCH_SCRATCH = 4 * 5 * 640_000
+# The fused kernel's share of the vendor GEMM's rate, and its epilogue (25 FLOPs and 2 exponentials
+# a logit pair, not overlapped) as the bytes that move in that time. Estimates from the instruction
+# mix on an H100, not measured.
+_FUSED_RATE = 0.7
+_FUSED_EPILOGUE = 4.4
+# As in `fused_triton`: the tokens of a tile, and the programs wanted. A GPU runs about 128 at once.
+_FUSED_TILE, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 512, 128
+# A token's statistics from one split of the classes, and what merging them takes.
+_PART_BYTES = 2 * 4 * 10
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes that decide a plan. `classes` is the number that both models share."""
+
+    tokens: int
+    classes: int
+    student_dim: int
+    teacher_dim: int
+    hidden_dtype: torch.dtype = torch.bfloat16
+    weight_dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+    train_hidden: bool = True
+    train_weight: bool = True
+    two_pass: bool = False
+    per_token_gradient: bool = False
+    sharded: bool = False
+    mapped: bool = False
+    weight_grad_given: bool = False  # the caller has memory that the head's gradient is added to
+    train_bias: bool = False
+    rows: str = "triton"  # who computes the row passes: "triton", "torch" or "native" (C, on CPU)
+
+    @property
+    def logit_bytes(self) -> int:
+        return 8 if self.hidden_dtype == torch.float64 else 4
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one element of dz: rounded to the operands' dtype on GPU, kept on CPU."""
+        return self.logit_bytes if self.device == "cpu" else self.hidden_dtype.itemsize
+
+    @property
+    def weight_gradient_bytes(self) -> int:
+        """Bytes of one element of the buffer for the head's gradient."""
+        return self.logit_bytes if self.weight_grad_given else self.weight_dtype.itemsize
+
+    @property
+    def in_place(self) -> bool:
+        """Whether dz can take the place of the student's logits."""
+        return self.gradient_bytes == self.logit_bytes
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.train_hidden or self.train_weight or self.train_bias
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to compute a `Problem`.
+
+    token_chunk: tokens whose dz exists at once; logit_chunk: tokens whose logits are projected at
+    once (stash); vocab_chunk: classes in a tile (recompute, backward of fused). extra_bytes is the
+    predicted peak beyond the inputs and the returned gradients; on CPU the buffers stay for the
+    next call (`release_workspace`).
+    """
+
+    kind: str
+    problem: Problem
+    token_chunk: int
+    logit_chunk: int
+    vocab_chunk: int
+
+    @property
+    def extra_bytes(self) -> int:
+        p = self.problem
+        scratch = _TORCH_SCRATCH if p.device == "cpu" and p.rows == "torch" else 0
+        if self.kind == "stash":
+            buffers = int(not p.in_place) + int(not self.teacher_in_gradient)
+            row = row_stride(p.classes)
+            logits = self.logit_chunk * row * p.logit_bytes * buffers
+            dz = self.token_chunk * row * p.gradient_bytes
+            return logits + dz + self._accumulator_bytes + scratch
+        tile = 2 * p.logit_bytes if self._has_tiles else 0
+        if p.needs_gradient and not p.in_place:
+            tile += p.gradient_bytes
+        parts = _PART_BYTES * self._fused_splits if self.kind == "fused" else 0
+        return p.tokens * (self.vocab_chunk * tile + parts) + self._accumulator_bytes + scratch
+
+    @property
+    def _has_tiles(self) -> bool:
+        """Whether any pass takes logits from memory (all kinds but a fused one-pass forward)."""
+        return self.kind != "fused" or self.problem.needs_gradient or self.problem.two_pass
+
+    @property
+    def _fused_splits(self) -> int:
+        """Splits of the classes over programs, of the narrowest tile: an upper bound."""
+        programs = math.ceil(self.problem.tokens / _FUSED_TILE)
+        tiles = math.ceil(self.problem.classes / _SMALLEST_TILE)
+        return min(tiles, max(1, _FUSED_PROGRAMS // max(programs, 1)))
+
+    @property
+    def sums_weight_apart(self) -> bool:
+        """Whether the weight gradient is summed in an fp32 buffer before it takes its dtype."""
+        p = self.problem
+        narrow = p.weight_gradient_bytes < 4
+        return narrow and (self.token_chunk < p.tokens or p.hidden_dtype == torch.float16)
+
+    @property
+    def teacher_in_gradient(self) -> bool:
+        """Whether the teacher's logits can lie in the memory of the weight gradient.
+
+        That memory is idle until the gradient is written: after the last row pass where all tokens
+        are one chunk, or at the very end where the sum is kept apart.
+        """
+        p = self.problem
+        idle = self.token_chunk >= p.tokens or self.sums_weight_apart
+        room = p.classes * p.student_dim * p.weight_gradient_bytes
+        fits = self.logit_chunk * row_stride(p.classes) * p.logit_bytes <= room
+        return p.train_weight and not p.mapped and idle and fits
+
+    @property
+    def _accumulator_bytes(self) -> int:
+        p = self.problem
+        if self.kind == "stash":
+            apart = p.train_weight and self.sums_weight_apart
+            weight = p.classes * p.student_dim * 4 if apart else 0
+            if p.train_weight and p.weight_grad_given:
+                # The gradient waits for its upstream factor here, not in memory that is returned.
+                weight += p.classes * p.student_dim * p.weight_gradient_bytes
+            fp16 = p.hidden_dtype == torch.float16
+            return weight + (p.tokens * p.student_dim * 4 if p.train_hidden and fp16 else 0)
+        narrow = p.hidden_dtype.itemsize < 4
+        return p.tokens * p.student_dim * 4 if p.train_hidden and narrow else 0
+
+    @property
+    def gemm_flops(self) -> int:
+        p = self.problem
+        unit = 2 * p.tokens * p.classes
+        project = p.student_dim + p.teacher_dim
+        gradients = p.student_dim * (int(p.train_hidden) + int(p.train_weight))
+        if self.kind == "stash":
+            projections = 1
+        else:
+            projections = 1 + int(p.two_pass) + int(p.needs_gradient)
+        return unit * (projections * project + gradients)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Main-memory traffic: row passes, and the operands of every GEMM call."""
+        p = self.problem
+        elements = p.tokens * p.classes
+        heads = p.classes * (p.student_dim + p.teacher_dim) * p.weight_dtype.itemsize
+        student_head = p.classes * p.student_dim * p.weight_dtype.itemsize
+        logits, dz = 2 * p.logit_bytes, p.gradient_bytes
+        written_and_read = 2 * logits + (logits if p.two_pass else 0)
+        gradient_reads = dz * (int(p.train_hidden) + int(p.train_weight))
+        if self.kind == "stash":
+            calls = math.ceil(p.tokens / self.logit_chunk) if p.tokens else 1
+            updates = math.ceil(p.tokens / self.token_chunk) if p.tokens else 1
+            # Statistics read both logits, the gradient pass reads them again and writes dz.
+            row = written_and_read + logits + dz + gradient_reads
+            weight_traffic = calls * heads + updates * int(p.train_hidden) * student_head
+            passes = 2 * updates - 1 + 3 * int(p.weight_grad_given)
+            accumulate = p.classes * p.student_dim * 4 * passes * int(p.train_weight)
+            return elements * row + weight_traffic + accumulate
+        tiles = math.ceil(p.classes / self.vocab_chunk) if p.classes else 1
+        hidden = p.tokens * (p.student_dim + p.teacher_dim) * p.hidden_dtype.itemsize
+        pass_from_memory = elements * 2 * logits + tiles * hidden + heads
+        total = pass_from_memory * int(p.two_pass)
+        if self.kind == "fused":
+            # Programs that run at once and walk the same split share its heads in the cache.
+            rounds = math.ceil(p.tokens / (_FUSED_TILE * _FUSED_WAVE))
+            total += rounds * heads + hidden + p.tokens * _PART_BYTES * self._fused_splits
+        else:
+            total += pass_from_memory
+        if p.needs_gradient:
+            total += elements * (2 * logits + dz + gradient_reads) + tiles * hidden + 2 * heads
+            total += tiles * 2 * 4 * p.tokens * p.student_dim * int(p.train_hidden)
+            total += p.classes * p.student_dim * 4 * int(p.weight_grad_given)
+        return total
+
+    @property
+    def cost(self) -> float:
+        """Roofline price in units of bytes: comparable between plans on one machine only."""
+        p = self.problem
+        flops: float = self.gemm_flops
+        epilogue = 0.0
+        if self.kind == "fused":
+            fused = 2 * p.tokens * p.classes * (p.student_dim + p.teacher_dim)
+            flops += fused * (1 / _FUSED_RATE - 1)
+            epilogue = _FUSED_EPILOGUE * p.tokens * p.classes
+        return flops / _FLOPS_PER_BYTE[_family(p.device)] + epilogue + self.bytes_moved
+
+    def __str__(self) -> str:
+        p = self.problem
+        floor = 2 * p.tokens * p.classes * (p.student_dim + p.teacher_dim)
+        floor += (
+            2 * p.tokens * p.classes * p.student_dim * (int(p.train_hidden) + int(p.train_weight))
+        )
+        if self.kind == "stash":
+            chunks = f"{self.token_chunk} tokens a chunk, {self.logit_chunk} projected at once"
+        elif self._has_tiles:
+            chunks = f"{self.vocab_chunk} classes a tile"
+        else:
+            chunks = "no logits in memory"
+        return (
+            f"{self.kind}: {chunks}; "
+            f"extra memory {self.extra_bytes / MIB:.0f} MiB; "
+            f"GEMMs {self.gemm_flops / 1e9:.1f} GFLOP (floor {floor / 1e9:.1f}); "
+            f"traffic {self.bytes_moved / 1e9:.2f} GB"
+        )
+
+
+def _family(device: str) -> str:
+    return "cpu" if device == "cpu" else "cuda"
+
+
+def default_memory_budget(device: str | torch.device) -> int:
+    """Bytes that a divergence may take beyond its inputs and gradients when nobody says."""
+    return _DEFAULT_BUDGET[_family(torch.device(device).type)]
+
+
+@functools.lru_cache(maxsize=1024)
+def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = None) -> Plan:
+    """The cheapest plan of `kind` ("auto" or one of KINDS) within `memory_budget` bytes.
+
+    Raises ValueError where the kind is unknown, cannot serve the problem, or needs more bytes.
+    """
+    if kind != "auto" and kind not in KINDS:
+        raise ValueError(f"plan must be 'auto', 'stash', 'recompute' or 'fused', got {kind!r}")
+    check_memory_budget(memory_budget)
+    check_kind(kind, problem)
+    budget = default_memory_budget(problem.device) if memory_budget is None else memory_budget
+    candidates = [
+        plan
+        for name in (KINDS if kind == "auto" else (kind,))
+        if _obstacle(name, problem) is None
+        and not (kind == "auto" and _loses_digits(name, problem))
+        for plan in _PLANS_OF_KIND[name](problem)
+    ]
+    fitting = [plan for plan in candidates if plan.extra_bytes <= budget]
+    if fitting:
+        return min(fitting, key=lambda plan: plan.cost)
+    smallest = min(candidates, key=lambda plan: plan.extra_bytes)
+    if memory_budget is None:
+        return smallest
+    raise ValueError(
+        f"memory_budget of {budget} bytes is too small for plan={kind!r}: "
+        f"the smallest needs {smallest.extra_bytes} bytes"
+    )
+
+
+def check_kind(kind: str, problem: Problem) -> None:
+    """Raise ValueError where plans of this kind cannot serve the problem."""
+    _refuse(kind, _obstacle(kind, problem))
+
+
+def check_stash(per_token_gradient: bool, sharded: bool) -> None:
+    """`check_kind` of "stash" before there is a `Problem`."""
+    _refuse("stash", _obstacle_to_stash(per_token_gradient, sharded))
+
+
+def _refuse(kind: str, obstacle: str | None) -> None:
+    if obstacle is not None:
+        raise ValueError(f"plan={kind!r} {obstacle}")
+
+
+def _obstacle(kind: str, problem: Problem) -> str | None:
+    if kind == "stash":
+        return _obstacle_to_stash(problem.per_token_gradient, problem.sharded)
+    return _obstacle_to_fused(problem) if kind == "fused" else None
+
+
+def _obstacle_to_stash(per_token_gradient: bool, sharded: bool) -> str | None:
+    if per_token_gradient:
+        return (
+            "computes the gradient in the forward pass and cannot serve reduction='none'; "
+            "use plan='recompute', or pass token_weights and reduce"
+        )
+    return "does not shard the vocabulary; use plan='recompute'" if sharded else None
+
+
+def _loses_digits(kind: str, problem: Problem) -> bool:
+    """A stash is rounded before the factor of the backward, under fp16 a loss scale, is known."""
+    return kind == "stash" and problem.needs_gradient and problem.hidden_dtype == torch.float16
+
+
+def _obstacle_to_fused(problem: Problem) -> str | None:
+    if problem.device == "cpu" or problem.rows != "triton":
+        return "is a Triton kernel and needs a GPU and impl='triton'; use plan='recompute'"
+    if problem.mapped:
+        return "takes no student_ids and teacher_ids; use plan='recompute'"
+    return None
+
+
+def _even_chunks(size: int, smallest: int) -> list[int]:
+    """Chunk sizes for 1, 2, 3, 4, 6, 8, 12, 16, ... even chunks, down to about `smallest`."""
+    chunks = [max(size, 1)]
+    for doubling in range(size.bit_length()):
+        for splits in (2 << doubling, 3 << doubling):
+            chunk = math.ceil(size / splits)
+            if chunk >= smallest:
+                chunks.append(chunk)
+    # However the sizes above fall: what fits at one size fits at all larger ones.
+    return chunks if chunks[-1] <= smallest else [*chunks, smallest]
+
+
+def _stash_plans(problem: Problem) -> list[Plan]:
+    if not problem.needs_gradient:
+        # Nothing to stash.
+        return _recompute_plans(problem)
+    base = Plan("stash", problem, 1, 1, problem.classes)
+    return [
+        replace(base, token_chunk=token_chunk, logit_chunk=logit_chunk)
+        for token_chunk in _even_chunks(problem.tokens, _SMALLEST_TILE)
+        for logit_chunk in _even_chunks(token_chunk, _SMALLEST_TILE)
+    ]
+
+
+def _recompute_plans(problem: Problem) -> list[Plan]:
+    base = Plan("recompute", problem, problem.tokens, problem.tokens, 1)
+    return [
+        replace(base, vocab_chunk=row_stride(size))
+        for size in _even_chunks(problem.classes, _SMALLEST_TILE)
+    ]
+
+
+def _fused_plans(problem: Problem) -> list[Plan]:
+    plans = [replace(plan, kind="fused") for plan in _recompute_plans(problem)]
+    return plans if problem.needs_gradient or problem.two_pass else plans[:1]
+
+
+_PLANS_OF_KIND = {"stash": _stash_plans, "recompute": _recompute_plans, "fused": _fused_plans}

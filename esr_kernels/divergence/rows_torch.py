@@ -1,0 +1,286 @@
+"""Row passes in PyTorch: for fp64, and on CPU where no compiler is (`rows_native`).
+
+Every function takes a tile of fp32 (or fp64) raw logits and may overwrite them. Rows go through in
+blocks that stay in the cache: the passes below touch a block some ten times, main memory three
+times. softmax() is used where exp() would do, since its vectorised exponential is faster and it
+takes the maximum along; the log-sum-exp falls out as max - log(max probability).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from esr_kernels.common.workspace import borrow
+from esr_kernels.divergence.statistics import (
+    ARGMAX,
+    CENTRED,
+    COLUMNS,
+    GAP,
+    LOG_SUM,
+    MAX,
+    LogitTransform,
+    RowsKnown,
+    RowSpec,
+    RowStats,
+    Tile,
+    from_pull_sums,
+    label_pull_sum,
+    merge_parts,
+    mixed_kl,
+    mixed_kl_pull_sum,
+    part_lse_gap,
+)
+
+# Elements of a block: its logits, softmaxes and gap share the last-level cache, and four rows of a
+# Qwen vocabulary are enough for the operations on [rows, V] to outweigh those on [rows].
+_BLOCK_ELEMENTS = 640_000
+_ARGMAX_WIDTH = 512
+
+
+def _apply_transform_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
+    if bias is not None:
+        z.add_(bias)
+    if transform.softcap is not None:
+        z.mul_(transform.scale / transform.softcap).tanh_()
+        z.mul_(transform.softcap / transform.temperature)
+    elif transform.slope != 1.0:
+        z.mul_(transform.slope)
+
+
+def _row_blocks(rows: int, classes: int) -> Iterator[slice]:
+    height = max(1, _BLOCK_ELEMENTS // max(classes, 1))
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def _scratch(like: Tensor, count: int) -> list[Tensor]:
+    """Buffers for a block of `like`."""
+    height = next(_row_blocks(*like.shape), slice(0)).stop
+    shape = height, like.shape[1]
+    return [borrow(f"block {i}", shape, like, like.dtype) for i in range(count)]
+
+
+@functools.cache
+def _strip(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.arange(_ARGMAX_WIDTH, device=device), torch.tensor(_ARGMAX_WIDTH, device=device)
+
+
+def _argmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(max, first argmax) of each row, by strips: torch's max with indices is not vectorised."""
+    classes = z.shape[1]
+    whole = classes // _ARGMAX_WIDTH * _ARGMAX_WIDTH
+    tops = z[:, :whole].unflatten(1, (-1, _ARGMAX_WIDTH)).amax(-1)
+    if whole < classes:
+        tops = torch.cat([tops, z[:, whole:].amax(-1, keepdim=True)], dim=1)
+    top, strip = tops.max(dim=1, keepdim=True)
+    # Past the end the last class repeats; the first of equals wins, so that is harmless.
+    inside, width = _strip(z.device)
+    columns = torch.addcmul(inside, strip, width).clamp_(max=classes - 1)
+    offset = z.gather(1, columns).argmax(1, keepdim=True)
+    return top, columns.gather(1, offset)
+
+
+def _block_statistics(
+    s: Tensor,
+    t: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gap: Tensor,
+    parts: Tensor,
+    needs: tuple[bool, bool] = (True, True),
+) -> None:
+    """Fill `parts` [n, COLUMNS] from a block of transformed logits and their softmaxes.
+
+    Leaves t - s in `gap`: not over t, which nobody reads again and which would have to go back to
+    main memory. `needs` says whether the mean gap under p and under q are wanted; else they are 0.
+    """
+    for column, z, probability in ((0, s, p), (1, t, q)):
+        top, argmax = _argmax(z)
+        centred = torch.sub(z, top, out=gap)
+        parts[:, column + MAX.start] = top[:, 0]
+        parts[:, column + LOG_SUM.start] = probability.gather(1, argmax)[:, 0].log_().neg_()
+        parts[:, column + CENTRED.start] = _weighted_sum(probability, centred)
+        parts[:, column + ARGMAX.start] = argmax[:, 0]
+    torch.sub(t, s, out=gap)
+    parts[:, GAP.start] = _weighted_sum(p, gap) if needs[0] else 0.0
+    parts[:, GAP.start + 1] = _weighted_sum(q, gap) if needs[1] else 0.0
+
+
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    total = torch.linalg.vecdot(weights, values)
+    # 0 * inf: a class of probability 0 counts 0 whatever its logit. Only when it shows, where
+    # looking does not stall a GPU.
+    if total.device.type != "cpu" or not bool(total.isfinite().all()):
+        total = torch.where(weights > 0, weights * values, 0.0).sum(1)
+    return total
+
+
+def _transform_(tile: Tile, spec: RowSpec) -> None:
+    _apply_transform_(tile.s, tile.student_bias, spec.student)
+    _apply_transform_(tile.t, tile.teacher_bias, spec.teacher)
+
+
+def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
+    """Statistics [n, 1, COLUMNS] of a tile of classes; overwrites the logits."""
+    parts = tile.s.new_empty(tile.s.shape[0], 1, COLUMNS)
+    scratch = _scratch(tile.s, 3)
+    for rows in _row_blocks(*tile.s.shape):
+        block = tile.rows(rows)
+        p, q, spare = (buffer[: block.s.shape[0]] for buffer in scratch)
+        _transform_(block, spec)
+        torch.softmax(block.s, 1, out=p)
+        torch.softmax(block.t, 1, out=q)
+        _block_statistics(block.s, block.t, p, q, spare, parts[rows, 0])
+    if tile.may_be_infinite:
+        # A softmax over nothing but -inf is NaN; such a part has no mass and weighs nothing.
+        for column in range(2):
+            dead = parts[:, 0, MAX][:, column] == -torch.inf
+            for field, value in ((LOG_SUM, -torch.inf), (GAP, 0.0), (CENTRED, 0.0)):
+                parts[:, 0, field][dead, column] = value
+    return parts
+
+
+def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
+    """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
+    sums = tile.s.new_empty(tile.s.shape[0], 3)
+    scratch = _scratch(tile.s, 2)
+    for rows in _row_blocks(*tile.s.shape):
+        block = tile.rows(rows)
+        lse = stats.student_lse[rows], stats.teacher_lse[rows]
+        p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
+        gap = _probabilities_(block, *lse, spec, p, q)
+        gap = _normalised_gap_(gap, p, q, stats.lse_gap[rows])
+        sums[rows] = _pull_sums(p, q, gap, spec)
+    return sums
+
+
+def _pull_sums(p: Tensor, q: Tensor, gap: Tensor, spec: RowSpec) -> Tensor:
+    divergence = spec.divergence
+    terms = divergence.summand(p, q, gap), divergence.pull(p, q, gap), p
+    return torch.stack([term.sum(1) for term in terms], dim=1)
+
+
+def tile_gradient_(
+    tile: Tile, known: RowsKnown, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
+) -> None:
+    """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
+    scratch = _scratch(tile.s, 2)
+    for rows in _row_blocks(*tile.s.shape):
+        block, row = tile.rows(rows), known.rows(rows)
+        p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
+        gap = _probabilities_(block, row.student_lse, row.teacher_lse, spec, p, q)
+        weight = None if row_weight is None else row_weight[rows]
+        _gradient_(block, gap, p, q, row.lse_gap, row.pull_sum, weight, spec)
+        if dz is not tile.s:
+            dz[rows] = block.s
+
+
+def stash_rows_(
+    tile: Tile, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
+) -> tuple[Tensor, RowStats]:
+    """(divergence [n], statistics) of whole rows; writes their dz [n, V], which may be `tile.s`.
+
+    Each softmax is computed once.
+    """
+    n = tile.s.shape[0]
+    parts = tile.s.new_empty(n, 1, COLUMNS)
+    mix = spec.divergence.kl_weights
+    sums = tile.s.new_empty(n if mix is None else 0, 3)
+    needs = (mix is not None and mix[1] > 0, mix is not None and mix[0] > 0)
+    scratch = _scratch(tile.s, 3)
+    for rows in _row_blocks(*tile.s.shape):
+        block, part = tile.rows(rows), parts[rows, 0]
+        p, q, gap = (buffer[: block.s.shape[0]] for buffer in scratch)
+        _transform_(block, spec)
+        torch.softmax(block.s, 1, out=p)
+        torch.softmax(block.t, 1, out=q)
+        _block_statistics(block.s, block.t, p, q, gap, part, needs)
+        if mix is not None:
+            lse_gap, pull_sum = None, mixed_kl_pull_sum(part[:, GAP.start], *mix)
+        else:
+            lse_gap = part_lse_gap(part)
+            normalised = _normalised_gap_(block.t.copy_(gap), p, q, lse_gap)
+            sums[rows] = _pull_sums(p, q, normalised, spec)
+            _, pull_sum = from_pull_sums(sums[rows])
+        if block.labels is not None:
+            pull_sum = pull_sum + label_pull_sum(block.labels, spec)
+        weight = None if row_weight is None else row_weight[rows]
+        _gradient_(block, gap, p, q, lse_gap, pull_sum, weight, spec)
+        if dz is not tile.s:
+            dz[rows] = block.s
+    stats = merge_parts(parts)
+    value, _ = from_pull_sums(sums) if mix is None else mixed_kl(stats, *mix)
+    return value, stats
+
+
+def _probabilities_(
+    block: Tile, student_lse: Tensor, teacher_lse: Tensor, spec: RowSpec, p: Tensor, q: Tensor
+) -> Tensor:
+    """Fill p and q of a block whose log-sum-exps are known; returns t - s, written over t."""
+    _transform_(block, spec)
+    torch.sub(block.s, student_lse[:, None], out=p).exp_()
+    torch.sub(block.t, teacher_lse[:, None], out=q).exp_()
+    return block.t.sub_(block.s)
+
+
+def _normalised_gap_(gap: Tensor, p: Tensor, q: Tensor, lse_gap: Tensor) -> Tensor:
+    """log q - log p from t - s, in place; 0 for a class that neither model can produce."""
+    return gap.add_(lse_gap[:, None]).masked_fill_((p == 0) & (q == 0), 0.0)
+
+
+def _gradient_(
+    block: Tile,
+    gap: Tensor,
+    p: Tensor,
+    q: Tensor,
+    lse_gap: Tensor | None,
+    pull_sum: Tensor,
+    row_weight: Tensor | None,
+    spec: RowSpec,
+) -> None:
+    """block.s <- w * (u - p * sum(u)), times what of d(transformed)/d(raw) is not constant.
+
+    `gap` is t - s, and `lse_gap` may be None for mixes of the two KLs. `pull_sum` [n] has the pull
+    of the labels in it; at the labels it is added here.
+    """
+    s, softcap, chain = block.s, spec.student.softcap, None
+    if softcap is not None:
+        chain = s.mul(spec.student.temperature / softcap).square_().neg_().add_(1.0)
+    pull_sum = pull_sum[:, None]
+    mix = spec.divergence.kl_weights
+    if mix is None:
+        assert lse_gap is not None
+        u = spec.divergence.pull(p, q, _normalised_gap_(gap, p, q, lse_gap))
+        torch.addcmul(u, p, pull_sum, value=-1, out=s)
+    else:
+        forward, reverse = mix
+        if reverse:
+            # -(reverse * gap + sum of pulls) * p
+            if reverse == 1:
+                torch.sub(-pull_sum, gap, out=gap)
+            else:
+                gap.mul_(-reverse).sub_(pull_sum)
+            if block.may_be_infinite:
+                # A class that the student cannot produce pulls nothing, whatever the gap there.
+                gap.masked_fill_(p == 0, 0.0)
+            torch.mul(gap, p, out=s)
+            if forward:
+                s.sub_(q, alpha=forward)
+        elif block.labels is None and forward == 1:
+            torch.sub(p, q, out=s)
+        else:
+            torch.addcmul(q.mul_(-forward), p, pull_sum, value=-1, out=s)
+    if block.labels is not None:
+        # Without a label 0 is added to a class: finding the rows that have one would stall a GPU.
+        labelled = (block.labels >= 0) & (block.labels < s.shape[1])
+        column = torch.where(labelled, block.labels, 0)[:, None]
+        taken = torch.where(labelled, -spec.label_weight, 0.0).to(s.dtype)
+        s.scatter_add_(1, column, taken[:, None])
+    if chain is not None:
+        s.mul_(chain)
+    if row_weight is not None:
+        s.mul_(row_weight[:, None])

@@ -1,0 +1,123 @@
+"""The public boundary of the sampler: what is accepted, and the error for what is not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esr_kernels.divergence.statistics import LogitTransform
+from esr_kernels.sampling.params import Classes, SamplingParams
+from esr_kernels.sampling.philox import SampleKeys
+
+_LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise unless `logits` is a floating-point matrix with a class or more."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(
+            f"logits must have 2 dimensions, rows and at least one class, got shape "
+            f"{list(logits.shape)}"
+        )
+    if logits.dtype not in _LOGITS_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _LOGITS_DTYPES)
+        raise TypeError(f"logits must be one of {allowed}, got {logits.dtype}")
+
+
+def check_keys(keys: SampleKeys, like: Tensor) -> SampleKeys:
+    """Raise unless `keys` name a row for each of `like`."""
+    if not isinstance(keys, SampleKeys):
+        raise TypeError(f"keys must be SampleKeys(seed, rows, step), got {type(keys).__name__}")
+    seed, rows, step = keys
+    batch = like.shape[0]
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"keys.seed must be an int, got {type(seed).__name__}")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"keys.seed must be from -2**63 to 2**64 - 1, got {seed}")
+    _check_int64("keys.rows", rows, [(batch,)], like)
+    if isinstance(step, Tensor):
+        _check_int64("keys.step", step, [(), (1,), (batch,)], like)
+    elif isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"keys.step must be an int or a tensor, got {type(step).__name__}")
+    elif step < 0:
+        raise ValueError(f"keys.step must not be negative, got {step}")
+    return SampleKeys(*keys)
+
+
+def _check_int64(name: str, value: Tensor, shapes: list[tuple[int, ...]], like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}")
+    if tuple(value.shape) not in shapes:
+        allowed = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {allowed}, got {list(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the rows are, got {value.device}")
+
+
+def check_rows(params: SamplingParams, like: Tensor) -> None:
+    """Raise unless every tensor among the parameters has a value for each row."""
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params must be SamplingParams(...), got {params!r}")
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        value = getattr(params, name)
+        if isinstance(value, Tensor) and (
+            value.shape != (like.shape[0],) or value.device != like.device
+        ):
+            raise ValueError(
+                f"{name} must be a number or have shape [{like.shape[0]}] on {like.device}, "
+                f"got {list(value.shape)} on {value.device}"
+            )
+
+
+def check_invalid(invalid: Tensor | None, like: Tensor, rows_of_head: int) -> Tensor | None:
+    """Checked: None, a [V] bool mask or int64 ids."""
+    if invalid is None:
+        return None
+    if not isinstance(invalid, Tensor):
+        raise TypeError(f"invalid must be a torch.Tensor, got {type(invalid).__name__}")
+    if invalid.device != like.device:
+        raise ValueError(f"invalid must be on {like.device} as the rows are, got {invalid.device}")
+    if invalid.dtype == torch.bool:
+        if invalid.shape != (rows_of_head,):
+            raise ValueError(
+                f"invalid must have shape [{rows_of_head}] as a mask, got {list(invalid.shape)}"
+            )
+        return invalid
+    if invalid.dtype != torch.int64 or invalid.dim() != 1:
+        raise TypeError(
+            f"invalid must be a bool mask or a vector of int64 ids, got {invalid.dtype} "
+            f"{list(invalid.shape)}"
+        )
+    if like.device.type == "cpu" and len(invalid):
+        lowest, highest = int(invalid.min()), int(invalid.max())
+        if lowest < 0 or highest >= rows_of_head:
+            bad = lowest if lowest < 0 else highest
+            raise ValueError(f"invalid must hold ids from 0 to {rows_of_head - 1}, got {bad}")
+    return invalid
+
+
+def checked_classes(
+    count: int,
+    like: Tensor,
+    rows_of_head: int,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    invalid: Tensor | None,
+    *,
+    mask: bool,
+) -> Classes:
+    """The classes that exist, less the invalid ones, as a mask or as ids."""
+    removed = check_invalid(invalid, like, rows_of_head)
+    if removed is not None:
+        if removed.dtype != torch.bool:
+            ids = removed
+            removed = torch.zeros(rows_of_head, dtype=torch.bool, device=like.device)
+            removed.index_fill_(0, ids, True)
+        removed = removed[:count]
+        if like.device.type == "cpu" and not mask:  # a few columns, and counting stalls nothing
+            removed = removed.nonzero()[:, 0]
+    return Classes(count, None if bias is None else bias[:count].detach(), transform, removed)

@@ -1,0 +1,178 @@
+"""Sampling fused into the head's projection: no logit is ever in memory.
+
+One program owns a tile of 256 classes and a block of rows. The matrix product over D accumulates
+the tile's logits in registers, fp32, classes along the long side (64 rows fill a matrix
+instruction's short side, and one row costs what 64 do: the head's bytes). The epilogue folds them
+into maximum and log-sum. The draw (`sampling_triton.draw`) picks a tile from those and computes the
+256 logits of that tile again, for the one row that asks.
+
+Bytes  The head once for every block of rows, from memory where the programs of a tile, which are
+       neighbours, share it in the cache; 8 bytes a row and tile written and read. The draw reads
+       256 rows of the head for each row of the batch: B / 594 of a Qwen head again.
+       What this replaces moves 8 bytes a logit, written and read.
+FLOPs  2 B V D, padded to whole blocks of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from esr_kernels.divergence.fused_triton import _DTYPES, _operand_kind, _project, current_arch
+from esr_kernels.sampling.draw_triton import _empties, _shared_arguments, draw
+from esr_kernels.sampling.kernels_triton import numbers, transformed
+from esr_kernels.sampling.params import TILE, Classes, RowLaw, Sample
+from esr_kernels.sampling.philox import SampleKeys
+
+
+class Blocks(NamedTuple):
+    """Rows of a program, columns of D at a time; the classes are a tile."""
+
+    rows: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# (operand, arch) -> block, keyed on nothing that changes from step to step, so that a row's sums
+# are the same in any batch. What a program waits for is the head: (256 + 64) * 64 * 2 bytes a stage
+# are 40 KiB, and the stages in flight must cover the latency of memory. 64 rows take 64 registers
+# of accumulators a thread.
+#   sm_90, sm_100  4 stages, 160 of 227 KiB.
+#   sm_80          3 stages, 120 of 163 KiB.
+#   gfx942         one stage in LDS (40 of 64 KiB), one in registers.
+#   fp32           32 columns of D are as many bytes.
+#   unaligned      rows that do not start at 16 bytes arrive element by element, through registers.
+BLOCKS: dict[tuple[str, str], Blocks] = {
+    ("16-bit", "sm_80"): Blocks(64, 64, 8, 3),
+    ("16-bit", "sm_90"): Blocks(64, 64, 8, 4),
+    ("16-bit", "sm_100"): Blocks(64, 64, 8, 4),
+    ("16-bit", "gfx942"): Blocks(64, 64, 8, 2),
+    ("fp32", "sm_80"): Blocks(32, 32, 8, 3),
+    ("fp32", "sm_90"): Blocks(32, 32, 8, 4),
+    ("fp32", "sm_100"): Blocks(32, 32, 8, 4),
+    ("fp32", "gfx942"): Blocks(64, 32, 8, 2),
+    ("unaligned", "sm_80"): Blocks(32, 32, 8, 2),
+    ("unaligned", "sm_90"): Blocks(32, 32, 8, 2),
+    ("unaligned", "sm_100"): Blocks(32, 32, 8, 2),
+    ("unaligned", "gfx942"): Blocks(32, 32, 8, 2),
+}
+# (D up to, rows up to which fusing is chosen). Not measured: no GPU was at hand. Up to 64 rows the
+# head is read once and its bytes decide, and the logits' traffic is saved on top; the published
+# crossover of such a kernel lies between 128 and 256 rows at D = 4096 on an H100 (FlashSampling),
+# and what is saved grows as 1 / D.
+FUSED_ROWS = ((2048, 128), (math.inf, 64))
+
+
+def pays(rows: int, depth: int) -> bool:
+    """Whether fusing is chosen over a projection and passes over its logits."""
+    return rows <= next(most for up_to, most in FUSED_ROWS if depth <= up_to)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _fused_tiles_kernel(
+    hidden_ptr,
+    weight_ptr,
+    hidden_stride,
+    weight_stride,
+    bias_ptr,
+    invalid_ptr,
+    inv_temperature_ptr,
+    maxima_ptr,
+    log_sums_ptr,
+    n_rows,
+    n_classes,
+    n_tiles,
+    depth,
+    scale,
+    softcap,
+    TILE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    tile = tl.program_id(1)
+    classes = tile * TILE + tl.arange(0, TILE)
+    # Rows and classes beyond the last repeat it: loads need no mask, and what they compute is
+    # dropped at the store and by the -inf.
+    live_rows = tl.minimum(rows, n_rows - 1)
+    live_classes = tl.minimum(classes, n_classes - 1)
+    z = _project(
+        weight_ptr,
+        hidden_ptr,
+        bias_ptr,
+        live_classes,
+        live_rows,
+        weight_stride,
+        hidden_stride,
+        depth,
+        False,
+        TILE,
+        BLOCK_B,
+        BLOCK_D,
+    )
+    inv_temperature = tl.full([1, BLOCK_B], 1.0, tl.float32)
+    if inv_temperature_ptr is not None:
+        inv_temperature = tl.load(inv_temperature_ptr + live_rows)[None, :]
+    chain = (bias_ptr, invalid_ptr, scale, softcap, inv_temperature)
+    z = transformed(z, classes[:, None], (classes < n_classes)[:, None], chain)
+    top = tl.max(numbers(z), 0)
+    # A tile of -inf only must not turn into exp(-inf + inf). NaN and +inf make the sum NaN.
+    base = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(tl.exp(z - base[None, :]), 0)
+    out = rows.to(tl.int64) * n_tiles + tile
+    tl.store(maxima_ptr + out, top, mask=rows < n_rows)
+    tl.store(log_sums_ptr + out, tl.log(total), mask=rows < n_rows)
+
+
+def tile_statistics(
+    hidden: Tensor, weight: Tensor, classes: Classes, law: RowLaw, blocks: Blocks | None = None
+) -> tuple[Tensor, Tensor]:
+    """Maxima and log-sums [B, tiles] fp32 of the logits hidden @ weight.T, without those logits.
+
+    hidden [B, D] and weight [V, D] of one dtype, bf16, fp16 or fp32; `blocks` None takes the
+    committed one of the operands' dtype and the GPU.
+    """
+    if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
+        raise TypeError(
+            "hidden and weight must share a dtype among bfloat16, float16 and float32 for the "
+            f"fused kernel, got {hidden.dtype} and {weight.dtype}"
+        )
+    blocks = blocks or BLOCKS[_operand_kind(weight), current_arch()]
+    rows, tiles = hidden.shape[0], triton.cdiv(classes.count, TILE)
+    maxima, log_sums = _empties(2, rows, tiles, like=hidden)
+    if rows:
+        _fused_tiles_kernel[(triton.cdiv(rows, blocks.rows), tiles)](
+            hidden,
+            weight,
+            hidden.stride(0),
+            weight.stride(0),
+            maxima_ptr=maxima,
+            log_sums_ptr=log_sums,
+            n_rows=rows,
+            depth=hidden.shape[1],
+            TILE=TILE,
+            BLOCK_B=blocks.rows,
+            BLOCK_D=blocks.depth,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            **_shared_arguments(classes, law),
+        )
+    return maxima, log_sums
+
+
+def sample(
+    hidden: Tensor,
+    weight: Tensor,
+    classes: Classes,
+    law: RowLaw,
+    keys: SampleKeys,
+    blocks: Blocks | None = None,
+) -> Sample:
+    """Draw from hidden @ weight.T without filters, as `sampling_triton.sample_rows` draws."""
+    statistics = tile_statistics(hidden, weight, classes, law, blocks)
+    return draw(hidden, weight, classes, law, keys, statistics)

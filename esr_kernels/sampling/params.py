@@ -1,0 +1,160 @@
+"""What a draw is: the parameters that a caller gives, what they mean for each row, the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esr_kernels.divergence.statistics import LogitTransform
+
+# Classes that share a Gumbel variate. Part of what a key means: another width draws other tokens.
+TILE = 256
+# Below this a division by the temperature leaves the range of fp32 for ordinary logits.
+_COLDEST = 1e-6
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a row's distribution is sharpened and cut, in this order.
+
+    Order the classes of a row by logit, largest first, equal ones by id, lowest first. Each filter
+    keeps a first part of that order, so together they keep the shortest:
+
+        temperature   z / temperature; 0 is greedy: the first class of the order, no filter
+        top_k         the first k classes; 0 or k >= V keeps all
+        top_p         of those, the fewest whose share of *their* mass reaches top_p; 1 keeps all
+        min_p         of those, the classes whose probability is at least min_p times the largest
+
+    That is the order of transformers. At the k-th value and at the edge of the nucleus, exactly as
+    many ties are kept as fit, lowest ids first; min_p keeps all ties.
+
+    Each is a number for all rows, or a tensor [B] on the device of the rows (top_k int64, the
+    others floating point). Numbers, and tensors on CPU, are checked.
+    """
+
+    temperature: float | Tensor = 1.0
+    top_k: int | Tensor = 0
+    top_p: float | Tensor = 1.0
+    min_p: float | Tensor = 0.0
+
+    def __post_init__(self) -> None:
+        _check_range(
+            "temperature",
+            self.temperature,
+            lambda t: (t == 0) | ((t >= _COLDEST) & (t < math.inf)),
+            f"0 (greedy) or finite and at least {_COLDEST:g}",
+        )
+        _check_range("top_k", self.top_k, lambda k: k >= 0, "0 (off) or positive")
+        _check_range("top_p", self.top_p, lambda p: (p > 0) & (p <= 1), "above 0 and at most 1")
+        _check_range("min_p", self.min_p, lambda p: (p >= 0) & (p <= 1), "from 0 to 1")
+
+
+def _check_range(
+    name: str, value: float | Tensor, allowed: Callable[[Any], Any], meaning: str
+) -> None:
+    integral = name == "top_k"
+    if not isinstance(value, Tensor):
+        kinds = (int,) if integral else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(
+                f"{name} must be {'an integer' if integral else 'a number'} or a tensor, "
+                f"got {type(value).__name__}"
+            )
+        if not allowed(value):
+            raise ValueError(f"{name} must be {meaning}, got {value}")
+        return
+    if integral and value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}")
+    if not integral and not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    # Elsewhere looking at the values would stall.
+    if value.device.type == "cpu" and not bool(allowed(value).all()):
+        bad = int((~allowed(value)).flatten().to(torch.int8).argmax())
+        raise ValueError(f"{name} must be {meaning}, got {value.flatten()[bad]} at row {bad}")
+
+
+class Sample(NamedTuple):
+    """What a draw returns, each [B]."""
+
+    tokens: Tensor  # int64
+    logprob: Tensor  # fp32, log softmax(z / temperature)[token] over all valid classes, nats
+    log_kept: Tensor  # fp32, log of the mass that the filters kept; 0 where they are off
+    lse: Tensor  # fp32, log-sum-exp of z / temperature over all valid classes
+
+
+@dataclass(frozen=True)
+class RowLaw:
+    """Per-row parameters, each [B] or None where off for every row."""
+
+    inv_temperature: Tensor | None  # fp32; 1 in greedy rows
+    greedy: Tensor | None  # bool
+    all_greedy: bool
+    top_k: Tensor | None  # int64; 0 is off
+    top_p: Tensor | None  # fp32; 1 is off
+    min_p: Tensor | None  # fp32; 0 is off
+
+    @property
+    def filtered(self) -> bool:
+        return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
+
+    def rows(self, rows: slice | Tensor) -> RowLaw:
+        def cut(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[rows]
+
+        return RowLaw(
+            cut(self.inv_temperature),
+            cut(self.greedy),
+            self.all_greedy,
+            cut(self.top_k),
+            cut(self.top_p),
+            cut(self.min_p),
+        )
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Which classes there are and how their logits come about."""
+
+    count: int  # the first so many
+    bias: Tensor | None  # [count]
+    transform: LogitTransform  # temperature 1: that of the rows comes on top
+    invalid: Tensor | None  # [count] bool, or int64 ids in any number
+
+
+def row_law(params: SamplingParams, rows: int, classes: int, device: torch.device) -> RowLaw:
+    """The parameters of `rows` rows over `classes` classes, one value a row."""
+
+    def each(value: float | Tensor, off: float, dtype: torch.dtype) -> Tensor | None:
+        if isinstance(value, Tensor):
+            return value.to(dtype).contiguous()  # kernels read them side by side
+        if value == off:
+            return None
+        return torch.full((rows,), value, dtype=dtype, device=device)
+
+    temperature = params.temperature
+    if isinstance(temperature, Tensor):
+        cold = temperature == 0
+        greedy: Tensor | None = cold
+        inverse: Tensor | None = torch.where(cold, 1.0, temperature).double().reciprocal().float()
+        all_greedy = False
+    else:
+        greedy, all_greedy = None, temperature == 0
+        inverse = each(1.0 / (temperature or 1.0), 1.0, torch.float32)
+    if all_greedy:
+        return RowLaw(None, None, True, None, None, None)
+    top_k = params.top_k
+    if isinstance(top_k, int) and top_k >= classes:
+        top_k = 0
+    return RowLaw(
+        inverse,
+        greedy,
+        False,
+        each(top_k, 0, torch.int64),
+        each(params.top_p, 1.0, torch.float32),
+        each(params.min_p, 0.0, torch.float32),
+    )

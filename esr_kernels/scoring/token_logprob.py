@@ -1,0 +1,143 @@
+"""Log-probability of given tokens and entropy of their distributions, from hidden states, without
+ever holding the [T, V] logits: scoring, and the policy-gradient form of on-policy distillation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from esr_kernels.common import matmul
+from esr_kernels.common.head import Head, check_head, check_ids, values_are_at_hand
+from esr_kernels.divergence import reference
+from esr_kernels.scoring.selected import NO_CLASS, pick
+
+# The token id of positions to leave out, as in torch.nn.functional.cross_entropy.
+IGNORE = -100
+# Odds beyond e**1000 are certainty in every dtype, and finite where infinite ones would give NaN.
+_CERTAIN = 1000.0
+
+
+class TokenLogprob(NamedTuple):
+    """What `token_logprob` returns: each [T], fp32 (fp64 for fp64 operands), differentiable."""
+
+    logprob: Tensor  # log p(token), nats
+    entropy: Tensor  # of the whole distribution, nats
+    lse: Tensor  # log-sum-exp of the transformed logits
+
+
+def _check_tokens(tokens: Tensor, head: Head) -> None:
+    check_ids("tokens", tokens, f"[{head.hidden.shape[0]}]", head.hidden)
+    if not values_are_at_hand(tokens):  # looking would stall a GPU
+        return
+    bad = (tokens != IGNORE) & ((tokens < 0) | (tokens >= head.classes))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"tokens must be from 0 to {head.classes - 1}, or {IGNORE} to leave a position out, "
+            f"got {int(tokens[at])} at position {at}"
+        )
+
+
+def token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    num_classes: int | None = None,
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> TokenLogprob:
+    """Log-probability of each row's token, and entropy of each row, from hidden states.
+
+    With z = f(h W^T + b), f(x) = softcap * tanh(scale * x / softcap) / temperature, p = softmax(z):
+
+        logprob = log p[token]      d logprob / dz = onehot(token) - p
+        entropy = -sum p log p      d entropy / dz = -p (log p + entropy)
+        lse     = log sum exp z     d lse / dz     = p
+
+    Args:
+        hidden: [T, D] and `weight` [V, D], of the same dtype (or autocast to the same).
+        tokens: [T] int64 class ids; -100 leaves a position out: outputs 0, no gradient.
+        bias: [V], trained if it requires a gradient. An entry of -inf removes a class, unless a
+            softcap lifts it.
+        softcap, logit_scale, temperature: the transform above; None is no soft-capping.
+        num_classes: classes that exist, from 0; rows of the head beyond it are padding.
+        memory_budget: bytes of logits, and of their gradient where that is kept apart, that may
+            exist at once; None takes `default_memory_budget(device)`.
+        impl: "auto" (Triton on GPU, PyTorch on CPU), "torch", "triton", or "reference" (plain
+            PyTorch with autograd and all logits held).
+
+    Returns:
+        `TokenLogprob`; every field takes any upstream gradient, to hidden, weight and bias.
+
+    Raises:
+        ValueError or TypeError naming the argument, what it was and what is allowed. Ids are
+        checked on CPU only; on GPU, where looking would stall, an id out of range gives NaN.
+
+    Exactness: logits and reductions are fp32 whatever the operands' dtype; a probability near 1
+        keeps the digits of its distance from 1. On GPU dz is rounded to the operands' dtype for
+        the gradient GEMMs. Repeated calls agree bit for bit. NaN in a row stays in that row's
+        outputs, but reaches the whole weight gradient. A token of probability 0 has -inf.
+    Memory: a tile of logits [T, tile] and a few floats a token; in the backward an fp32 gradient of
+        `hidden` besides.
+    Gradients: the backward projects again; any number of backwards, no double backward.
+    Reference: `esr_kernels.divergence.reference.token_logprob`.
+
+    Example:
+        >>> scored = token_logprob(hidden, lm_head.weight, sampled)
+        >>> (-(advantage * scored.logprob) - 0.01 * scored.entropy).mean().backward()
+    """
+    head = check_head(
+        "",
+        hidden,
+        weight,
+        bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        num_classes=num_classes,
+        impl=impl,
+    )
+    _check_tokens(tokens, head)
+    if impl == "reference":
+        with matmul.plain_precision(head.hidden):
+            fields = reference.token_logprob(
+                head.hidden,
+                head.weight,
+                tokens,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                temperature=temperature,
+                num_classes=head.classes,
+                dtype=matmul.logits_dtype(head.hidden.dtype),
+            )
+        return TokenLogprob(**fields)
+    live = tokens != IGNORE
+    ids = torch.where(live, tokens, NO_CLASS)[:, None]
+    picked = pick(head, ids, live, op="token_logprob", impl=impl, memory_budget=memory_budget)
+    # A few numbers a token: fp64 costs nothing here, and the gradient starts out exact.
+    logit, others, entropy_of_others, top = (field.double() for field in picked)
+    logit = logit[:, 0]
+    # Two classes, the token and the rest: log p = -log(1 + e**-odds) is exact at both ends, and so
+    # is its derivative, unlike p (1 - p). The entropy is that of the two plus, by the chain rule,
+    # the rest's own.
+    odds = logit - others
+    finite = odds.clamp(-_CERTAIN, _CERTAIN)
+    log_p, log_rest = logsigmoid(finite), logsigmoid(-finite)
+    rest = log_rest.exp()
+    of_two = -(log_p.exp() * log_p + rest * log_rest)
+    outputs = (
+        logsigmoid(odds),
+        of_two + rest * entropy_of_others,
+        top + torch.logaddexp(logit, others),
+    )
+    dtype = picked.top.dtype
+    return TokenLogprob(*(torch.where(live, output, 0.0).to(dtype) for output in outputs))

@@ -1,0 +1,278 @@
+"""Divergence between a student and a teacher known only by its top-k log-probabilities, from the
+student's hidden states, without ever holding the [T, V] logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esr_kernels.common import matmul
+from esr_kernels.common.arguments import REDUCTIONS, one_of
+from esr_kernels.common.head import Head, check_head, check_ids, values_are_at_hand
+from esr_kernels.divergence import reference
+from esr_kernels.scoring.selected import NO_CLASS, pick
+
+DIVERGENCES = ("forward_kl", "reverse_kl")
+TAILS = ("bucket", "renormalise")
+
+
+class TopkDivergence(NamedTuple):
+    """What `linear_topk_divergence` returns. All but `loss` are [T], fp32 and detached.
+
+    The entries of rows of weight 0 are 0.
+    """
+
+    loss: Tensor  # scalar, or [T] with reduction="none"; differentiable
+    per_token: Tensor  # the divergence of each token, unweighted, in nats
+    student_mass: Tensor  # the student's probability of the teacher's top-k
+    student_lse: Tensor  # log-sum-exp of the transformed logits
+
+
+def _check_teacher(
+    ids: Tensor, logprobs: Tensor, weights: Tensor | None, tail: str, head: Head
+) -> None:
+    tokens = head.hidden.shape[0]
+    check_ids("teacher_ids", ids, f"[{tokens}, K]", head.hidden)
+    if ids.shape[1] == 0:
+        raise ValueError("teacher_ids must have at least one column, got K = 0")
+    if not isinstance(logprobs, Tensor) or not logprobs.is_floating_point():
+        kind = logprobs.dtype if isinstance(logprobs, Tensor) else type(logprobs).__name__
+        raise TypeError(f"teacher_logprobs must be a floating point tensor, got {kind}")
+    if logprobs.shape != ids.shape or logprobs.device != ids.device:
+        raise ValueError(
+            f"teacher_logprobs must have shape {list(ids.shape)} on {ids.device} as teacher_ids "
+            f"has, got {list(logprobs.shape)} on {logprobs.device}"
+        )
+    if weights is not None:
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"token_weights must be a torch.Tensor, got {type(weights).__name__}")
+        if weights.shape != (tokens,):
+            raise ValueError(f"token_weights must have shape [{tokens}], got {list(weights.shape)}")
+        if weights.is_complex() or weights.requires_grad:
+            raise TypeError("token_weights must be real and carry no gradient; detach them")
+    if values_are_at_hand(ids):
+        _check_values(ids, logprobs, tail, head.classes)
+
+
+def _check_values(ids: Tensor, logprobs: Tensor, tail: str, classes: int) -> None:
+    """Raise on the first bad value; of tensors on the CPU, where looking stalls nothing."""
+    bad = (ids < NO_CLASS) | (ids >= classes)
+    if bool(bad.any()):
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"teacher_ids must be from 0 to {classes - 1}, or {NO_CLASS} where a row has fewer "
+            f"than K, got {int(ids[row, column])} in row {row}"
+        )
+    ordered = ids.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_CLASS)
+    if bool(twice.any()):
+        row, column = (int(i) for i in twice.nonzero()[0])
+        raise ValueError(
+            f"teacher_ids must not repeat an id in a row, got {int(ordered[row, column])} twice "
+            f"in row {row}"
+        )
+    if tail == "bucket":
+        mass = torch.where(ids >= 0, logprobs.detach().double(), -torch.inf).exp().sum(1)
+        allowed = 1 + max(1e-3, 8 * torch.finfo(logprobs.dtype).eps)
+        if bool((mass > allowed).any()):
+            row = int((mass > allowed).nonzero()[0, 0])
+            raise ValueError(
+                "teacher_logprobs must be log-probabilities, whose exponentials sum to at most 1 "
+                f"in a row, got {float(mass[row]):.4g} in row {row}; scores need tail='renormalise'"
+            )
+
+
+def _rounding(known: Tensor, dtype: torch.dtype) -> Tensor:
+    """How well the mass [T, 1] of log-probabilities given in `dtype` is known.
+
+    They were rounded to `dtype`, which a probability feels in proportion to its logarithm, after a
+    log-softmax in at least fp32, whose own rounding shows where that logarithm is near 0.
+    """
+    q = known.exp()
+    spread = -torch.where(q > 0, q * known, 0.0).sum(1, keepdim=True)
+    computed_in = torch.promote_types(dtype, torch.float32)
+    return 2 * (torch.finfo(dtype).eps * spread + torch.finfo(computed_in).eps)
+
+
+def _with_tail(known: Tensor, doubt: Tensor, others_alive: Tensor) -> Tensor:
+    """Log-probabilities [T, K + 1] of the K ids and of all other classes as one; sums to 1.
+
+    Where less than their `doubt` is missing from the K, the tail's mass is set to that: with 0 a
+    reverse KL would be infinite. But 0 it is where the student has no other class either.
+    """
+    mass = known.exp().sum(1, keepdim=True)
+    missing = 1 - mass
+    tail = torch.where(missing > doubt, missing, torch.where(others_alive, doubt, 0.0))
+    return torch.cat([known, tail.log()], dim=1) - (mass + tail).log()
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) of each row, for log-probabilities that each sum to 1.
+
+    sum(b - a) is 0 but for the rounding of both normalisers, and adding it takes their first-order
+    error out of the divergence.
+    """
+    a, b = log_a.exp(), log_b.exp()
+    live = a != 0  # NaN is, and reaches the gradient
+    gap = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
+    value = (a * gap + (b - a)).sum(1)
+    # What is left of rounding below 0 is reported as 0; the gradient does not notice.
+    return torch.where(value < 0, value - value.detach(), value)
+
+
+def linear_topk_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    num_classes: int | None = None,
+    reduction: str = "sum",
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> TopkDivergence:
+    """Divergence from the student to a teacher of which the top-k log-probabilities are known.
+
+    With p = softmax(f(h W^T + b)), f as in `linear_divergence`, and tail="bucket", all classes but
+    the K ids form one, whose teacher mass is q_t = 1 - sum exp(logprobs) and whose student mass is
+    p_t = 1 - sum_k p_k. The divergence is a true KL on K + 1 classes, never negative, and a lower
+    bound of the one over the vocabulary; its gradient reaches every class:
+
+                     value                                    dz, class k      dz, any other v
+        forward_kl   sum_c q_c (log q_c - log p_c)            p_k - q_k        p_v (1 - q_t / p_t)
+        reverse_kl   sum_c p_c G_c, G_c = log p_c - log q_c   p_k (G_k - KL)   p_v (G_t - KL)
+
+    With tail="renormalise" both are restricted to the K ids and scaled to sum 1: the same without
+    a tail. It says nothing about how much the student puts on other classes.
+
+    Args:
+        student_hidden: [T, Ds] and `student_weight` [V, Ds], of the same dtype (or autocast to it).
+        teacher_ids: [T, K] int64, 1 <= K <= V, distinct in a row, in any order; -1 where a row has
+            fewer than K.
+        teacher_logprobs: [T, K], natural logarithms of the teacher's probabilities of these ids
+            over its whole vocabulary. No gradient ever flows to them. A mass above 1 by rounding is
+            scaled to 1. "renormalise" takes any scores that differ from them by a constant.
+        divergence: "forward_kl" KL(q||p) or "reverse_kl" KL(p||q), which is infinite where the
+            teacher gives an id the log-probability -inf.
+        tail: "bucket" or "renormalise", above. A row without ids has divergence 0.
+        token_weights: [T] float weights, None for all 1. A row of weight 0 contributes exactly 0,
+            NaN or not; on CPU it is not computed.
+        bias, softcap, logit_scale, temperature, num_classes: of the student, as in `token_logprob`.
+            The teacher's log-probabilities are taken as they are.
+        reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).
+        memory_budget: bytes of logits, and of their gradient where that is kept apart, that may
+            exist at once; None takes `default_memory_budget(device)`.
+        impl: "auto" (Triton on GPU, PyTorch on CPU), "torch", "triton", or "reference" (plain
+            PyTorch with autograd and all logits held).
+
+    Returns:
+        `TopkDivergence`; only `loss` carries a gradient, to student_hidden, student_weight, bias.
+
+    Raises:
+        ValueError or TypeError naming the argument, what it was and what is allowed. Values of ids
+        and log-probabilities are checked on CPU only. On GPU, where looking would stall, an id out
+        of range gives NaN in its row, and a repeated id an undefined divergence of its row.
+
+    Exactness: fp32 logits and reductions; the student's tail is summed over its classes, not taken
+        from 1. On GPU dz is rounded to the operands' dtype for the gradient GEMMs. Repeated calls
+        agree bit for bit. NaN in a row stays in that row's outputs, but reaches the whole weight
+        gradient. The tail of a teacher whose K cover everything within rounding is as large as the
+        rounding of its log-probabilities.
+    Memory: a tile of logits [T, tile] and a few [T, K]; in the backward an fp32 gradient of
+        `student_hidden` besides.
+    Gradients: the backward projects again ("renormalise" does not need to); any number of
+        backwards, no double backward.
+    Reference: `esr_kernels.divergence.reference.linear_topk_divergence`.
+
+    Example:
+        >>> out = linear_topk_divergence(hidden, lm_head.weight, top.indices, top.values)
+        >>> out.loss.backward()
+    """
+    one_of("divergence", divergence, DIVERGENCES)
+    one_of("tail", tail, TAILS)
+    one_of("reduction", reduction, REDUCTIONS)
+    head = check_head(
+        "student_",
+        student_hidden,
+        student_weight,
+        bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        num_classes=num_classes,
+        impl=impl,
+    )
+    _check_teacher(teacher_ids, teacher_logprobs, token_weights, tail, head)
+    dtype = matmul.logits_dtype(head.hidden.dtype)
+    weights = None
+    if token_weights is not None:
+        weights = token_weights.to(device=head.hidden.device, dtype=dtype, non_blocking=True)
+    if impl == "reference":
+        with matmul.plain_precision(head.hidden):
+            fields = reference.linear_topk_divergence(
+                head.hidden,
+                head.weight,
+                teacher_ids,
+                teacher_logprobs,
+                divergence=divergence,
+                tail=tail,
+                token_weights=weights,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                temperature=temperature,
+                num_classes=head.classes,
+                reduction=reduction,
+                dtype=dtype,
+            )
+        return TopkDivergence(**fields)
+    live = None if weights is None else weights != 0
+    picked = pick(
+        head,
+        teacher_ids,
+        live,
+        op="linear_topk_divergence",
+        impl=impl,
+        memory_budget=memory_budget,
+    )
+    # From here on [T, K] numbers only: in fp64, so that the gradient starts out exact.
+    known = torch.where(teacher_ids == NO_CLASS, -torch.inf, teacher_logprobs.detach().double())
+    listed, others = picked.logits.double(), picked.rest_lse.double()[:, None]
+    if tail == "bucket":
+        log_p = torch.cat([listed, others], dim=1).log_softmax(dim=1)
+        doubt = _rounding(known, teacher_logprobs.dtype)
+        log_q = _with_tail(known, doubt, others.detach() > -torch.inf)
+    else:
+        empty = (known == -torch.inf).all(dim=1, keepdim=True)
+        log_p = torch.where(empty, 0.0, listed).log_softmax(dim=1)
+        log_q = torch.where(empty, 0.0, known).log_softmax(dim=1)
+    values = (_kl(log_q, log_p) if divergence == "forward_kl" else _kl(log_p, log_q)).to(dtype)
+
+    with torch.no_grad():
+        lse = torch.cat([listed, others], dim=1).logsumexp(dim=1)
+        mass = (listed - lse[:, None]).exp().sum(dim=1)
+        detached = values.detach().clone(), mass.to(dtype), (picked.top + lse).to(dtype)
+    if live is None or weights is None:
+        return TopkDivergence(_reduce(values, None, reduction), *detached)
+    loss = _reduce(torch.where(live, weights * values, 0.0), weights.sum(), reduction)
+    return TopkDivergence(loss, *(torch.where(live, field, 0.0) for field in detached))
+
+
+def _reduce(weighted: Tensor, total: Tensor | None, reduction: str) -> Tensor:
+    """`total` is the sum of the weights, None for all 1."""
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    if total is None:
+        return weighted.sum() / max(weighted.shape[0], 1)
+    return weighted.sum() / torch.where(total == 0, 1.0, total)

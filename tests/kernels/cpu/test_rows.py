@@ -1,0 +1,297 @@
+"""The compiled row passes: against fp64, at their edges, and where they cannot be had."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from esr_kernels import (
+    JSD,
+    ForwardKL,
+    Jeffreys,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from esr_kernels.common import matmul
+from esr_kernels.cpu import library as native
+from esr_kernels.cpu import rows as rows_native
+from esr_kernels.divergence import rows_torch
+from esr_kernels.divergence.statistics import (
+    LogitTransform,
+    RowSpec,
+    Tile,
+    from_pull_sums,
+    known_rows,
+    merge_parts,
+    mixed_kl,
+)
+from tests.kernels.cases import relative_error
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+
+DIVERGENCES = [
+    ForwardKL(),
+    ReverseKL(),
+    Jeffreys(),
+    JSD(0.3),
+    SkewForwardKL(0.2),
+    SkewReverseKL(0.2),
+    TotalVariation(),
+]
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "temperature": LogitTransform(scale=2.0, temperature=0.7),
+    "softcap": LogitTransform(softcap=30.0, temperature=0.9),
+}
+
+
+def _name(value: object) -> str:
+    return type(value).__name__
+
+
+def _tile(rows: int, classes: int, spread: float, near: float | None = None) -> Tile:
+    generator = torch.Generator().manual_seed(classes)
+    s = spread * torch.randn(rows, classes, generator=generator)
+    t = spread * torch.randn(rows, classes, generator=generator)
+    if near is not None:
+        t = s + near * torch.randn(rows, classes, generator=generator)
+    bias = torch.randn(classes, generator=generator)
+    labels = torch.randint(-1, classes, (rows,), generator=generator)
+    labels[0] = -100
+    return Tile(s, t, bias, bias.flip(0), labels)
+
+
+def _as(tile: Tile, dtype: torch.dtype) -> Tile:
+    """A copy in `dtype`: row passes overwrite their logits."""
+    bias = tile.student_bias, tile.teacher_bias
+    student, teacher = (None if b is None else b.to(dtype) for b in bias)
+    s, t = tile.s.to(dtype, copy=True), tile.t.to(dtype, copy=True)
+    return replace(tile, s=s, t=t, student_bias=student, teacher_bias=teacher)
+
+
+def _all_passes(rows, tile: Tile, weight: torch.Tensor, spec: RowSpec, dtype: torch.dtype):
+    """Everything that the four passes of a module say about a tile."""
+    weight, at_once = weight.to(dtype), _as(tile, dtype)
+    value, stats = rows.stash_rows_(at_once, weight, spec, at_once.s)
+    merged = merge_parts(rows.tile_stats(_as(tile, dtype), spec))
+    mix = spec.divergence.kl_weights
+    if mix is None:
+        later, pull_sum = from_pull_sums(rows.tile_pull_sums(_as(tile, dtype), merged, spec))
+    else:
+        later, pull_sum = mixed_kl(merged, *mix)
+    tiled = _as(tile, dtype)
+    known = known_rows(merged, pull_sum, tile.labels, spec)
+    rows.tile_gradient_(tiled, known, weight, spec, tiled.s)
+    return {
+        "value": value,
+        "dz": at_once.s,
+        "value of tiles": later,
+        "dz of tiles": tiled.s,
+        "student entropy": stats.student_entropy,
+        "teacher entropy": stats.teacher_entropy,
+        "student lse": stats.student_lse,
+        "agreement": stats.agreement,
+    }
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=_name)
+@pytest.mark.parametrize("classes", [1, 7, 256, 1003])
+def test_no_worse_than_the_pytorch_passes(classes, divergence, transform):
+    spec = RowSpec(divergence, TRANSFORMS[transform], TRANSFORMS[transform], 0.3)
+    for spread, near in ((1.0, None), (15.0, None), (3.0, 1e-2), (3.0, 0.0)):
+        tile = _tile(37, classes, spread, near)
+        weight = torch.rand(37, generator=torch.Generator().manual_seed(1))
+        truth = _all_passes(rows_torch, tile, weight, spec, torch.float64)
+        yardstick = _all_passes(rows_torch, tile, weight, spec, torch.float32)
+        ours = _all_passes(rows_native, tile, weight, spec, torch.float32)
+        for name, exact in truth.items():
+            error, plain = (relative_error(x[name], exact) for x in (ours, yardstick))
+            print(f"{name:>16}: compiled {error:.2e}  PyTorch {plain:.2e}")
+            floor = 5e-7
+            if "value" in name:  # nats below which fp32 logits of this spread say nothing
+                floor = max(floor, 3e-7 * spread / max(float(exact.abs().mean()), 1e-30))
+            assert error <= max(2 * plain, floor), name
+
+
+def test_a_class_removed_from_either_model_counts_nothing():
+    for divergence in (*DIVERGENCES,):
+        for student, teacher in ((True, False), (True, True)):
+            spec = RowSpec(divergence, LogitTransform(), LogitTransform())
+            tile = replace(_tile(5, 600, 2.0), labels=None)
+            gone = torch.zeros(600)
+            gone[300:] = -torch.inf
+            keep = torch.zeros(600)
+            tile = replace(
+                tile,
+                student_bias=gone if student else keep,
+                teacher_bias=gone if teacher else keep,
+            )
+            weight = torch.ones(5)
+            ours = _all_passes(rows_native, tile, weight, spec, torch.float32)
+            truth = _all_passes(rows_torch, tile, weight, spec, torch.float64)
+            for name, exact in truth.items():
+                finite = exact.isfinite()
+                assert torch.equal(ours[name].isfinite(), finite), (name, divergence)
+                error = relative_error(ours[name][finite], exact[finite])
+                assert error < 2e-6, (name, divergence)
+            if student and teacher:
+                assert ours["dz"][:, 300:].eq(0).all()
+                assert ours["dz"][:, :300].ne(0).any()
+
+
+def test_a_tile_without_a_class_alive_has_no_mass():
+    tile = replace(_tile(3, 40, 1.0), labels=None, student_bias=torch.full((40,), -torch.inf))
+    spec = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
+    ours = rows_native.tile_stats(_as(tile, torch.float32), spec)
+    expected = rows_torch.tile_stats(_as(tile, torch.float32), spec)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert ours[:, 0, 0].eq(-torch.inf).all() and ours[:, 0, 2].eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=_name)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_stays_in_its_row_and_a_weight_of_zero_silences_it(bad, divergence):
+    spec = RowSpec(divergence, LogitTransform(), LogitTransform())
+    tile = replace(_tile(4, 700, 1.0), labels=None, student_bias=None, teacher_bias=None)
+    tile.s[2, 300] = bad
+    clean = _as(tile, torch.float32)
+    value, stats = rows_native.stash_rows_(clean, None, spec, clean.s)
+    assert value[2].isnan() and stats.student_lse[2].isnan() == stats.student_entropy[2].isnan()
+    others = torch.tensor([0, 1, 3])
+    assert value[others].isfinite().all() and clean.s[others].isfinite().all()
+    assert not clean.s[2].isfinite().all()
+    silenced = _as(tile, torch.float32)
+    rows_native.stash_rows_(silenced, torch.tensor([1.0, 1, 0, 1]), spec, silenced.s)
+    assert silenced.s[2].eq(0).all() and torch.equal(silenced.s[others], clean.s[others])
+
+
+def test_padded_rows_and_any_number_of_threads_give_the_same_bits():
+    spec = RowSpec(JSD(), LogitTransform(), LogitTransform(), 0.5)
+    tile = _tile(64, 2501, 2.0)
+    dense, wide = _as(tile, torch.float32), torch.zeros(2, 64, 2560)
+    wide[0, :, :2501], wide[1, :, :2501] = tile.s, tile.t
+    padded = replace(tile, s=wide[0, :, :2501], t=wide[1, :, :2501])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = rows_native.stash_rows_(dense, None, spec, dense.s)[0]
+        torch.set_num_threads(3)
+        three = rows_native.stash_rows_(padded, None, spec, padded.s)[0]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, three) and torch.equal(dense.s, padded.s)
+    assert wide[0, :, 2501:].eq(0).all()
+
+
+def test_an_empty_tile_is_an_empty_answer():
+    spec = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
+    tile = Tile(torch.empty(0, 9), torch.empty(0, 9))
+    value, stats = rows_native.stash_rows_(tile, None, spec, tile.s)
+    assert value.shape == stats.student_lse.shape == (0,)
+
+
+_BUILD = """
+from esr_kernels import linear_divergence
+from esr_kernels.cpu import library as native
+import torch
+x = torch.randn(4, 8), torch.randn(30, 8), torch.randn(4, 8), torch.randn(30, 8)
+print(native.cpu_rows(), float(linear_divergence(*x).loss) > 0)
+"""
+
+
+def _build(**environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", _BUILD],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_that_build_at_once_both_succeed(tmp_path):
+    both = [_build(ESR_CACHE=str(tmp_path)) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert out.split() == ["native", "True"], err
+    left = [path.name for path in (tmp_path / "native").iterdir()]
+    assert len(left) == 1 and left[0].endswith(".so")
+
+
+@pytest.mark.parametrize("why", ["no compiler", "unwritable cache", "switched off"])
+def test_without_the_compiled_passes_pytorch_serves(why, tmp_path):
+    (tmp_path / "file").write_text("")
+    environment = {
+        "no compiler": {"CC": "", "PATH": str(tmp_path), "ESR_CACHE": str(tmp_path / "new")},
+        "unwritable cache": {"ESR_CACHE": str(tmp_path / "file")},
+        "switched off": {"ESR_NATIVE": "0"},
+    }[why]
+    out, err = _build(**environment).communicate(timeout=120)
+    assert out.split() == ["torch", "True"], err
+    assert ("No compiled code for the CPU" in err) == (why != "switched off")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "junk", "empty", "a flipped bit"])
+def test_a_damaged_library_is_built_again(damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("ESR_CACHE", str(tmp_path))
+    path = native._compiled()
+    whole = path.read_bytes()
+    flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    damaged = {
+        "cut short": whole[:9000],
+        "junk": b"junk",
+        "empty": b"",
+        "a flipped bit": flipped,
+    }[damage]
+    path.write_bytes(damaged)
+    assert native._compiled() == path
+    assert native._is_whole(path) and path.read_bytes() != damaged
+
+
+def _not_c(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith((".c", ".h"))]
+
+
+def test_a_changed_source_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("ESR_CACHE", str(tmp_path))
+    first = native._compiled()
+    copy = tmp_path / "package"
+    shutil.copytree(native._SOURCES[0].parent, copy, ignore=_not_c)
+    monkeypatch.setattr(native, "_SOURCES", [copy / path.name for path in native._SOURCES])
+    assert native._compiled() == first
+    header = next(copy.glob("*.h"))
+    header.write_text(header.read_text() + "\n/* changed */\n")
+    assert native._compiled() != first and native._compiled().exists()
+
+
+@pytest.mark.parametrize("padding", [0, 1, 8])
+@pytest.mark.parametrize("classes", [1, 7, 8, 1000, 1024])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 67])
+def test_turned_logits_are_exact_and_stay_inside_their_rows(tokens, classes, padding):
+    strip, out = torch.randn(classes, tokens), torch.full((tokens, classes + padding), 7.0)
+    native.turn_(native.library(), strip, out[:, :classes])
+    assert torch.equal(out[:, :classes], strip.T)
+    assert (out[:, classes:] == 7).all()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_projections_with_classes_in_front_are_products(compiled, offset, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(matmul, "library", lambda: None)
+    monkeypatch.setattr(matmul, "_turning_pays", lambda: True)
+    hidden, weight = torch.randn(9, 16), torch.randn(5 * matmul._TURNED_CLASSES + 13, 16)
+    out = torch.full((9, weight.shape[0] + offset + 5), torch.nan)
+    matmul.project(hidden, weight, out[:, offset : offset + weight.shape[0]])
+    exact = (hidden.double() @ weight.double().T).float()
+    torch.testing.assert_close(out[:, offset : offset + weight.shape[0]], exact)
+    assert out[:, :offset].isnan().all() and out[:, offset + weight.shape[0] :].isnan().all()

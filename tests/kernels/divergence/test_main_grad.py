@@ -1,0 +1,160 @@
+"""`weight_grad`: the head's gradient added to fp32 memory of the caller's, such as `main_grad`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from esr_kernels import linear_divergence, plan_linear_divergence
+from esr_kernels.divergence.plan import Plan, Problem, make_plan
+from tests.kernels import cases
+from tests.kernels.cases import DEVICE, TOKENS
+
+PLANS = ["stash", "recompute"]
+
+
+def _run(case, upstream=1.0, **how):
+    """(gradients of hidden, head, bias) after one backward, None where there is none."""
+    leaves, options = cases._leaves(case, None)
+    out = linear_divergence(
+        leaves["student_hidden"],
+        leaves["student_weight"],
+        case.teacher_hidden,
+        case.teacher_weight,
+        **{**options, **how},
+    )
+    (out.loss * upstream).sum().backward()
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def _filled(case):
+    generator = torch.Generator().manual_seed(11)
+    shape = case.student_weight.shape
+    return torch.randn(shape, generator=generator).to(DEVICE) * 1e-3
+
+
+def _assert_added(case, before, after):
+    """What was added is the gradient with fp32's error, and one rounding of the sum."""
+    truth = cases.oracle(case, "reverse_kl")["d student_weight"]
+    added = after.double() - before.double()
+    rounding = torch.finfo(torch.float32).eps * float(before.norm() / truth.norm())
+    assert cases.relative_error(added, truth) < 1e-5 + rounding
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", ["random_pair", "odd_options", "mapped_vocabularies"])
+def test_it_holds_the_unrounded_gradient_and_autograd_none(make, dtype, plan):
+    case = cases.CASES[make](dtype)
+    case.upstream = 1.0
+    weight_grad = _filled(case)
+    before = weight_grad.clone()
+    gradients = _run(case, weight_grad=weight_grad, plan=plan, impl="torch")
+    assert gradients["student_weight"] is None
+    _assert_added(case, before, weight_grad)
+    expected = _run(case, plan=plan, impl="torch")
+    for name in gradients.keys() - {"student_weight"}:
+        assert torch.equal(gradients[name], expected[name])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_reductions_and_upstream_factors(reduction, plan):
+    if (plan, reduction) == ("stash", "none"):
+        return  # refused, whatever the weight gradient's home
+    case = cases.random_pair(torch.float32)
+    upstream = torch.linspace(0.5, 2.0, TOKENS, device=DEVICE) if reduction == "none" else 2.5
+    weight_grad = torch.zeros_like(case.student_weight)
+    _run(case, upstream, weight_grad=weight_grad, reduction=reduction, plan=plan)
+    expected = _run(case, upstream, reduction=reduction, plan=plan)["student_weight"]
+    torch.testing.assert_close(weight_grad, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_micro_batches_accumulate_whatever_the_order_of_their_backwards(plan):
+    case = cases.random_pair(torch.float32)
+    weight_grad = torch.zeros_like(case.student_weight)
+    hidden = case.student_hidden.requires_grad_()
+    halves = [slice(0, 9), slice(9, TOKENS)]
+    losses = [
+        linear_divergence(
+            hidden[half],
+            case.student_weight,
+            case.teacher_hidden[half],
+            case.teacher_weight,
+            weight_grad=weight_grad,
+            plan=plan,
+        ).loss
+        for half in halves
+    ]
+    assert weight_grad.abs().max() == 0, "nothing is added before a backward"
+    losses[1].backward()
+    losses[0].backward()
+    whole = _run(case, plan=plan)
+    torch.testing.assert_close(weight_grad, whole["student_weight"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(hidden.grad, whole["student_hidden"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", ["random_pair", "mapped_vocabularies"])
+def test_on_the_gpu_path(make, dtype, plan):
+    """dz is rounded to 16 bits before the GEMM there, which is all that is lost."""
+    case = cases.CASES[make](dtype)
+    weight_grad = _filled(case)
+    before = weight_grad.clone()
+    _run(case, weight_grad=weight_grad, plan=plan, impl="triton")
+    truth = cases.oracle(case, "reverse_kl")["d student_weight"]
+    baseline = cases.plain(case, "reverse_kl", rounds_dz=True)["d student_weight"]
+    error = cases.relative_error(weight_grad.double() - before.double(), truth)
+    assert error <= cases.ALLOWED_RATIO * cases.relative_error(baseline, truth)
+
+
+def test_a_frozen_head_may_have_one_too():
+    case = cases.random_pair(torch.float32)
+    weight_grad = torch.zeros_like(case.student_weight)
+    hidden = case.student_hidden.requires_grad_()
+    linear_divergence(hidden, *case.tensors[1:], weight_grad=weight_grad).loss.backward()
+    expected = _run(case)["student_weight"]
+    torch.testing.assert_close(weight_grad, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_plans_count_its_memory():
+    """A stash holds an fp32 gradient until the backward, recompute writes where it belongs."""
+    problem = Problem(1600, 151_936, 1536, 2048, weight_grad_given=True)
+    fresh = Problem(1600, 151_936, 1536, 2048)
+    head = 151_936 * 1536 * 4
+    one_chunk = Plan("stash", problem, 1600, 64, 151_936).extra_bytes
+    assert one_chunk == Plan("stash", fresh, 1600, 64, 151_936).extra_bytes + head
+    recompute = make_plan(problem, "recompute", 1 << 30)
+    assert recompute.extra_bytes == make_plan(fresh, "recompute", 1 << 30).extra_bytes
+    assert make_plan(problem, "auto", 1 << 30).kind == "recompute"
+    assert plan_linear_divergence(1600, 151_936, 1536, 2048).kind == "stash"
+
+
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (torch.zeros(1003, 23), ValueError, r"weight_grad must be torch.float32.*\[1003, 23\]"),
+        (torch.zeros(1003, 24).half(), ValueError, "weight_grad must be torch.float32.*float16"),
+        (torch.zeros(24, 1003).T, ValueError, "weight_grad must be contiguous"),
+        (torch.zeros(1003, 24, device="meta"), ValueError, "device"),
+        ([0.0], TypeError, "weight_grad must be a torch.Tensor, got list"),
+    ],
+    ids=["shape", "dtype", "strided", "device", "type"],
+)
+def test_bad_memory_is_refused(bad, error, message):
+    case = cases.random_pair(torch.float32)
+    case.student_hidden.requires_grad_()
+    bad = bad.to(DEVICE) if isinstance(bad, torch.Tensor) and bad.device.type == "cpu" else bad
+    with pytest.raises(error, match=message):
+        linear_divergence(*case.tensors, weight_grad=bad)
+
+
+def test_the_reference_has_autograd_only():
+    case = cases.random_pair(torch.float32)
+    with pytest.raises(ValueError, match="weight_grad must be None"):
+        linear_divergence(
+            *case.tensors, weight_grad=torch.zeros_like(case.student_weight), impl="reference"
+        )

@@ -1,0 +1,150 @@
+"""The memory that a plan predicts is the memory that is taken, and a budget bounds it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.measure import MIB, extra_bytes
+from esr_kernels import linear_divergence, plan_linear_divergence, release_workspace
+from esr_kernels.common.workspace import borrow, on_huge_pages
+from esr_kernels.divergence.plan import Plan, Problem, make_plan
+from tests.kernels import cases
+from tests.kernels.cases import DEVICE
+
+TOKENS, CLASSES, DIMS = 768, 60_000, (128, 192)
+
+
+def _problem(weight_grad_given: bool) -> Problem:
+    return Problem(
+        TOKENS,
+        CLASSES,
+        *DIMS,
+        hidden_dtype=torch.float32,
+        weight_dtype=torch.float32,
+        device=DEVICE,
+        weight_grad_given=weight_grad_given,
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, budget_mib, gives_weight_grad",
+    [
+        ("stash", 400, False),
+        ("stash", 150, False),
+        ("recompute", 150, False),
+        ("recompute", 60, False),
+        ("stash", 200, True),
+        ("recompute", 60, True),
+    ],
+)
+def test_predicted_peak_is_the_measured_peak_within_10_percent(kind, budget_mib, gives_weight_grad):
+    plan = make_plan(_problem(gives_weight_grad), kind, budget_mib * MIB)
+    hidden, teacher = (torch.randn(TOKENS, dim, device=DEVICE) for dim in DIMS)
+    weight, teacher_weight = (torch.randn(CLASSES, dim, device=DEVICE) / 10 for dim in DIMS)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    weight_grad = torch.ones_like(weight, requires_grad=False) if gives_weight_grad else None
+
+    def run() -> None:
+        linear_divergence(
+            hidden, weight, teacher, teacher_weight, weight_grad=weight_grad, plan=plan
+        ).loss.backward()
+
+    release_workspace()
+    measured = extra_bytes(run)
+    if measured is None:
+        pytest.skip("this platform does not tell a process its peak memory")
+    gradients = 4 * (hidden.numel() + weight.numel() * (not gives_weight_grad))
+    release_workspace()
+    print(
+        f"predicted {plan.extra_bytes / MIB:.0f} MiB, measured {(measured - gradients) / MIB:.0f}"
+    )
+    # Of the whole peak: what is returned is a part of it, and known exactly.
+    assert measured == pytest.approx(plan.extra_bytes + gradients, rel=0.10)
+
+
+def test_buffers_outlive_a_call_and_can_be_released():
+    like = torch.empty(0)
+    first = borrow("test", (4, 8), like, torch.float32)
+    again = borrow("test", (2, 8), like, torch.float32)
+    assert again.data_ptr() == first.data_ptr()
+    assert borrow("other", (4, 8), like, torch.float32).data_ptr() != first.data_ptr()
+    assert borrow("test", (4, 9), like, torch.float32).numel() == 36
+    release_workspace()
+    from esr_kernels.common import workspace
+
+    assert not workspace._buffers.by_key
+
+
+def test_threads_do_not_share_buffers():
+    like, seen = torch.empty(0), []
+    mine = borrow("test", (4,), like, torch.float32)
+    thread = threading.Thread(target=lambda: seen.append(borrow("test", (4,), like, torch.float32)))
+    thread.start()
+    thread.join()
+    assert seen[0].data_ptr() != mine.data_ptr()
+
+
+def test_teacher_logits_lie_in_the_idle_weight_gradient():
+    problem = Problem(1600, 151_936, 1536, 2048)
+    room = 1536 * 2 // 4  # rows of fp32 logits in a bf16 gradient of 1,536 columns
+    plan = Plan("stash", problem, problem.tokens, room, problem.classes)
+    assert plan.teacher_in_gradient
+    without = replace(plan, logit_chunk=room + 1)
+    assert not without.teacher_in_gradient
+    assert without.extra_bytes > plan.extra_bytes + room * problem.classes * 4
+    for change in ({"train_weight": False}, {"mapped": True}):
+        assert not replace(plan, problem=replace(problem, **change)).teacher_in_gradient
+
+
+def test_more_than_2_31_logits_are_planned_in_chunks():
+    """T * V = 2.5e9: no buffer of a plan may hold them all."""
+    tokens, classes = 16_384, 151_936
+    for plan in ("stash", "recompute"):
+        chosen = plan_linear_divergence(tokens, classes, 1536, 3584, plan=plan)
+        assert chosen.extra_bytes <= 2 << 30
+        assert chosen.kind == plan
+    assert "GEMMs" in str(chosen)
+
+
+def test_a_tighter_budget_takes_less_memory_and_more_traffic():
+    problem = Problem(8192, 151_936, 1536, 3584)
+    roomy = make_plan(problem, "stash", 4 << 30)
+    tight = make_plan(problem, "stash", 1200 << 20)
+    assert tight.extra_bytes <= 1200 << 20 < roomy.extra_bytes <= 4 << 30
+    assert tight.bytes_moved > roomy.bytes_moved and tight.gemm_flops == roomy.gemm_flops
+    assert make_plan(problem, "auto", 300 << 20).kind == "recompute"
+
+
+def test_the_chunks_of_a_plan_made_for_fewer_tokens_serve_more():
+    """One chunk becomes several, which sum the weight gradient apart."""
+    case = cases._pair(40, 67, (24, 24), (2.0, 2.0), torch.bfloat16)
+    problem = Problem(16, 67, 24, 24, device=DEVICE)
+    plan = Plan("stash", problem, 16, 8, 67)
+    assert plan.teacher_in_gradient and not plan.sums_weight_apart
+    result = cases.ours(case, "reverse_kl", plan=plan, impl="torch")
+    truth, baseline = cases.oracle(case, "reverse_kl"), cases.plain(case, "reverse_kl")
+    cases.assert_as_good_as_plain(result, baseline, truth)
+
+
+def test_a_plan_that_cannot_serve_a_call_is_refused():
+    case = cases.random_pair(torch.float32)
+    case.student_hidden.requires_grad_()
+    plan = Plan("stash", Problem(23, 1003, 24, 40), 23, 23, 1003)
+    with pytest.raises(ValueError, match="plan='stash'.*cannot serve reduction='none'"):
+        linear_divergence(*case.tensors, plan=plan, reduction="none")
+    with pytest.raises(ValueError, match="plan='stash' does not shard"):
+        linear_divergence(*case.tensors, plan=plan, group=SimpleNamespace(size=lambda: 2))
+
+
+def test_huge_pages_are_the_same_memory():
+    fresh = torch.empty(3 << 20)
+    asked = on_huge_pages(fresh)
+    assert asked is fresh
+    assert asked.fill_(2).eq(2).all()
+    assert on_huge_pages(torch.empty(0)).numel() == 0

@@ -1,0 +1,134 @@
+"""linear_divergence against the fp64 oracle: no worse than plain PyTorch, however it runs."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from esr_kernels import JSD, Jeffreys, KLMix, SkewForwardKL, SkewReverseKL, TotalVariation
+from esr_kernels.divergence import execute
+from tests.kernels import cases
+
+DIVERGENCES = [
+    "forward_kl",
+    "reverse_kl",
+    KLMix(0.25, 0.75),
+    Jeffreys(),
+    JSD(0.3),
+    SkewForwardKL(0.2),
+    SkewReverseKL(0.2),
+    TotalVariation(),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _name(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+PLANS = ["stash", "recompute"]
+# fp16 differs from bf16 in range only: one divergence of each kind shows it.
+COMBINATIONS = [
+    (case_name, divergence, dtype, plan)
+    for case_name, divergence, dtype, plan in product(cases.CASES, DIVERGENCES, DTYPES, PLANS)
+    if dtype != torch.float16 or divergence in ("reverse_kl", JSD(0.3))
+]
+
+
+def _ids(combinations: list[tuple]) -> list[str]:
+    return ["-".join(map(_name, combination)) for combination in combinations]
+
+
+def _check(case_name, divergence, dtype, plan, impl):
+    result = cases.ours(cases.CASES[case_name](dtype), divergence, plan=plan, impl=impl)
+    yardsticks = cases.yardsticks(case_name, divergence, dtype, rounds_dz=impl == "triton")
+    cases.assert_as_good_as_plain(result, *yardsticks)
+
+
+# "auto" is the compiled row passes, where there is a compiler.
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=_ids(COMBINATIONS))
+def test_no_worse_than_plain_pytorch(combination, impl):
+    _check(*combination, impl)
+
+
+_THINNED = cases.thinned(COMBINATIONS, every=13)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("combination", _THINNED, ids=_ids(_THINNED))
+def test_kernels_are_no_worse_than_plain_pytorch(combination):
+    _check(*combination, impl="triton")
+
+
+def _check_identical(divergence, plan, impl):
+    """No divergence and no gradient but for rounding.
+
+    That is 1e-6 of the gradient of a random pair, or what plain PyTorch leaves.
+    """
+    case = cases.identical(torch.float32)
+    baseline = cases.plain(case, divergence)
+    result = cases.ours(case, divergence, plan=plan, impl=impl)
+    scale = cases.plain(cases.random_pair(torch.float32), divergence)
+    assert result["per_token"].abs().max() <= 4e-6
+    assert result["agreement"].eq(1).all()
+    for name in ("d student_hidden", "d student_weight"):
+        assert result[name].norm() <= max(1e-6 * scale[name].norm(), baseline[name].norm())
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=_name)
+def test_identical_models_have_no_divergence_and_no_gradient(divergence, plan, impl):
+    _check_identical(divergence, plan, impl)
+
+
+_IDENTICAL = cases.thinned(list(product(DIVERGENCES, PLANS)), every=5)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("combination", _IDENTICAL, ids=_ids(_IDENTICAL))
+def test_kernels_find_no_divergence_between_identical_models(combination):
+    _check_identical(*combination, impl="triton")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("chunks", ["one", "many"])
+def test_chunking_does_not_change_the_result(plan, chunks):
+    """Many tokens, a budget that forces several chunks, and still no worse than plain PyTorch."""
+    case = cases._pair(300, 2501, (24, 40), (2.0, 2.0), torch.float32)
+    budget = 24 << 20 if chunks == "one" else 18 << 20
+    truth, baseline = cases.oracle(case, "reverse_kl"), cases.plain(case, "reverse_kl")
+    result = cases.ours(case, "reverse_kl", plan=plan, memory_budget=budget, impl="torch")
+    cases.assert_as_good_as_plain(result, baseline, truth)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("damage", ["zero dX", "halve dX", "zero dW", "halve dW", "bf16 logits"])
+def test_the_suite_notices_a_wrong_gradient(damage, plan, monkeypatch):
+    """A mutation check: the criterion above must fail when the op is broken on purpose."""
+    name = {"dX": "hidden_gradient", "dW": "weight_gradient"}.get(damage[-2:])
+    if name is None:
+        project = execute.matmul.project
+
+        def rounded(hidden, weight, out, ids=None):
+            return out.copy_(project(hidden, weight, out, ids).to(torch.bfloat16))
+
+        monkeypatch.setattr(execute.matmul, "project", rounded)
+    else:
+        compute = getattr(execute.matmul, name)
+        factor = 0.0 if damage.startswith("zero") else 0.5
+
+        def damaged(*args, alpha, accumulate):
+            compute(*args, alpha=alpha * factor, accumulate=accumulate)
+
+        monkeypatch.setattr(execute.matmul, name, damaged)
+    for dtype in (torch.float32, torch.bfloat16):
+        for make in (cases.random_pair, cases.nearly_equal):
+            case = make(dtype)
+            truth, baseline = cases.oracle(case, "reverse_kl"), cases.plain(case, "reverse_kl")
+            result = cases.ours(case, "reverse_kl", impl="torch", plan=plan)
+            with pytest.raises(AssertionError, match="d student"):
+                cases.assert_as_good_as_plain(result, baseline, truth)

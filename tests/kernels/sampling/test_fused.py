@@ -1,0 +1,103 @@
+"""Sampling fused into the projection draws what the logits' own pass draws."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from esr_kernels import sample_from_hidden
+from esr_kernels.sampling import fused_triton as sampling_fused_triton
+from esr_kernels.sampling.fused_triton import BLOCKS, Blocks, pays
+from tests.kernels.cases import thinned
+from tests.kernels.sampling.test_op import HIDDEN, ODD_OPTIONS, PARAMS, WEIGHT, _keys
+
+pytestmark = pytest.mark.kernels
+
+TINY = Blocks(16, 16, 4, 2)
+ROWS = 19
+UNFILTERED = ("plain", "cold", "greedy")
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of rows, two of D."""
+    monkeypatch.setattr(sampling_fused_triton, "BLOCKS", dict.fromkeys(BLOCKS, TINY))
+
+
+def _both(name, dtype=torch.float32, rows=ROWS, keys=None, **options):
+    keys = keys or _keys(rows)
+    operands = HIDDEN[:rows].to(dtype), WEIGHT.to(dtype)
+    return tuple(
+        sample_from_hidden(*operands, keys, PARAMS[name], impl=impl, **options)
+        for impl in ("triton", "torch")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"), thinned(list(product(UNFILTERED, [False, True])), 5), ids=str
+)
+def test_the_tokens_of_the_logits(name, odd):
+    fused, plain = _both(name, **(ODD_OPTIONS if odd else {}))
+    assert torch.equal(fused.tokens, plain.tokens)
+    for field in ("logprob", "log_kept", "lse"):
+        torch.testing.assert_close(getattr(fused, field), getattr(plain, field), rtol=0, atol=8e-6)
+
+
+def test_16_bit_operands():
+    """Their products are exact in fp32, so that the same tokens come out."""
+    fused, plain = _both("plain", torch.bfloat16)
+    assert torch.equal(fused.tokens, plain.tokens)
+    torch.testing.assert_close(fused.lse, plain.lse, rtol=0, atol=8e-6)
+
+
+def test_a_row_alone_is_a_row_of_the_batch():
+    keys = _keys(ROWS)
+    whole, _ = _both("cold", keys=keys)
+    operands = HIDDEN[18:19], WEIGHT
+    alone = sample_from_hidden(
+        *operands, keys._replace(rows=keys.rows[18:19]), PARAMS["cold"], impl="triton"
+    )
+    assert all(torch.equal(a[18:19], b) for a, b in zip(whole, alone, strict=True))
+
+
+def test_a_hidden_state_of_nan_stays_in_its_row():
+    hidden = HIDDEN[:3].clone()
+    hidden[1, 5] = torch.nan
+    keys = _keys(3)
+    fused = sample_from_hidden(hidden, WEIGHT, keys, impl="triton")
+    healthy, _ = _both("plain", rows=3)
+    assert fused.tokens[1] == 0 and bool(fused.logprob[1].isnan())
+    assert torch.equal(fused.tokens[::2], healthy.tokens[::2])
+
+
+def test_which_batches_are_fused(monkeypatch):
+    assert pays(1, 8192) and pays(64, 4096) and not pays(65, 4096)
+    assert pays(128, 2048) and not pays(129, 1024)
+    monkeypatch.setattr(sampling_fused_triton, "sample", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        _both("plain", rows=1)
+    _both("top_k", rows=1)  # filters need the logits
+
+
+class _NoStall(TorchDispatchMode):
+    """Fails on what would wait for the GPU, or has a shape that only the GPU knows."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"), name
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", ["cold", "all"])
+def test_the_host_never_waits(name):
+    """With every option on the device: a CUDA graph can hold the call and advance the step."""
+    invalid = torch.zeros(len(WEIGHT), dtype=torch.bool, device=HIDDEN.device)
+    keys = _keys(2, step=torch.tensor(3, device=HIDDEN.device))
+    with _NoStall():
+        drawn = sample_from_hidden(
+            HIDDEN[:2], WEIGHT, keys, PARAMS[name], invalid=invalid, softcap=4.0, impl="triton"
+        )
+    assert torch.equal(drawn.tokens, _both(name, rows=2, keys=keys, softcap=4.0)[1].tokens)
