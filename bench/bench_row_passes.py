@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from bench.measure import interleaved, record
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.cpu import library as native
 from esr_kernels.cpu import rows as rows_native
 from esr_kernels.divergence import rows_torch
 from esr_kernels.divergence.losses import JSD, Divergence, ForwardKL, ReverseKL
-from esr_kernels.divergence.statistics import LogitTransform, RowSpec, Tile
+from esr_kernels.divergence.statistics import RowSpec, Tile
 
 ROWS, CLASSES, ROUNDS = 64, 151_936, 7
 DIVERGENCES: dict[str, Divergence] = {

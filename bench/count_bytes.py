@@ -21,16 +21,10 @@ if __name__ == "__main__":
 import torch
 from triton.runtime import interpreter
 
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import rows_triton
 from esr_kernels.divergence.losses import JSD, Divergence, ReverseKL
-from esr_kernels.divergence.statistics import (
-    LogitTransform,
-    RowSpec,
-    Tile,
-    known_rows,
-    merge_parts,
-    mixed_kl,
-)
+from esr_kernels.divergence.statistics import RowSpec, Tile, known_rows, merge_parts, mixed_kl
 
 TOKENS, CLASSES = 2, 20_011
 _PLAIN = LogitTransform()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from esr_kernels.attention import prefix_triton as prefix_attention_triton
 from esr_kernels.attention.op import RowGroups
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import fused_triton, rows_triton
 from esr_kernels.divergence.losses import (
     JSD,
@@ -25,7 +26,7 @@ from esr_kernels.divergence.losses import (
     SkewReverseKL,
     TotalVariation,
 )
-from esr_kernels.divergence.statistics import LogitTransform, RowSpec, Tile
+from esr_kernels.divergence.statistics import RowSpec, Tile
 from esr_kernels.sampling import draw_triton as sampling_triton
 from esr_kernels.sampling import fused_triton as sampling_fused_triton
 from esr_kernels.sampling.params import Classes, RowLaw

@@ -1,7 +1,7 @@
 """Fused ops for on-policy distillation: exact two-model divergences from hidden states."""
 
 from esr_kernels.attention.op import RowGroups, group_rows, shared_prefix_attention
-from esr_kernels.common.workspace import release_workspace
+from esr_kernels.common.workspace import default_memory_budget, release_workspace
 from esr_kernels.divergence.losses import (
     JSD,
     Divergence,
@@ -15,7 +15,7 @@ from esr_kernels.divergence.losses import (
 )
 from esr_kernels.divergence.module import LinearDivergenceLoss
 from esr_kernels.divergence.op import LinearDivergence, linear_divergence
-from esr_kernels.divergence.plan import Plan, default_memory_budget
+from esr_kernels.divergence.plan import Plan
 from esr_kernels.divergence.request import plan_linear_divergence
 from esr_kernels.sampling.op import (
     Sample,

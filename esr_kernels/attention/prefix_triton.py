@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.divergence.row_kernels_triton import _tanh
+from esr_kernels.common.logits_triton import tanh
 
 if TYPE_CHECKING:
     from esr_kernels.attention.op import RowGroups
@@ -87,7 +87,7 @@ def _fold_block(
     key = tl.load(key_ptr + offset * key_stride + lane[None, :], mask=load, other=0.0)
     scores = tl.dot(query, key.T, input_precision="ieee") * scale
     if HAS_SOFTCAP:
-        scores = _tanh(scores / softcap) * softcap
+        scores = tanh(scores / softcap) * softcap
     seen = inside[None, :]
     if HAS_WINDOW:
         seen = seen & (position[None, :] >= first[:, None])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from esr_kernels.common import matmul
 from esr_kernels.common.arguments import check_memory_budget, check_number, one_of
-from esr_kernels.divergence.plan import default_memory_budget
-from esr_kernels.divergence.statistics import LogitTransform
+from esr_kernels.common.transform import LogitTransform
+from esr_kernels.common.workspace import default_memory_budget
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")

@@ -81,7 +81,7 @@ def _mm_transposed(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     if compiled is None and tokens > _FEW_TOKENS_FOR_PYTORCH:
         torch.mm(hidden, weight.T, out=out)
         return
-    turned = borrow("turned", (_TURNED_CLASSES, tokens), hidden, out.dtype)
+    turned = borrow("turned", (_TURNED_CLASSES, tokens), hidden.device, out.dtype)
     for start in range(0, classes, _TURNED_CLASSES):
         rows = weight[start : start + _TURNED_CLASSES]
         strip = turned[: rows.shape[0]]

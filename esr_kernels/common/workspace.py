@@ -1,8 +1,9 @@
-"""Buffers for logits: rows that GEMMs write at full speed, and that outlive a call on CPU.
+"""Buffers for logits, and how many bytes of them an op takes by default.
 
-PyTorch's CUDA allocator keeps what is freed; its CPU allocator gives it back to the system, and
-touching fresh memory costs a page fault every 4 KiB, which a loss of a few chunks feels. So each
-thread keeps the largest buffer that it needed under each name. `release_workspace` frees them.
+PyTorch's CUDA allocator keeps freed memory. Its CPU allocator returns it to the system, and touching
+fresh memory costs a page fault every 4 KiB. So on CPU each thread keeps the largest buffer that it
+has used under each name; `release_workspace` frees them. Rows are padded so that matrix products
+write them at full speed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ def on_huge_pages(fresh: Tensor) -> Tensor:
     return fresh
 
 
+_MIB = 1 << 20
+_DEFAULT_BUDGET = {"cuda": 2048 * _MIB, "cpu": 320 * _MIB}
+
+
+def default_memory_budget(device: str | torch.device) -> int:
+    """Bytes that an op may take beyond its inputs and gradients where the caller names none."""
+    return _DEFAULT_BUDGET["cpu" if torch.device(device).type == "cpu" else "cuda"]
+
+
 class _Buffers(threading.local):
     def __init__(self) -> None:
         self.by_key: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -42,10 +52,10 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def borrow(name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on the device of `like`, valid until the next `borrow` of `name`."""
-    if like.device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=like.device)
+def borrow(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor, valid until the next `borrow` of `name` in this thread."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     size = torch.Size(shape).numel()
     buffer = _buffers.by_key.get((name, dtype))
     if buffer is None or buffer.numel() < size:
@@ -66,9 +76,12 @@ def row_stride(columns: int) -> int:
     return -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
-def borrow_rows(name: str, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`borrow` for [rows, columns] logits, which have padding between their rows."""
-    return borrow(name, (rows, row_stride(columns)), like, dtype)[:, :columns]
+def borrow_rows(
+    name: str, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """`borrow` for logits [rows, columns], which have padding between their rows."""
+    rows, columns = shape
+    return borrow(name, (rows, row_stride(columns)), device, dtype)[:, :columns]
 
 
 def release_workspace() -> None:

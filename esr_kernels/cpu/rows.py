@@ -13,6 +13,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.cpu.library import over_rows
 from esr_kernels.divergence.losses import (
     JSD,
@@ -24,7 +25,6 @@ from esr_kernels.divergence.losses import (
 from esr_kernels.divergence.statistics import (
     COLUMNS,
     IGNORED_LABEL,
-    LogitTransform,
     RowsKnown,
     RowSpec,
     RowStats,

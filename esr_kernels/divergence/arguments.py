@@ -27,8 +27,9 @@ from esr_kernels.common.head import (
     ready,
     values_are_at_hand,
 )
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.plan import KINDS, Plan, check_stash
-from esr_kernels.divergence.statistics import IGNORED_LABEL, LogitTransform
+from esr_kernels.divergence.statistics import IGNORED_LABEL
 
 # Class numbers travel through the row statistics as fp32, which counts exactly up to here.
 _MOST_CLASSES = 1 << 24

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.arguments import check_id_values, check_label_values
 from esr_kernels.divergence.execute import Call, Gradients, Operands
 from esr_kernels.divergence.losses import Divergence
@@ -31,7 +32,7 @@ from esr_kernels.divergence.passes import (
 )
 from esr_kernels.divergence.plan import Plan, Problem, check_stash, make_plan
 from esr_kernels.divergence.request import Request
-from esr_kernels.divergence.statistics import LogitTransform, RowsKnown, RowSpec
+from esr_kernels.divergence.statistics import RowsKnown, RowSpec
 
 _OPERANDS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? student_ids, "

@@ -148,7 +148,7 @@ def stash(
         row_weight, restore = _into_fp16_range(row_weight, x.student_hidden)
 
     def buffer(name: str, rows: int, of: torch.dtype) -> Tensor:
-        return borrow_rows(name, min(rows, tokens), call.classes, x.student_hidden, of)
+        return borrow_rows(name, (min(rows, tokens), call.classes), x.student_hidden.device, of)
 
     dz_buffer = buffer("dz", plan.token_chunk, dtype if in_place else x.student_hidden.dtype)
     if plan.teacher_in_gradient and gradients.weight is not None:
@@ -227,8 +227,8 @@ class _Tiles:
     def __init__(self, x: Operands, call: Call) -> None:
         dtype = matmul.logits_dtype(x.student_hidden.dtype)
         size = (x.student_hidden.shape[0] * row_stride(call.plan.vocab_chunk),)
-        self._s = borrow("dz", size, x.student_hidden, dtype)
-        self._t = borrow("teacher", size, x.student_hidden, dtype)
+        self._s = borrow("dz", size, x.student_hidden.device, dtype)
+        self._t = borrow("teacher", size, x.student_hidden.device, dtype)
         self._x, step = x, call.plan.vocab_chunk
         self.classes = [
             slice(at, min(at + step, call.classes)) for at in range(0, call.classes, step)
@@ -322,7 +322,7 @@ def recompute_gradients(
         dz = tile.s
         if not call.plan.problem.in_place:
             h = own.student_hidden
-            dz = borrow_rows("rounded", tile.s.shape[0], tile.s.shape[1], h, h.dtype)
+            dz = borrow_rows("rounded", tuple(tile.s.shape), h.device, h.dtype)
         call.rows.tile_gradient_(tile, known, weights, call.spec, dz)
         if hidden_sum is not None:
             matmul.hidden_gradient(

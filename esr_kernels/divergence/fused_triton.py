@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.divergence.row_kernels_triton import _tanh
-from esr_kernels.divergence.statistics import COLUMNS, LogitTransform, RowSpec
+from esr_kernels.common.logits_triton import tanh
+from esr_kernels.common.transform import LogitTransform
+from esr_kernels.divergence.statistics import COLUMNS, RowSpec
 
 
 class Blocks(NamedTuple):
@@ -117,7 +118,7 @@ def _transform(
     """Transformed logits of a tile, -inf outside."""
     z *= scale
     if HAS_SOFTCAP:
-        z = _tanh(z / softcap) * softcap
+        z = tanh(z / softcap) * softcap
     return tl.where(inside[None, :], z * inv_temperature, -float("inf"))
 
 

@@ -22,13 +22,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from esr_kernels.common.arguments import check_memory_budget
-from esr_kernels.common.workspace import row_stride
+from esr_kernels.common.workspace import default_memory_budget, row_stride
 
 MIB = 1 << 20
 KINDS = ("stash", "recompute", "fused")
 # FLOPs done in the time that one byte takes to move: H100-class GPU, and a CPU core with AVX2.
 _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
-_DEFAULT_BUDGET = {"cuda": 2048 * MIB, "cpu": 320 * MIB}
 # Below this many classes or tokens in a tile a GEMM is no longer a GEMM.
 _SMALLEST_TILE = 64
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
@@ -248,11 +247,6 @@ class Plan:
 
 def _family(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
-
-
-def default_memory_budget(device: str | torch.device) -> int:
-    """Bytes that a divergence may take beyond its inputs and gradients when nobody says."""
-    return _DEFAULT_BUDGET[_family(torch.device(device).type)]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.common.workspace import borrow
 from esr_kernels.divergence.statistics import (
     ARGMAX,
@@ -22,7 +23,6 @@ from esr_kernels.divergence.statistics import (
     GAP,
     LOG_SUM,
     MAX,
-    LogitTransform,
     RowsKnown,
     RowSpec,
     RowStats,
@@ -61,7 +61,7 @@ def _scratch(like: Tensor, count: int) -> list[Tensor]:
     """Buffers for a block of `like`."""
     height = next(_row_blocks(*like.shape), slice(0)).stop
     shape = height, like.shape[1]
-    return [borrow(f"block {i}", shape, like, like.dtype) for i in range(count)]
+    return [borrow(f"block {i}", shape, like.device, like.dtype) for i in range(count)]
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.losses import Divergence
 
 # Columns of a part's statistics, all fp32, in pairs (student, teacher). s, t: transformed logits;
@@ -27,20 +28,6 @@ ARGMAX = slice(8, 10)  # first class of the maximum on this rank, exact below 2*
 COLUMNS = 10
 
 IGNORED_LABEL = -100
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """softcap * tanh(scale * (h W^T + b) / softcap) / temperature."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @property
-    def slope(self) -> float:
-        """d(transformed)/d(raw), but for the factor 1 - tanh^2 of a softcap."""
-        return self.scale / self.temperature
 
 
 @dataclass(frozen=True)

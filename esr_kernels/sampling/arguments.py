@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esr_kernels.divergence.statistics import LogitTransform
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.sampling.params import Classes, SamplingParams
 from esr_kernels.sampling.philox import SampleKeys
 

@@ -53,7 +53,9 @@ def sample_rows(raw: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys) ->
             if as_they_are:
                 z = raw[rows]
             else:
-                z = borrow("sampled logits", (rows.stop - rows.start, tiles * TILE), raw, dtype)
+                z = borrow(
+                    "sampled logits", (rows.stop - rows.start, tiles * TILE), raw.device, dtype
+                )
                 _load_(z, raw[rows], classes, law.rows(rows))
             drawn = _draw_(
                 z,
@@ -108,7 +110,7 @@ def tile_sums(tiled: Tensor) -> tuple[Tensor, Tensor]:
     if sampling_native.serves(tiled):
         return sampling_native.tile_sums(tiled)
     maxima = tiled.amax(-1)
-    buffer = borrow("softmax in tiles", tiled.shape, tiled, tiled.dtype)
+    buffer = borrow("softmax in tiles", tiled.shape, tiled.device, tiled.dtype)
     inside = torch.softmax(tiled, -1, out=buffer)
     # The largest probability of a tile is 1 / its sum. A tile without a class has 0 / 0.
     return maxima, torch.where(maxima == -torch.inf, -torch.inf, -inside.amax(-1).log())
@@ -284,7 +286,7 @@ def _largest(z: Tensor, count: int) -> Tensor:
     if z.device.type != "cpu":
         return z.topk(count, dim=1).values
     # NumPy sorts and partitions values by vector instructions, 5 to 20 times as fast.
-    copy = borrow("ranked logits", tuple(z.shape), z, z.dtype).copy_(z)
+    copy = borrow("ranked logits", tuple(z.shape), z.device, z.dtype).copy_(z)
     values = copy.numpy()
     if count < z.shape[1]:
         values.partition(-count, axis=1)

@@ -7,7 +7,7 @@ rows of a Qwen vocabulary. Reductions have a fixed order, so a launch repeats bi
 import triton
 import triton.language as tl
 
-from esr_kernels.divergence.row_kernels_triton import _tanh
+from esr_kernels.common.logits_triton import tanh
 from esr_kernels.sampling.philox_triton import gumbel, tile_words, uniform
 
 
@@ -23,7 +23,7 @@ def transformed(z, classes, inside, chain):
         z += tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
     z *= scale
     if softcap is not None:
-        z = _tanh(z / softcap) * softcap
+        z = tanh(z / softcap) * softcap
     z *= inv_temperature
     if invalid_ptr is not None:
         inside = inside & (tl.load(invalid_ptr + classes, mask=inside, other=1) == 0)

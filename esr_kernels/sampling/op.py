@@ -8,8 +8,7 @@ from torch import Tensor
 from esr_kernels.common import matmul
 from esr_kernels.common.arguments import check_memory_budget, check_size
 from esr_kernels.common.head import check_bias, check_head, check_impl, checked_transform
-from esr_kernels.common.workspace import borrow_rows
-from esr_kernels.divergence.plan import default_memory_budget
+from esr_kernels.common.workspace import borrow_rows, default_memory_budget
 from esr_kernels.sampling import draw_torch as sampling_torch
 from esr_kernels.sampling import reference as reference_sampling
 from esr_kernels.sampling.arguments import (
@@ -210,7 +209,7 @@ def sample_from_hidden(
 
         def sample(some: slice) -> Sample:
             count = some.stop - some.start
-            logits = borrow_rows("logits to sample", count, head.classes, hidden, dtype)
+            logits = borrow_rows("logits to sample", (count, head.classes), hidden.device, dtype)
             matmul.project(head.hidden[some], head.weight[: head.classes], logits)
             return _sample_rows(logits, classes, law.rows(some), keys_of(keys, some), on_triton)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from esr_kernels.divergence.statistics import LogitTransform
+from esr_kernels.common.transform import LogitTransform
 
 # Classes that share a Gumbel variate. Part of what a key means: another width draws other tokens.
 TILE = 256

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from esr_kernels.common import matmul
 from esr_kernels.common.head import Head, values_are_at_hand, vocab_tile
-from esr_kernels.divergence.statistics import LogitTransform
+from esr_kernels.common.transform import LogitTransform
 
 # The id of no class: pads rows that pick fewer than K.
 NO_CLASS = -1

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.rows_torch import _row_blocks
-from esr_kernels.divergence.statistics import LogitTransform
 from esr_kernels.scoring.selected import CENTRED, COLUMNS, LOG_SUM, MAX, RestGradient
 
 # exp() of it is 0 in fp64, and unlike -inf it may be multiplied by 0.

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.divergence.row_kernels_triton import _tanh
+from esr_kernels.common.logits_triton import tanh
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.rows_triton import _split_columns
-from esr_kernels.divergence.statistics import LogitTransform
 from esr_kernels.scoring.selected import COLUMNS, RestGradient
 
 # (columns in a block, warps): as in rows_triton, with half its accumulators.
@@ -51,7 +51,7 @@ def _transformed(
         # 1 - tanh^2 without the difference: with u = 1 - tanh |x|, it is u (2 - u).
         u = 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
         chain = u * (2.0 - u)
-        z = _tanh(x) * softcap
+        z = tanh(x) * softcap
     return z * inv_temperature, chain
 
 

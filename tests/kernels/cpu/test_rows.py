@@ -21,11 +21,11 @@ from esr_kernels import (
     TotalVariation,
 )
 from esr_kernels.common import matmul
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.cpu import library as native
 from esr_kernels.cpu import rows as rows_native
 from esr_kernels.divergence import rows_torch
 from esr_kernels.divergence.statistics import (
-    LogitTransform,
     RowSpec,
     Tile,
     from_pull_sums,

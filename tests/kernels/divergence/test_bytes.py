@@ -7,10 +7,11 @@ import torch
 import triton
 
 from bench.count_bytes import CLASSES, TOKENS, counted, row_traffic
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.fused_triton import Blocks, fused_stats
 from esr_kernels.divergence.losses import JSD, ForwardKL, KLMix, ReverseKL
 from esr_kernels.divergence.plan import Plan, Problem
-from esr_kernels.divergence.statistics import COLUMNS, LogitTransform, RowSpec
+from esr_kernels.divergence.statistics import COLUMNS, RowSpec
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="bytes are counted in Triton's interpreter"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.fused_triton import BLOCKS, Blocks, _split_classes, fused_stats
 from esr_kernels.divergence.losses import ReverseKL
 from esr_kernels.divergence.statistics import (
     LOG_SUM,
     MAX,
-    LogitTransform,
     RowSpec,
     RowStats,
     merge_parts,

@@ -9,9 +9,10 @@ import pytest
 import torch
 import triton
 
+from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import rows_triton
 from esr_kernels.divergence.losses import JSD, KLMix
-from esr_kernels.divergence.statistics import LogitTransform, RowSpec, Tile
+from esr_kernels.divergence.statistics import RowSpec, Tile
 from esr_kernels.scoring.selected import RestGradient
 from esr_kernels.scoring.selected_triton import tile_gradient_, tile_statistics
 

@@ -70,11 +70,11 @@ def test_predicted_peak_is_the_measured_peak_within_10_percent(kind, budget_mib,
 
 def test_buffers_outlive_a_call_and_can_be_released():
     like = torch.empty(0)
-    first = borrow("test", (4, 8), like, torch.float32)
-    again = borrow("test", (2, 8), like, torch.float32)
+    first = borrow("test", (4, 8), like.device, torch.float32)
+    again = borrow("test", (2, 8), like.device, torch.float32)
     assert again.data_ptr() == first.data_ptr()
-    assert borrow("other", (4, 8), like, torch.float32).data_ptr() != first.data_ptr()
-    assert borrow("test", (4, 9), like, torch.float32).numel() == 36
+    assert borrow("other", (4, 8), like.device, torch.float32).data_ptr() != first.data_ptr()
+    assert borrow("test", (4, 9), like.device, torch.float32).numel() == 36
     release_workspace()
     from esr_kernels.common import workspace
 
@@ -83,8 +83,10 @@ def test_buffers_outlive_a_call_and_can_be_released():
 
 def test_threads_do_not_share_buffers():
     like, seen = torch.empty(0), []
-    mine = borrow("test", (4,), like, torch.float32)
-    thread = threading.Thread(target=lambda: seen.append(borrow("test", (4,), like, torch.float32)))
+    mine = borrow("test", (4,), like.device, torch.float32)
+    thread = threading.Thread(
+        target=lambda: seen.append(borrow("test", (4,), like.device, torch.float32))
+    )
     thread.start()
     thread.join()
     assert seen[0].data_ptr() != mine.data_ptr()

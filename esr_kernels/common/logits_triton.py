@@ -1,0 +1,80 @@
+"""Device functions that several kernels share: elementwise maths, the transform of a logit, and one
+step of an online softmax.
+
+A *block* is what a program holds at once: [BLOCK] classes of one row, or a tile [rows, classes].
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    # 1 - 2 / (e^2x + 1) loses all digits near 0, where the series is exact to fp32.
+    x2 = x * x
+    series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * 62.0 / 2835))))
+    return tl.where(tl.abs(x) < 0.25, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def expm1(x):
+    # exp(x) - 1 loses the digits of a small x, and nearly equal models have only small ones.
+    series = x * (1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6)))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    z = x / (2.0 + x)  # log1p(x) = 2 atanh(z)
+    z2 = z * z
+    series = 2.0 * z * (1.0 + z2 * (1.0 / 3 + z2 * (1.0 / 5 + z2 * (1.0 / 7))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def transform_logits(z, classes, inside, transform):
+    """(transformed logits, tanh of the softcap) of raw logits `z`.
+
+    `transform` is (bias_ptr, scale, softcap, inv_temperature), bias_ptr and softcap None for none
+    (`LogitTransform.kernel_argument`). `inside` masks the load of the bias; what lies outside is
+    for the caller to overwrite.
+    """
+    bias_ptr, scale, softcap, inv_temperature = transform
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
+    z *= scale
+    capped = z
+    if softcap is not None:
+        capped = tanh(z / softcap)
+        z = capped * softcap
+    return z * inv_temperature, capped
+
+
+@triton.jit
+def load_logits(row_ptr, classes, n_classes, transform):
+    """(transformed logits, -inf from `n_classes` on; tanh of the softcap) of a block of a row."""
+    inside = classes < n_classes
+    z = tl.load(row_ptr + classes, mask=inside, other=-float("inf"))
+    z, capped = transform_logits(z, classes, inside, transform)
+    return tl.where(inside, z, -float("inf")), capped
+
+
+@triton.jit
+def online_maximum(top, block_top):
+    """(new maximum, the finite number to subtract from logits, decay, shift) after a block.
+
+    Sums of exp(z - maximum) so far are multiplied by `decay`; sums of exp(z - maximum) * (z -
+    maximum) first gain `shift` times the sum of exponentials, since the maximum moved.
+    """
+    new_top = tl.maximum(top, block_top)
+    # A block of -inf only must not turn into exp(-inf + inf).
+    base = tl.where(new_top == -float("inf"), 0.0, new_top)
+    decay = tl.exp(top - base)
+    shift = tl.where(top == -float("inf"), 0.0, top - base)
+    return new_top, base, decay, shift
+
+
+@triton.jit
+def weigh(p, x):
+    """p * x, but 0 * inf is 0: a class of probability 0 weighs nothing whatever its logit."""
+    return tl.where(p == 0, 0.0, p * x)

@@ -1,0 +1,29 @@
+"""Leaving rows out of a computation, and putting its results back in their places."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def active_rows(live: Tensor | None, compact: bool) -> Tensor | None:
+    """Indices [n] int64 of the rows where `live` [T] is not 0, or None for all rows.
+
+    Reads values, which synchronises with a GPU: callers set `compact` only where that is free or
+    was asked for.
+    """
+    if live is None or not compact:
+        return None
+    mask = live != 0
+    return None if bool(mask.all()) else mask.nonzero()[:, 0]
+
+
+def take_rows(rows: Tensor, active: Tensor | None) -> Tensor:
+    """The active rows; all of them for None."""
+    return rows if active is None else rows[active]
+
+
+def spread_rows(rows: Tensor, active: Tensor | None, tokens: int) -> Tensor:
+    """The inverse of `take_rows`: rows at their places among all tokens, the others 0."""
+    if active is None:
+        return rows
+    return rows.new_zeros(tokens, *rows.shape[1:]).index_copy(0, active, rows)

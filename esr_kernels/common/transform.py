@@ -1,0 +1,50 @@
+"""From a head's raw logits to the logits of its distribution: bias, scale, softcap, temperature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """softcap * tanh(scale * (h W^T + b) / softcap) / temperature."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def slope(self) -> float:
+        """d(transformed)/d(raw), except for the factor 1 - tanh^2 of a softcap."""
+        return self.scale / self.temperature
+
+    def kernel_argument(
+        self, bias: Tensor | None
+    ) -> tuple[Tensor | None, float, float | None, float]:
+        """The `transform` tuple of `logits_triton.transform_logits`."""
+        softcap = None if self.softcap is None else float(self.softcap)
+        return bias, float(self.scale), softcap, 1.0 / self.temperature
+
+
+def cap_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
+    """In place: raw logits -> tanh of the softcap, or transformed logits where there is none."""
+    if bias is not None:
+        z.add_(bias)
+    if transform.softcap is not None:
+        z.mul_(transform.scale / transform.softcap).tanh_()
+    elif transform.slope != 1.0:
+        z.mul_(transform.slope)
+
+
+def uncap_(z: Tensor, transform: LogitTransform) -> None:
+    """In place: the output of `cap_` -> transformed logits."""
+    if transform.softcap is not None:
+        z.mul_(transform.softcap / transform.temperature)
+
+
+def transform_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
+    """In place: raw logits [n, V] plus bias [V] -> transformed logits."""
+    cap_(z, bias, transform)
+    uncap_(z, transform)
