@@ -1,9 +1,9 @@
 """Buffers for logits, and how many bytes of them an op takes by default.
 
-PyTorch's CUDA allocator keeps freed memory. Its CPU allocator returns it to the system, and touching
-fresh memory costs a page fault every 4 KiB. So on CPU each thread keeps the largest buffer that it
-has used under each name; `release_workspace` frees them. Rows are padded so that matrix products
-write them at full speed.
+PyTorch's CUDA allocator keeps freed memory. Its CPU allocator returns it to the system, and
+touching fresh memory costs a page fault every 4 KiB. So on CPU each thread keeps the largest buffer
+that it has used under each name; `release_workspace` frees them. Rows are padded so that matrix
+products write them at full speed.
 """
 
 from __future__ import annotations

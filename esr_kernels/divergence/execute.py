@@ -322,7 +322,7 @@ def recompute_gradients(
         dz = tile.s
         if not call.plan.problem.in_place:
             h = own.student_hidden
-            dz = borrow_rows("rounded", tuple(tile.s.shape), h.device, h.dtype)
+            dz = borrow_rows("rounded", (tile.s.shape[0], tile.s.shape[1]), h.device, h.dtype)
         call.rows.tile_gradient_(tile, known, weights, call.spec, dz)
         if hidden_sum is not None:
             matmul.hidden_gradient(
