@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from esr_kernels.common.launch import split_columns
 from esr_kernels.divergence.losses import (
     JSD,
     Divergence,
@@ -45,8 +46,6 @@ from esr_kernels.divergence.statistics import (
 STATISTICS_BLOCK = (512, 4)
 PULL_SUMS_BLOCK = (1024, 4)
 GRADIENT_BLOCK = (1024, 4)
-# Programs that fill a large GPU a few times over.
-_WANTED_PROGRAMS = 1024
 
 
 def _transform_arguments(tile: Tile, spec: RowSpec) -> dict[str, object]:
@@ -62,14 +61,6 @@ def _transform_arguments(tile: Tile, spec: RowSpec) -> dict[str, object]:
         arguments[f"{prefix}_bias_ptr"] = bias
         arguments[f"{prefix.upper()}_BIAS"] = bias is not None
     return arguments
-
-
-def _split_columns(rows: int, classes: int, block: int) -> tuple[int, int]:
-    """(splits of a row, columns in each): enough programs for the machine, whole blocks each."""
-    blocks = triton.cdiv(classes, block)
-    splits = min(blocks, max(1, _WANTED_PROGRAMS // max(rows, 1)))
-    columns = triton.cdiv(blocks, splits) * block
-    return triton.cdiv(classes, columns), columns
 
 
 def _kind(divergence: Divergence) -> tuple[int, float]:
@@ -94,7 +85,7 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     """Statistics [n, splits, COLUMNS] of a tile of classes."""
     n, classes = tile.s.shape
     block, warps = STATISTICS_BLOCK
-    splits, columns = _split_columns(n, classes, block)
+    splits, columns = split_columns(n, classes, block)
     parts = torch.empty(n, splits, COLUMNS, dtype=torch.float32, device=tile.s.device)
     if n:
         row_statistics_kernel[(n, splits)](
@@ -117,7 +108,7 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
     n, classes = tile.s.shape
     block, warps = PULL_SUMS_BLOCK
-    splits, columns = _split_columns(n, classes, block)
+    splits, columns = split_columns(n, classes, block)
     sums = torch.empty(n, splits, 3, dtype=torch.float32, device=tile.s.device)
     kind, parameter = _kind(spec.divergence)
     if n:

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.launch import split_columns
 from esr_kernels.common.logits_triton import tanh
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence.rows_triton import _split_columns
 from esr_kernels.scoring.selected import COLUMNS, RestGradient
 
 # (columns in a block, warps): as in rows_triton, with half its accumulators.
@@ -228,7 +228,7 @@ def tile_statistics(
     """
     n, classes = z.shape
     block, warps = STATISTICS_BLOCK
-    splits, columns = _split_columns(n, classes, block)
+    splits, columns = split_columns(n, classes, block)
     parts = torch.empty(n, splits, COLUMNS, dtype=torch.float32, device=z.device)
     if n:
         arguments = _transform_arguments(transform, bias)
