@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from esr_kernels.common.arguments import check_memory_budget
-from esr_kernels.common.workspace import default_memory_budget, row_stride
+from esr_kernels.common.workspace import borrow, default_memory_budget, row_stride
 
 # Below this many classes a tile's matrix product runs far below the rate of a large one.
 _TILE_STEP = 64
@@ -44,3 +45,22 @@ def class_tiles(classes: int, width: int) -> Iterator[slice]:
     """All classes in tiles of at most `width`."""
     for start in range(0, classes, width):
         yield slice(start, min(start + width, classes))
+
+
+class TileBuffer:
+    """Memory that holds the logits of one tile of classes after another.
+
+    The memory is flat, so that a last tile that is narrower has padded rows of its own width. It is
+    borrowed: valid until the next `borrow` of `name` in this thread.
+    """
+
+    def __init__(
+        self, name: str, tokens: int, widest: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._tokens = tokens
+        self._flat = borrow(name, (tokens * row_stride(widest),), device, dtype)
+
+    def rows(self, width: int) -> Tensor:
+        """Uninitialised logits [tokens, width] of a tile of at most `widest` classes."""
+        stride = row_stride(width)
+        return self._flat[: self._tokens * stride].view(self._tokens, stride)[:, :width]
