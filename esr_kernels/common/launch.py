@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import triton
-
 # Fills a large GPU a few times over.
 _WANTED_PROGRAMS = 1024
 
@@ -14,7 +12,7 @@ def split_columns(rows: int, columns: int, block: int) -> tuple[int, int]:
     With many rows there is one program a row. With few, each row is split until the launch has
     `_WANTED_PROGRAMS` programs, or a program for every block.
     """
-    blocks = triton.cdiv(columns, block)
+    blocks = -(-columns // block)
     splits = min(blocks, max(1, _WANTED_PROGRAMS // max(rows, 1)))
-    width = triton.cdiv(blocks, splits) * block
-    return triton.cdiv(columns, width), width
+    width = -(-blocks // splits) * block
+    return -(-columns // width), width

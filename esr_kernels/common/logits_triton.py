@@ -78,3 +78,33 @@ def online_maximum(top, block_top):
 def weigh(p, x):
     """p * x, but 0 * inf is 0: a class of probability 0 weighs nothing whatever its logit."""
     return tl.where(p == 0, 0.0, p * x)
+
+
+@triton.jit
+def online_softmax(z, difference, block_top, state, TILE: tl.constexpr):
+    """Fold a block of one model's logits into the softmax statistics `state` of its row or rows.
+
+    `state` is (maximum, sum of exponentials, sum of p * (z - maximum), sum of p * difference), where
+    p = exp(z - maximum). With TILE the block is [rows, classes] and each statistic [rows]. Without,
+    the block is [BLOCK] classes of one row, the maximum a scalar, and each sum is kept per lane.
+    `difference` may be None; its sum then stays as it is.
+    """
+    top, total, centred, difference_sum = state
+    top, base, decay, shift = online_maximum(top, block_top)
+    if TILE:
+        below = z - base[:, None]
+    else:
+        below = z - base
+    p = tl.exp(below)
+    block_centred = weigh(p, below)
+    if TILE:
+        block_centred = tl.sum(block_centred, 1)
+    centred = (centred + shift * total) * decay + block_centred
+    if difference is not None:
+        block_difference = weigh(p, difference)
+        if TILE:
+            block_difference = tl.sum(block_difference, 1)
+        difference_sum = difference_sum * decay + block_difference
+    if TILE:
+        p = tl.sum(p, 1)
+    return top, total * decay + p, centred, difference_sum

@@ -22,7 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.divergence.fused_triton import _DTYPES, _operand_kind, _project, current_arch
+from esr_kernels.common.projection_triton import (
+    FUSED_DTYPES,
+    current_arch,
+    operand_kind,
+    project,
+)
 from esr_kernels.sampling.draw_triton import _empties, _shared_arguments, draw
 from esr_kernels.sampling.kernels_triton import numbers, transformed
 from esr_kernels.sampling.params import TILE, Classes, RowLaw, Sample
@@ -101,16 +106,15 @@ def _fused_tiles_kernel(
     # dropped at the store and by the -inf.
     live_rows = tl.minimum(rows, n_rows - 1)
     live_classes = tl.minimum(classes, n_classes - 1)
-    z = _project(
+    z = project(
         weight_ptr,
         hidden_ptr,
-        bias_ptr,
+        None,
         live_classes,
         live_rows,
         weight_stride,
         hidden_stride,
         depth,
-        False,
         TILE,
         BLOCK_B,
         BLOCK_D,
@@ -137,12 +141,12 @@ def tile_statistics(
     hidden [B, D] and weight [V, D] of one dtype, bf16, fp16 or fp32; `blocks` None takes the
     committed one of the operands' dtype and the GPU.
     """
-    if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
+    if hidden.dtype != weight.dtype or hidden.dtype not in FUSED_DTYPES:
         raise TypeError(
             "hidden and weight must share a dtype among bfloat16, float16 and float32 for the "
             f"fused kernel, got {hidden.dtype} and {weight.dtype}"
         )
-    blocks = blocks or BLOCKS[_operand_kind(weight), current_arch()]
+    blocks = blocks or BLOCKS[operand_kind(weight), current_arch()]
     rows, tiles = hidden.shape[0], triton.cdiv(classes.count, TILE)
     maxima, log_sums = _empties(2, rows, tiles, like=hidden)
     if rows:
