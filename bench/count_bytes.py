@@ -24,7 +24,7 @@ from triton.runtime import interpreter
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import rows_triton
 from esr_kernels.divergence.losses import JSD, Divergence, ReverseKL
-from esr_kernels.divergence.statistics import RowSpec, Tile, known_rows, merge_parts, mixed_kl
+from esr_kernels.divergence.statistics import RowSpec, Tile, merge_parts, mixed_kl, row_normalizers
 
 TOKENS, CLASSES = 2, 20_011
 _PLAIN = LogitTransform()
@@ -85,10 +85,10 @@ def row_traffic(
     else:
         sums = run("pull sums", lambda: rows_triton.tile_pull_sums(tile, stats, spec))
         pull_sum = sums[:, 1]
-    known = known_rows(stats, pull_sum, None, spec)
+    normalizers = row_normalizers(stats, pull_sum, None, spec)
     dz = torch.empty(tokens, classes, dtype=dz_dtype)
     weight = torch.ones(tokens)
-    run("gradient", lambda: rows_triton.tile_gradient_(tile, known, weight, spec, dz))
+    run("gradient", lambda: rows_triton.tile_gradient_(tile, normalizers, weight, spec, dz))
     return passes
 
 

@@ -16,6 +16,7 @@ from esr_kernels.attention import prefix_triton as prefix_attention_triton
 from esr_kernels.attention.op import RowGroups
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import fused_triton, rows_triton
+from esr_kernels.divergence.call import Operands
 from esr_kernels.divergence.losses import (
     JSD,
     Divergence,
@@ -80,7 +81,9 @@ def _fused(dtype: torch.dtype, everything: bool, dims: tuple[int, int] = _DIMS) 
     bias = _empty(_CLASSES, dtype=dtype) if everything else None
     transform = _CAPPED if everything else _PLAIN
     operands = [_empty(n, dim, dtype=dtype) for dim in dims for n in (_TOKENS, _CLASSES)]
-    fused_triton.fused_stats(*operands, RowSpec(ReverseKL(), transform, transform), bias, bias)
+    s_hidden, s_weight, t_hidden, t_weight = operands
+    x = Operands(s_hidden, s_weight, bias, None, t_hidden, t_weight, bias, None, None)
+    fused_triton.fused_stats(x, RowSpec(ReverseKL(), transform, transform))
 
 
 def _picked(dtype: torch.dtype, everything: bool, ids_of_a_token: int = 32) -> None:

@@ -16,7 +16,7 @@ from esr_kernels.divergence.losses import (
 from esr_kernels.divergence.module import LinearDivergenceLoss
 from esr_kernels.divergence.op import LinearDivergence, linear_divergence
 from esr_kernels.divergence.plan import Plan
-from esr_kernels.divergence.request import plan_linear_divergence
+from esr_kernels.divergence.planner import plan_linear_divergence
 from esr_kernels.sampling.op import (
     Sample,
     SampleKeys,

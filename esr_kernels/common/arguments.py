@@ -6,6 +6,7 @@ import numbers
 
 import torch
 
+IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 REDUCTIONS = ("sum", "mean", "none")
 
 

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.arguments import check_memory_budget, check_number, one_of
+from esr_kernels.common.arguments import (
+    IMPLEMENTATIONS,
+    check_memory_budget,
+    check_number,
+    one_of,
+)
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.common.workspace import default_memory_budget
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 # Below this many classes in a tile a GEMM is no longer a GEMM; tiles are multiples of it.
 _TILE_STEP = 64
 

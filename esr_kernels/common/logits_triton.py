@@ -84,7 +84,7 @@ def weigh(p, x):
 def online_softmax(z, difference, block_top, state, TILE: tl.constexpr):
     """Fold a block of one model's logits into the softmax statistics `state` of its row or rows.
 
-    `state` is (maximum, sum of exponentials, sum of p * (z - maximum), sum of p * difference), where
+    `state` is (maximum, sum of exponentials, sum of p * (z - maximum), sum of p * difference), with
     p = exp(z - maximum). With TILE the block is [rows, classes] and each statistic [rows]. Without,
     the block is [BLOCK] classes of one row, the maximum a scalar, and each sum is kept per lane.
     `difference` may be None; its sum then stays as it is.

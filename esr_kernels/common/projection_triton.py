@@ -1,5 +1,5 @@
-"""A tile of logits straight from hidden states and a head, for the kernels that fuse the projection,
-and what decides the shape of such a tile: the operands and the GPU."""
+"""A tile of logits straight from hidden states and a head, for kernels that fuse the projection,
+and the keys of their block tables: kind of operands and architecture of the GPU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def project(
 
 
 def current_arch() -> str:
-    """The name in the block tables for the GPU in use: its own, or that of the nearest smaller one."""
+    """The GPU in use, as the block tables name it: itself, or the nearest smaller one."""
     if triton.knobs.runtime.interpret:
         return "sm_80"
     target = triton.runtime.driver.active.get_current_target()
@@ -58,7 +58,7 @@ def current_arch() -> str:
 
 
 def operand_kind(*weights: Tensor) -> str:
-    """The name in the block tables for these heads: "16-bit", "fp32" or "unaligned"."""
+    """These heads, as the block tables name them: "16-bit", "fp32" or "unaligned"."""
     if any(weight.shape[1] % _ALIGNMENT for weight in weights):
         return "unaligned"
     return "16-bit" if all(weight.dtype.itemsize == 2 for weight in weights) else "fp32"

@@ -25,14 +25,14 @@ from esr_kernels.divergence.losses import (
 from esr_kernels.divergence.statistics import (
     COLUMNS,
     IGNORED_LABEL,
-    RowsKnown,
+    RowNormalizers,
     RowSpec,
     RowStats,
     Tile,
     from_pull_sums,
-    known_rows,
     merge_parts,
     mixed_kl,
+    row_normalizers,
 )
 
 _Pointer = ctypes.c_void_p
@@ -53,8 +53,8 @@ class _Known(ctypes.Structure):
         ("teacher_lse", _Pointer),
         ("lse_gap", _Pointer),
         ("pull_sum", _Pointer),
-        ("student_rest", _Pointer),
-        ("teacher_rest", _Pointer),
+        ("student_residual", _Pointer),
+        ("teacher_residual", _Pointer),
     ]
 
 
@@ -141,7 +141,7 @@ class _Call:
         self,
         name: str,
         *,
-        known: RowsKnown | None = None,
+        known: RowNormalizers | None = None,
         parts: Tensor | None = None,
         sums: Tensor | None = None,
     ) -> None:
@@ -168,13 +168,13 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
     sums = tile.s.new_empty(tile.s.shape[0], 3)
     # The sum of pulls is what is asked for: any will do.
-    known = known_rows(stats, stats.lse_gap, None, spec)
+    known = row_normalizers(stats, stats.lse_difference, None, spec)
     _Call(tile, None, spec).run("tile_pull_sums", known=known, sums=sums)
     return sums
 
 
 def tile_gradient_(
-    tile: Tile, known: RowsKnown, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
+    tile: Tile, known: RowNormalizers, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> None:
     """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
     _Call(tile, row_weight, spec).run("tile_gradient", known=known)

@@ -1,4 +1,4 @@
-"""The public boundary of `linear_divergence`: what is accepted, and the error for what is not."""
+"""The arguments of `linear_divergence`: what is accepted, and the error for what is not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esr_kernels.common import matmul
 from esr_kernels.common.arguments import (
+    IMPLEMENTATIONS,
     REDUCTIONS,
     check_memory_budget,
     check_number,
@@ -19,7 +20,6 @@ from esr_kernels.common.arguments import (
     one_of,
 )
 from esr_kernels.common.head import (
-    IMPLEMENTATIONS,
     check_bias,
     check_impl,
     check_operands,
@@ -28,67 +28,78 @@ from esr_kernels.common.head import (
     values_are_at_hand,
 )
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence.plan import KINDS, Plan, check_stash
+from esr_kernels.divergence.call import Operands
+from esr_kernels.divergence.plan import KINDS, Plan
+from esr_kernels.divergence.planner import check_stash
 from esr_kernels.divergence.statistics import IGNORED_LABEL
 
 # Class numbers travel through the row statistics as fp32, which counts exactly up to here.
 _MOST_CLASSES = 1 << 24
-# Of its rows, at most, that a head is padded with.
+# Heads of one tokenizer are padded by at most this share of their rows.
 _PADDING_SHARE = 0.1
 
 
 @dataclass(frozen=True)
+class ModelArguments:
+    """The arguments that belong to one of the two models."""
+
+    name: str  # "student" or "teacher", the prefix of the arguments
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ids: Tensor | None
+    transform: LogitTransform
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments that are neither model's. `linear_divergence` documents each."""
+
+    token_weights: Tensor | None = None
+    num_classes: int | None = None
+    labels: Tensor | None = None
+    label_weight: float = 0.0
+    weight_grad: Tensor | None = None
+    reduction: str = "sum"
+    plan: str | Plan = "auto"
+    memory_budget: int | None = None
+    compact: bool | None = None
+    group: Any = None
+    impl: str = "auto"
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """Checked operands: one dtype per model, contiguous rows, weights in the logits' dtype.
+    """Checked tensors: one dtype per model, contiguous rows, biases cut to the shared classes."""
 
-    Biases are cut or gathered to the shared classes.
-    """
-
-    student_hidden: Tensor
-    student_weight: Tensor
-    student_bias: Tensor | None
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    teacher_bias: Tensor | None
-    student_ids: Tensor | None
-    teacher_ids: Tensor | None
-    labels: Tensor | None
-    row_weight: Tensor | None
-    student_transform: LogitTransform
-    teacher_transform: LogitTransform
-    classes: int
+    operands: Operands
+    row_weight: Tensor | None  # [T], in the logits' dtype
+    classes: int  # that both models have
 
 
-def check_options(
-    reduction: str,
-    impl: str,
-    plan: object,
-    memory_budget: int | None,
-    compact: bool | None,
-    label_weight: float,
-    num_classes: int | None,
-    group: Any,
-) -> None:
+def check_options(options: Options) -> None:
     """Raise on an option that no tensors could go with."""
-    one_of("reduction", reduction, REDUCTIONS)
-    one_of("impl", impl, IMPLEMENTATIONS)
-    one_of("compact", compact, (None, True, False))
-    check_number("label_weight", label_weight)
-    check_memory_budget(memory_budget)
+    one_of("reduction", options.reduction, REDUCTIONS)
+    one_of("impl", options.impl, IMPLEMENTATIONS)
+    one_of("compact", options.compact, (None, True, False))
+    check_number("label_weight", options.label_weight)
+    check_memory_budget(options.memory_budget)
+    plan, group = options.plan, options.group
     kind = plan.kind if isinstance(plan, Plan) else plan
     one_of("plan", kind, ("auto", *KINDS))
-    if isinstance(plan, Plan) and memory_budget is not None:
+    if isinstance(plan, Plan) and options.memory_budget is not None:
         raise ValueError("memory_budget must be None with a Plan, whose chunks are set")
-    if num_classes is not None and not torch.compiler.is_compiling():  # else it may be a symbol
-        check_size("num_classes", num_classes, 1)
+    # A compiler may hold a symbol in place of the number.
+    if options.num_classes is not None and not torch.compiler.is_compiling():
+        check_size("num_classes", options.num_classes, 1)
     if group is not None and not hasattr(group, "size"):
         raise TypeError(
             f"group must be a torch.distributed process group, got {type(group).__name__} {group!r}"
         )
-    if group is not None and impl == "reference":
+    if group is not None and options.impl == "reference":
         raise ValueError("impl='reference' does not shard the vocabulary: group must be None")
     if kind == "stash":
-        check_stash(reduction == "none", group is not None)
+        check_stash(options.reduction == "none", group is not None)
 
 
 def checked_transforms(
@@ -100,6 +111,7 @@ def checked_transforms(
     teacher_logit_scale: float,
 ) -> tuple[LogitTransform, LogitTransform]:
     """The transforms of the student's and the teacher's logits; raises on a bad value."""
+    of_teacher = temperature if teacher_temperature is None else teacher_temperature
     return (
         checked_transform(
             ("student_logit_scale", student_logit_scale),
@@ -109,54 +121,23 @@ def checked_transforms(
         checked_transform(
             ("teacher_logit_scale", teacher_logit_scale),
             ("teacher_softcap", teacher_softcap),
-            (
-                "teacher_temperature",
-                temperature if teacher_temperature is None else teacher_temperature,
-            ),
+            ("teacher_temperature", of_teacher),
         ),
     )
 
 
-def check_inputs(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    token_weights: Tensor | None,
-    temperature: float,
-    teacher_temperature: float | None,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    student_logit_scale: float,
-    teacher_logit_scale: float,
-    num_classes: int | None,
-    student_ids: Tensor | None,
-    teacher_ids: Tensor | None,
-    labels: Tensor | None,
-    label_weight: float,
-    weight_grad: Tensor | None,
-    reduction: str,
-    group: Any,
-    impl: str,
-) -> Inputs:
-    """Raise on the first argument that cannot be used, else return the operands ready for use."""
-    one_of("reduction", reduction, REDUCTIONS)
-    for name, hidden, weight, bias in (
-        ("student", student_hidden, student_weight, student_bias),
-        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
-    ):
-        rows = check_operands(f"{name}_hidden", hidden, f"{name}_weight", weight)
-        check_bias(f"{name}_bias", bias, hidden, rows)
-    student_hidden, student_weight = ready(
-        "student_hidden", student_hidden, "student_weight", student_weight
-    )
-    teacher_hidden, teacher_weight = ready(
-        "teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight
-    )
-    check_impl(impl, "student_hidden", student_hidden)
+def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Options) -> Inputs:
+    """Raise on the first tensor that cannot be used, else return them ready for use."""
+    ready_tensors = []
+    for model in (student, teacher):
+        hidden, weight = f"{model.name}_hidden", f"{model.name}_weight"
+        rows = check_operands(hidden, model.hidden, weight, model.weight)
+        check_bias(f"{model.name}_bias", model.bias, model.hidden, rows)
+    for model in (student, teacher):
+        names = f"{model.name}_hidden", f"{model.name}_weight"
+        ready_tensors.append(ready(names[0], model.hidden, names[1], model.weight))
+    (student_hidden, student_weight), (teacher_hidden, teacher_weight) = ready_tensors
+    check_impl(options.impl, "student_hidden", student_hidden)
     device, tokens = student_hidden.device, student_hidden.shape[0]
     if teacher_hidden.shape[0] != tokens:
         raise ValueError(
@@ -167,64 +148,62 @@ def check_inputs(
         raise ValueError(
             f"teacher_hidden must be on the student's device {device}, got {teacher_hidden.device}"
         )
+    student_ids, teacher_ids = student.ids, teacher.ids
+    sharded = options.group is not None
     if student_ids is None and teacher_ids is None:
         both = student_weight.shape[0], teacher_weight.shape[0]
-        classes = _classes(num_classes, *both)
-        if num_classes is None and group is None and not torch.compiler.is_compiling():
+        classes = _classes(options.num_classes, *both)
+        if options.num_classes is None and not sharded and not torch.compiler.is_compiling():
             _warn_of_unlike_vocabularies(*both)
     else:
         student_ids, teacher_ids = _mapped_classes(
-            num_classes, student_ids, teacher_ids, student_weight, teacher_weight
+            options.num_classes, student_ids, teacher_ids, student_weight, teacher_weight
         )
         classes = student_ids.shape[0]
+    labels = options.labels
     if labels is not None:
-        labels = _labels(labels, tokens, classes, device, group is not None)
-    if not abs(label_weight) < math.inf:
-        raise ValueError(f"label_weight must be finite, got {label_weight}")
-    if label_weight and labels is None:
-        raise ValueError(f"label_weight is {label_weight} and there are no labels")
-    if weight_grad is not None:
-        _check_weight_grad(weight_grad, student_weight, impl)
-    logits_dtype = matmul.logits_dtype(student_hidden.dtype)
+        labels = _labels(labels, tokens, classes, device, sharded)
+    if not abs(options.label_weight) < math.inf:
+        raise ValueError(f"label_weight must be finite, got {options.label_weight}")
+    if options.label_weight and labels is None:
+        raise ValueError(f"label_weight is {options.label_weight} and there are no labels")
+    if options.weight_grad is not None:
+        _check_weight_grad(options.weight_grad, student_weight, options.impl)
     if (student_hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
         raise TypeError(
             "student and teacher must both be float64 or neither, got "
             f"{student_hidden.dtype} and {teacher_hidden.dtype}"
         )
-    row_weight = None
-    if token_weights is not None:
-        if not isinstance(token_weights, Tensor):
-            raise TypeError(
-                f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}"
-            )
-        if token_weights.shape != (tokens,):
-            raise ValueError(
-                f"token_weights must have shape [{tokens}], got {list(token_weights.shape)}"
-            )
-        if token_weights.is_complex() or token_weights.requires_grad:
-            raise TypeError("token_weights must be real and carry no gradient; detach them")
-        row_weight = token_weights.to(device=device, dtype=logits_dtype, non_blocking=True)
-    return Inputs(
+    teacher_bias = None if teacher.bias is None else teacher.bias.detach()
+    operands = Operands(
         student_hidden,
         student_weight,
-        _shared_bias(student_bias, student_ids, classes),
-        teacher_hidden,
-        teacher_weight,
-        _shared_bias(None if teacher_bias is None else teacher_bias.detach(), teacher_ids, classes),
+        _shared_bias(student.bias, student_ids, classes),
         student_ids,
+        teacher_hidden.detach(),
+        teacher_weight.detach(),
+        _shared_bias(teacher_bias, teacher_ids, classes),
         teacher_ids,
         labels,
-        row_weight,
-        *checked_transforms(
-            temperature,
-            teacher_temperature,
-            student_softcap,
-            teacher_softcap,
-            student_logit_scale,
-            teacher_logit_scale,
-        ),
-        classes,
     )
+    row_weight = None
+    if options.token_weights is not None:
+        _check_token_weights(options.token_weights, tokens)
+        row_weight = options.token_weights.to(
+            device=device, dtype=matmul.logits_dtype(student_hidden.dtype), non_blocking=True
+        )
+    return Inputs(operands, row_weight, classes)
+
+
+def _check_token_weights(token_weights: Tensor, tokens: int) -> None:
+    if not isinstance(token_weights, Tensor):
+        raise TypeError(f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}")
+    if token_weights.shape != (tokens,):
+        raise ValueError(
+            f"token_weights must have shape [{tokens}], got {list(token_weights.shape)}"
+        )
+    if token_weights.is_complex() or token_weights.requires_grad:
+        raise TypeError("token_weights must be real and carry no gradient; detach them")
 
 
 def _check_weight_grad(weight_grad: Tensor, student_weight: Tensor, impl: str) -> None:
@@ -316,7 +295,7 @@ def _mapped_classes(
 
 
 def check_id_values(name: str, ids: Tensor, rows: int) -> None:
-    """Raise unless the ids are distinct rows of a head; on a GPU nobody looks."""
+    """Raise unless the ids are distinct rows of a head; on a GPU they are not read."""
     if not values_are_at_hand(ids):
         return
     if int(ids.min()) < 0 or int(ids.max()) >= rows:
@@ -329,7 +308,7 @@ def check_id_values(name: str, ids: Tensor, rows: int) -> None:
 
 
 def check_label_values(labels: Tensor, classes: int, sharded: bool) -> None:
-    """Raise unless every label is a class or says that there is none; on a GPU nobody looks."""
+    """Raise unless every label is a class or IGNORED_LABEL; on a GPU they are not read."""
     if not values_are_at_hand(labels) or not labels.numel():
         return
     other_rank = -1 if sharded else IGNORED_LABEL

@@ -1,10 +1,7 @@
-"""The two autograd functions of `linear_divergence`, one that computes gradients in the forward and
-one that does in the backward.
+"""The eager face of `linear_divergence`: two autograd functions, one for each way to get gradients.
 
-Both return (loss, the [T] fields of `LinearDivergence`) and give gradients to the student's hidden
-states, head and bias. `custom_ops` has the same for compiled code. Eager code does not go through
-those operators: a function can scale the stashed gradient in place, and costs half a millisecond
-less to call (on a CPU, for tensors of a few elements).
+`compiled` is the face for torch.compile. Eager calls do not go through its operators: an autograd
+function can scale the stashed gradient in place, and costs less to call.
 """
 
 from __future__ import annotations
@@ -13,9 +10,10 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common.head import values_are_at_hand
-from esr_kernels.divergence.execute import Gradients, Operands
-from esr_kernels.divergence.passes import recompute_backward, recompute_forward, stash_forward
-from esr_kernels.divergence.statistics import RowsKnown
+from esr_kernels.divergence.call import Gradients, Operands, Wanted
+from esr_kernels.divergence.recompute import recompute_backward, recompute_forward
+from esr_kernels.divergence.stash import stash_forward
+from esr_kernels.divergence.statistics import RowNormalizers
 
 
 def _refuse_double_backward() -> None:
@@ -32,8 +30,8 @@ class StashFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, active, row_weight, weight_grad, *operands):  # type: ignore[no-untyped-def]
-        hidden, weight, bias = ctx.needs_input_grad[_BEFORE : _BEFORE + 3]
-        wanted = hidden, weight or weight_grad is not None, bias
+        wanted = Wanted(*ctx.needs_input_grad[_BEFORE : _BEFORE + 3])
+        wanted = wanted._replace(weight=wanted.weight or weight_grad is not None)
         outputs, gradients = stash_forward(call, active, row_weight, Operands(*operands), wanted)
         ctx.save_for_backward(*gradients)
         ctx.weight_grad, ctx.classes = weight_grad, call.classes
@@ -55,27 +53,27 @@ class StashFunction(torch.autograd.Function):
         ctx.spent = True
         gradients = Gradients(*ctx.saved_tensors)
         if ctx.weight_grad is not None:
-            # Here and not in the forward: the factor is known only now, and checkpointing runs the
-            # forward twice.
+            # Not in the forward: the factor is known only now, and checkpointing runs the forward
+            # twice.
             ctx.weight_grad.addcmul_(gradients.weight, upstream.to(gradients.weight.dtype))
             gradients = gradients._replace(weight=None)
-        # Reading the factor would stall a GPU; on CPU it spares a pass over the weight gradient.
+        # Reading the factor would synchronise a GPU; on CPU it saves a pass over the gradients.
         if not values_are_at_hand(upstream) or upstream.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
-                    # With as many dimensions, so that the product is made in fp32: a 16-bit tensor
-                    # would round a factor of none first, and overflow at a loss scale of 2**16.
+                    # A factor with as many dimensions makes PyTorch multiply in fp32. A 0-d factor
+                    # would be rounded to 16 bits first, and overflow at a loss scale of 2**16.
                     gradient.mul_(upstream.view((1,) * gradient.dim()))
         return _input_gradients(gradients)
 
 
 class RecomputeFunction(torch.autograd.Function):
-    """A few floats a token in between; the backward projects again."""
+    """Keeps a few floats a token; the backward projects again."""
 
     @staticmethod
     def forward(ctx, call, active, row_weight, weight_grad, *operands):  # type: ignore[no-untyped-def]
-        outputs, known = recompute_forward(call, active, row_weight, Operands(*operands))
-        ctx.save_for_backward(active, row_weight, *known, *operands)
+        outputs, normalizers = recompute_forward(call, active, row_weight, Operands(*operands))
+        ctx.save_for_backward(active, row_weight, *normalizers, *operands)
         # Not among the saved tensors: other calls add to it before this one's backward.
         ctx.weight_grad, ctx.call = weight_grad, call
         ctx.mark_non_differentiable(*outputs[1:])
@@ -92,10 +90,10 @@ class RecomputeFunction(torch.autograd.Function):
             ctx.call,
             active,
             row_weight,
-            Operands(*saved[len(RowsKnown._fields) :]),
-            RowsKnown(*saved[: len(RowsKnown._fields)]),
+            Operands(*saved[len(RowNormalizers._fields) :]),
+            RowNormalizers(*saved[: len(RowNormalizers._fields)]),
             upstream,
-            ctx.needs_input_grad[_BEFORE : _BEFORE + 3],
+            Wanted(*ctx.needs_input_grad[_BEFORE : _BEFORE + 3]),
             ctx.weight_grad,
         )
         return _input_gradients(gradients)

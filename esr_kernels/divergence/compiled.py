@@ -18,21 +18,16 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
+from esr_kernels.common.rows import active_rows
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.arguments import check_id_values, check_label_values
-from esr_kernels.divergence.execute import Call, Gradients, Operands
+from esr_kernels.divergence.call import Call, Gradients, Operands, Outputs, Request, Wanted
 from esr_kernels.divergence.losses import Divergence
-from esr_kernels.divergence.passes import (
-    Outputs,
-    Wanted,
-    active_rows,
-    recompute_backward,
-    recompute_forward,
-    stash_forward,
-)
-from esr_kernels.divergence.plan import Plan, Problem, check_stash, make_plan
-from esr_kernels.divergence.request import Request
-from esr_kernels.divergence.statistics import RowsKnown, RowSpec
+from esr_kernels.divergence.plan import Plan, Problem
+from esr_kernels.divergence.planner import check_stash, make_plan
+from esr_kernels.divergence.recompute import recompute_backward, recompute_forward
+from esr_kernels.divergence.stash import stash_forward
+from esr_kernels.divergence.statistics import RowNormalizers, RowSpec
 
 _OPERANDS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? student_ids, "
@@ -44,8 +39,8 @@ _OPTIONS = (
     "SymInt classes, str reduction, str plan, int[] chunks, int? memory_budget, str? group, "
     "str impl, bool compact, bool[] wanted"
 )
-_KNOWN = ", ".join(f"Tensor {name}" for name in RowsKnown._fields)
-_ROWS = len(RowsKnown._fields)
+_NORMALIZERS = ", ".join(f"Tensor {name}" for name in RowNormalizers._fields)
+_ROWS = len(RowNormalizers._fields)
 _MOST_DOUBLINGS = 24
 _FIELDS = 7  # of LinearDivergence, besides the loss
 _TENSORS = len(Operands._fields) + 2  # with the token and the gradient that weights get
@@ -214,7 +209,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
         o.impl,
     )
     tokens = hidden.shape[0] if active is None else active.shape[0]
-    wanted = (o.wanted[0], o.wanted[1], o.wanted[2])
+    wanted = Wanted(*o.wanted)
     problem = request.problem(operands, tokens, wanted, weight_grad is not None)
     if o.chunks:
         request = replace(request, plan=Plan(o.plan, problem, *o.chunks))
@@ -257,22 +252,25 @@ def _stash(*arguments: Any) -> tuple[Tensor, ...]:
 @_define("divergence", _OPTIONS, 1 + _FIELDS + _ROWS)
 def _recompute(*arguments: Any) -> tuple[Tensor, ...]:
     x = _decode(arguments, stashes=False)
-    outputs, known = recompute_forward(x.call, x.active, x.row_weight, x.operands)
-    return _apart((*outputs, *known))
+    outputs, normalizers = recompute_forward(x.call, x.active, x.row_weight, x.operands)
+    return _apart((*outputs, *normalizers))
 
 
 @_define(
-    "divergence_backward", f"{_KNOWN}, Tensor upstream, {_OPTIONS}", 3, mutates=("weight_grad",)
+    "divergence_backward",
+    f"{_NORMALIZERS}, Tensor upstream, {_OPTIONS}",
+    3,
+    mutates=("weight_grad",),
 )
 def _recompute_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *known, upstream = arguments[_TENSORS : _TENSORS + _ROWS + 1]
+    *normalizers, upstream = arguments[_TENSORS : _TENSORS + _ROWS + 1]
     x = _decode((*arguments[:_TENSORS], *arguments[_TENSORS + _ROWS + 1 :]), stashes=False)
     gradients = recompute_backward(
         x.call,
         x.active,
         x.row_weight,
         x.operands,
-        RowsKnown(*known),
+        RowNormalizers(*normalizers),
         upstream,
         x.wanted,
         x.weight_grad,
@@ -347,9 +345,9 @@ def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _project_again(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gradients: list[Tensor | None] = [None] * 3
     if upstream is not None:
-        operands, known = ctx.saved_tensors[: _TENSORS - 1], ctx.saved_tensors[_TENSORS - 1 :]
+        operands, normalizers = ctx.saved_tensors[: _TENSORS - 1], ctx.saved_tensors[_TENSORS - 1 :]
         results = _recompute_backward(
-            *operands, ctx.weight_grad, *known, upstream.contiguous(), *ctx.options
+            *operands, ctx.weight_grad, *normalizers, upstream.contiguous(), *ctx.options
         )
         gradients = [x if w else None for x, w in zip(results, ctx.options[-1], strict=True)]
         if ctx.weight_grad is not None:

@@ -3,8 +3,8 @@
 One program owns a block of tokens and one split of the classes. It walks the tiles of its split;
 for each, two matrix products over D accumulate the student's and then the teacher's logits, fp32,
 in registers at the same time. The epilogue applies bias, scale, softcap and temperature and folds
-the tile into ten numbers a token, the columns of `row_stats`; reductions run along the classes of
-the tile. Splits merge in a fixed order (`row_stats.merge_parts`): a launch repeats bit for bit.
+the tile into ten numbers a token, the columns of `statistics`; reductions run along the classes of
+the tile. Splits merge in a fixed order (`statistics.merge_parts`): a launch repeats bit for bit.
 
 FLOPs  2 T V (Ds + Dt), the two products; the epilogue adds about 25 T V and 2 T V exponentials.
 Bytes  From memory: both heads once for every wave of programs that walks the same split together
@@ -23,8 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.common.logits_triton import tanh
-from esr_kernels.common.transform import LogitTransform
+from esr_kernels.common.logits_triton import online_softmax, transform_logits
+from esr_kernels.common.projection_triton import FUSED_DTYPES, current_arch, operand_kind, project
+from esr_kernels.divergence.call import Operands
+from esr_kernels.divergence.rows_triton import store_statistics
 from esr_kernels.divergence.statistics import COLUMNS, RowSpec
 
 
@@ -68,79 +70,28 @@ BLOCKS: dict[tuple[str, str], Blocks] = {
     ("unaligned", "sm_100"): Blocks(64, 64, 32, 8, 2),
     ("unaligned", "gfx942"): Blocks(64, 64, 32, 8, 2),
 }
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Triton loads whole vectors where it sees that a row's length is a multiple of this.
-_ALIGNMENT = 16
 # Programs that fill a large GPU about four times over, so that the last round is short.
 _WANTED_PROGRAMS = 512
 
 
 @triton.jit
-def _project(
-    hidden_ptr,
-    weight_ptr,
-    bias_ptr,
-    rows,
-    classes,
-    hidden_stride,
-    weight_stride,
-    depth,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """hidden[rows] @ weight[classes].T + bias[classes] in fp32, [BLOCK_T, BLOCK_V]."""
-    lane = tl.arange(0, BLOCK_D)
-    hidden = hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride + lane[None, :]
-    weight = weight_ptr + classes.to(tl.int64)[:, None] * weight_stride + lane[None, :]
-    logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    if HAS_BIAS:
-        # Here rather than in the epilogue, which has no registers to spare for it.
-        logits += tl.load(bias_ptr + classes).to(tl.float32)[None, :]
-    for start in range(0, depth, BLOCK_D):
-        inside = (lane < depth - start)[None, :]
-        h = tl.load(hidden + start, mask=inside, other=0.0)
-        w = tl.load(weight + start, mask=inside, other=0.0)
-        logits = tl.dot(h, w.T, logits, input_precision="ieee")
-    return logits
-
-
-@triton.jit
-def _transform(
-    z,
-    inside,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """Transformed logits of a tile, -inf outside."""
-    z *= scale
-    if HAS_SOFTCAP:
-        z = tanh(z / softcap) * softcap
-    return tl.where(inside[None, :], z * inv_temperature, -float("inf"))
-
-
-@triton.jit
-def _fold(z, gap, classes, n_classes, top, where, total, gap_sum, centred):
+def _fold(z, difference, classes, n_classes, state):
     """Fold a tile of one model's logits into its five statistics, each [BLOCK_T]."""
+    top, total, centred, difference_sum, where = state
     tile_top = tl.max(z, 1)
     first = tl.min(tl.where(z == tile_top[:, None], classes[None, :], n_classes), 1)
     where = tl.where(tile_top > top, first, where)
-    new_top = tl.maximum(top, tile_top)
-    # A tile of -inf only must not turn into exp(-inf + inf).
-    base = tl.where(new_top == -float("inf"), 0.0, new_top)
-    decay = tl.exp(top - base)
-    # What the sum of p * (z - max) owes for the maximum that moved.
-    shift = tl.where(top == -float("inf"), 0.0, top - base)
-    below = z - base[:, None]
-    p = tl.exp(below)
-    # 0 * inf: a class of probability 0 weighs nothing whatever its logit.
-    centred = (centred + shift * total) * decay + tl.sum(tl.where(p == 0, 0.0, p * below), 1)
-    gap_sum = gap_sum * decay + tl.sum(tl.where(p == 0, 0.0, p * gap), 1)
-    total = total * decay + tl.sum(p, 1)
-    return new_top, where, total, gap_sum, centred
+    top, total, centred, difference_sum = online_softmax(
+        z, difference, tile_top, (top, total, centred, difference_sum), True
+    )
+    return top, total, centred, difference_sum, where
+
+
+@triton.jit
+def _masked_transform(z, inside, transform):
+    """Transformed logits of a tile, -inf where `inside` is false; the bias is in `z` already."""
+    z, _ = transform_logits(z, 0, True, (None, transform[1], transform[2], transform[3]))
+    return tl.where(inside[None, :], z, -float("inf"))
 
 
 @triton.jit
@@ -153,24 +104,14 @@ def _fused_statistics_kernel(
     s_weight_stride,
     t_hidden_stride,
     t_weight_stride,
-    s_bias_ptr,
-    t_bias_ptr,
     parts_ptr,
     n_rows,
     n_classes,
     split_classes,
     s_depth,
     t_depth,
-    s_scale,
-    s_softcap,
-    s_inv_temperature,
-    t_scale,
-    t_softcap,
-    t_inv_temperature,
-    S_BIAS: tl.constexpr,
-    S_SOFTCAP: tl.constexpr,
-    T_BIAS: tl.constexpr,
-    T_SOFTCAP: tl.constexpr,
+    student,
+    teacher,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -190,83 +131,58 @@ def _fused_statistics_kernel(
     t_where = tl.zeros([BLOCK_T], tl.int32)
     s_total = tl.zeros([BLOCK_T], tl.float32)
     t_total = tl.zeros([BLOCK_T], tl.float32)
-    s_gap = tl.zeros([BLOCK_T], tl.float32)
-    t_gap = tl.zeros([BLOCK_T], tl.float32)
+    s_difference = tl.zeros([BLOCK_T], tl.float32)
+    t_difference = tl.zeros([BLOCK_T], tl.float32)
     s_centred = tl.zeros([BLOCK_T], tl.float32)
     t_centred = tl.zeros([BLOCK_T], tl.float32)
     for tile in range(start, stop, BLOCK_V):
         classes = tile + tl.arange(0, BLOCK_V)
         inside = classes < stop
         live = tl.minimum(classes, n_classes - 1)
-        s = _project(
+        s = project(
             s_hidden_ptr,
             s_weight_ptr,
-            s_bias_ptr,
+            student[0],
             live_rows,
             live,
             s_hidden_stride,
             s_weight_stride,
             s_depth,
-            S_BIAS,
             BLOCK_T,
             BLOCK_V,
             BLOCK_D,
         )
-        s = _transform(s, inside, s_scale, s_softcap, s_inv_temperature, S_SOFTCAP)
-        t = _project(
+        s = _masked_transform(s, inside, student)
+        t = project(
             t_hidden_ptr,
             t_weight_ptr,
-            t_bias_ptr,
+            teacher[0],
             live_rows,
             live,
             t_hidden_stride,
             t_weight_stride,
             t_depth,
-            T_BIAS,
             BLOCK_T,
             BLOCK_V,
             BLOCK_D,
         )
-        t = _transform(t, inside, t_scale, t_softcap, t_inv_temperature, T_SOFTCAP)
-        gap = t - s
-        s_top, s_where, s_total, s_gap, s_centred = _fold(
-            s, gap, classes, n_classes, s_top, s_where, s_total, s_gap, s_centred
+        t = _masked_transform(t, inside, teacher)
+        difference = t - s
+        s_state = (s_top, s_total, s_centred, s_difference, s_where)
+        t_state = (t_top, t_total, t_centred, t_difference, t_where)
+        s_top, s_total, s_centred, s_difference, s_where = _fold(
+            s, difference, classes, n_classes, s_state
         )
-        t_top, t_where, t_total, t_gap, t_centred = _fold(
-            t, gap, classes, n_classes, t_top, t_where, t_total, t_gap, t_centred
+        t_top, t_total, t_centred, t_difference, t_where = _fold(
+            t, difference, classes, n_classes, t_state
         )
 
-    s_norm = tl.where(s_total == 0, 1.0, s_total)
-    t_norm = tl.where(t_total == 0, 1.0, t_total)
-    # The order of row_stats' columns.
-    out = parts_ptr + (rows.to(tl.int64) * tl.num_programs(1) + split) * N_STATS
-    owned = rows < n_rows
-    tl.store(out + 0, s_top, mask=owned)
-    tl.store(out + 1, t_top, mask=owned)
-    tl.store(out + 2, tl.log(s_total), mask=owned)
-    tl.store(out + 3, tl.log(t_total), mask=owned)
-    tl.store(out + 4, s_gap / s_norm, mask=owned)
-    tl.store(out + 5, t_gap / t_norm, mask=owned)
-    tl.store(out + 6, s_centred / s_norm, mask=owned)
-    tl.store(out + 7, t_centred / t_norm, mask=owned)
-    tl.store(out + 8, s_where.to(tl.float32), mask=owned)
-    tl.store(out + 9, t_where.to(tl.float32), mask=owned)
-
-
-def current_arch() -> str:
-    """The table's name for the GPU in use: its own or that of the nearest smaller one."""
-    if triton.knobs.runtime.interpret:
-        return "sm_80"
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend == "hip":
-        return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(int(target.arch) // 10, "sm_80")
-
-
-def _operand_kind(*weights: Tensor) -> str:
-    if any(weight.shape[1] % _ALIGNMENT for weight in weights):
-        return "unaligned"
-    return "16-bit" if all(weight.dtype.itemsize == 2 for weight in weights) else "fp32"
+    store_statistics(
+        parts_ptr + (rows.to(tl.int64) * tl.num_programs(1) + split) * N_STATS,
+        (s_top, s_total, s_centred, s_difference, s_where),
+        (t_top, t_total, t_centred, t_difference, t_where),
+        rows < n_rows,
+    )
 
 
 def _split_classes(rows: int, classes: int, blocks: Blocks) -> tuple[int, int]:
@@ -278,44 +194,22 @@ def _split_classes(rows: int, classes: int, blocks: Blocks) -> tuple[int, int]:
     return triton.cdiv(classes, each), each
 
 
-def _transform_arguments(
-    model: str, transform: LogitTransform, bias: Tensor | None
-) -> dict[str, object]:
-    return {
-        f"{model}_scale": float(transform.scale),
-        f"{model}_softcap": float(transform.softcap or 1.0),
-        f"{model}_inv_temperature": 1.0 / transform.temperature,
-        f"{model}_bias_ptr": bias,
-        f"{model.upper()}_BIAS": bias is not None,
-        f"{model.upper()}_SOFTCAP": transform.softcap is not None,
-    }
-
-
 def _rows_contiguous(operand: Tensor) -> Tensor:
     return operand if operand.stride(1) == 1 else operand.contiguous()
 
 
-def fused_stats(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    spec: RowSpec,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    blocks: Blocks | None = None,
-) -> Tensor:
+def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Tensor:
     """Statistics of every row's logits, straight from hidden states and heads.
 
-    What `rows_triton.tile_stats` says of hidden @ weight.T, without those logits:
-    `row_stats.merge_parts` finishes either.
+    The result of `rows_triton.tile_stats` on hidden @ weight.T, without those logits in memory;
+    `statistics.merge_parts` finishes either.
 
     Args:
-        student_hidden: [T, Ds], and `student_weight` [V, Ds] of the same dtype: bf16, fp16 or fp32.
-        teacher_hidden: [T, Dt], and `teacher_weight` [V, Dt]: likewise, any Dt.
-        spec: the transforms of both models' logits; its divergence plays no part.
-        student_bias: [V] or None; an entry of -inf removes a class. `teacher_bias` the same.
-        blocks: the tile; None takes the committed one of the operands' dtype and the GPU.
+        x: operands over the shared classes: student_hidden [T, Ds] and student_weight [V, Ds] of
+            one dtype, bf16, fp16 or fp32; teacher_hidden [T, Dt] and teacher_weight [V, Dt]
+            likewise; biases [V] or None, where an entry of -inf removes a class.
+        spec: the transforms of both models' logits; its divergence is not used.
+        blocks: the tile; None takes the committed one for the operands' dtype and the GPU.
 
     Returns:
         [T, splits, COLUMNS] fp32.
@@ -329,43 +223,39 @@ def fused_stats(
         is copied.
     Cost: 2 T V (Ds + Dt) FLOPs; the bytes are in the module's docstring.
     """
-    operands = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+    operands = (x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight)
     for name, hidden, weight in (("student", *operands[:2]), ("teacher", *operands[2:])):
-        if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
+        if hidden.dtype != weight.dtype or hidden.dtype not in FUSED_DTYPES:
             raise TypeError(
                 f"{name}_hidden and {name}_weight must share a dtype among bfloat16, float16 and "
                 f"float32 for the fused kernel, got {hidden.dtype} and {weight.dtype}"
             )
-    tokens, classes = student_hidden.shape[0], student_weight.shape[0]
+    tokens, classes = x.student_hidden.shape[0], x.student_weight.shape[0]
     if blocks is None:
-        blocks = BLOCKS[_operand_kind(student_weight, teacher_weight), current_arch()]
+        blocks = BLOCKS[operand_kind(x.student_weight, x.teacher_weight), current_arch()]
     splits, each = _split_classes(tokens, classes, blocks)
-    parts = torch.empty(tokens, splits, COLUMNS, dtype=torch.float32, device=student_hidden.device)
+    parts = torch.empty(
+        tokens, splits, COLUMNS, dtype=torch.float32, device=x.student_hidden.device
+    )
     if not tokens:
         return parts
-    s_hidden, s_weight, t_hidden, t_weight = map(_rows_contiguous, operands)
+    rows_of_each = [_rows_contiguous(operand) for operand in operands]
     _fused_statistics_kernel[(triton.cdiv(tokens, blocks.tokens), splits)](
-        s_hidden,
-        s_weight,
-        t_hidden,
-        t_weight,
-        s_hidden.stride(0),
-        s_weight.stride(0),
-        t_hidden.stride(0),
-        t_weight.stride(0),
+        *rows_of_each,
+        *(operand.stride(0) for operand in rows_of_each),
         parts_ptr=parts,
         n_rows=tokens,
         n_classes=classes,
         split_classes=each,
-        s_depth=s_hidden.shape[1],
-        t_depth=t_hidden.shape[1],
+        s_depth=x.student_hidden.shape[1],
+        t_depth=x.teacher_hidden.shape[1],
+        student=spec.student.kernel_argument(x.student_bias),
+        teacher=spec.teacher.kernel_argument(x.teacher_bias),
         BLOCK_T=blocks.tokens,
         BLOCK_V=blocks.classes,
         BLOCK_D=blocks.depth,
         N_STATS=COLUMNS,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        **_transform_arguments("s", spec.student, student_bias),
-        **_transform_arguments("t", spec.teacher, teacher_bias),
     )
     return parts

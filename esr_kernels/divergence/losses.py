@@ -1,22 +1,24 @@
 """The divergences between a teacher's and a student's next-token distributions.
 
-With p the student's and q the teacher's probability of a class, and gap = log q - log p, every
-divergence here is a sum over classes of a *summand* d(p, q, gap), and its gradient with respect to
-the student's logits z has one shape:
+With p the student's and q the teacher's probability of a class, and log_ratio = log q - log p,
+every divergence is a sum over classes of a *summand* d(p, q, log_ratio), and its gradient with
+respect to the student's logits z is
 
     dD/dz = u - p * sum(u)
 
-where the *pull* u(p, q, gap) is p * dD/dp up to multiples of p, which cancel: choose the multiple
-that makes it small where p is large. A new divergence is those two functions. Writing them in the
-gap rather than in the two logarithms keeps the digits when student and teacher nearly agree, which
-is where on-policy distillation spends its time.
+where the *pull* u(p, q, log_ratio) is p * dD/dp up to multiples of p, which cancel: choose the
+multiple that makes it small where p is large. A new divergence is those two functions. They take
+log_ratio rather than the two logarithms because it keeps its digits when student and teacher nearly
+agree, which is the usual case in on-policy distillation.
 """
 
 from __future__ import annotations
 
 import difflib
+import enum
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from torch import Tensor
 from esr_kernels.common.arguments import check_number
 
 # exp(80) is finite in fp32, and of two probabilities e**80 apart the smaller one weighs nothing.
-_LARGEST_GAP = 80.0
+_LARGEST_LOG_RATIO = 80.0
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,16 @@ class Divergence:
         """(a, b) where this is a KL(q||p) + b KL(p||q), else None.
 
         Such a mix follows from the statistics of one pass over the row and its pull is
-        -a q - b p gap; it needs neither `summand` nor `pull`. All others take a second pass.
+        -a q - b p log_ratio; it needs neither `summand` nor `pull`. All others take a second pass.
         """
         return None
 
-    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        """Elementwise d(p, q, gap); the divergence is its sum over classes."""
+    def summand(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        """Elementwise d(p, q, log_ratio); the divergence is its sum over classes."""
         raise TypeError("Divergence is abstract: use one of its subclasses")
 
-    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        """Elementwise u(p, q, gap); the gradient for the logits is u - p * sum(u)."""
+    def pull(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        """Elementwise u(p, q, log_ratio); the gradient for the logits is u - p * sum(u)."""
         raise TypeError("Divergence is abstract: use one of its subclasses")
 
 
@@ -95,13 +97,13 @@ class Jeffreys(KLMix):
     reverse: float = 1.0
 
 
-def _clamped(gap: Tensor) -> Tensor:
-    return gap.clamp(-_LARGEST_GAP, _LARGEST_GAP)
+def _clamped(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
 
 
-def _log_mixture(gap: Tensor, teacher_share: float) -> Tensor:
-    """log(m / p) for m = teacher_share * q + (1 - teacher_share) * p, from a clamped gap."""
-    return torch.log1p(teacher_share * torch.expm1(gap))
+def _log_mixture(log_ratio: Tensor, teacher_share: float) -> Tensor:
+    """log(m / p) for m = teacher_share * q + (1 - teacher_share) * p, from a clamped log_ratio."""
+    return torch.log1p(teacher_share * torch.expm1(log_ratio))
 
 
 def _check_share(name: str, value: float, ends: str) -> None:
@@ -123,13 +125,13 @@ class JSD(Divergence):
     def __post_init__(self) -> None:
         _check_share("JSD beta", self.beta, "use ForwardKL() or ReverseKL() for the ends")
 
-    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        gap = _clamped(gap)
-        log_m = _log_mixture(gap, self.beta)
-        return self.beta * q * (gap - log_m) - (1 - self.beta) * p * log_m
+    def summand(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        log_ratio = _clamped(log_ratio)
+        log_m = _log_mixture(log_ratio, self.beta)
+        return self.beta * q * (log_ratio - log_m) - (1 - self.beta) * p * log_m
 
-    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        return (self.beta - 1) * p * _log_mixture(_clamped(gap), self.beta)
+    def pull(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        return (self.beta - 1) * p * _log_mixture(_clamped(log_ratio), self.beta)
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,13 @@ class SkewForwardKL(Divergence):
     def __post_init__(self) -> None:
         _check_share("SkewForwardKL alpha", self.alpha, "use ForwardKL() for alpha 0")
 
-    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        gap = _clamped(gap)
-        return q * (gap - _log_mixture(gap, self.alpha))
+    def summand(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        log_ratio = _clamped(log_ratio)
+        return q * (log_ratio - _log_mixture(log_ratio, self.alpha))
 
-    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+    def pull(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
         # q p / m, with no multiple of p: q / m vanishes on most of p where the models differ.
-        return (self.alpha - 1) * q * torch.exp(-_log_mixture(_clamped(gap), self.alpha))
+        return (self.alpha - 1) * q * torch.exp(-_log_mixture(_clamped(log_ratio), self.alpha))
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,11 @@ class SkewReverseKL(Divergence):
     def __post_init__(self) -> None:
         _check_share("SkewReverseKL alpha", self.alpha, "use ReverseKL() for alpha 0")
 
-    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        return -p * _log_mixture(_clamped(gap), 1 - self.alpha)
+    def summand(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        return -p * _log_mixture(_clamped(log_ratio), 1 - self.alpha)
 
-    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        log_m = _log_mixture(_clamped(gap), 1 - self.alpha)
+    def pull(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        log_m = _log_mixture(_clamped(log_ratio), 1 - self.alpha)
         return -p * (log_m + self.alpha * torch.expm1(-log_m))
 
 
@@ -177,11 +179,45 @@ class SkewReverseKL(Divergence):
 class TotalVariation(Divergence):
     """sum |p - q| / 2, in [0, 1]; the gradient takes sign(0) = 0."""
 
-    def summand(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+    def summand(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
         return 0.5 * (p - q).abs()
 
-    def pull(self, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-        return -0.5 * p * torch.sign(gap)
+    def pull(self, p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        return -0.5 * p * torch.sign(log_ratio)
+
+
+class KernelKind(enum.IntEnum):
+    """The families that compiled row passes (Triton, C) know, with their numbers there."""
+
+    KL_MIX = 0
+    JSD = 1
+    SKEW_FORWARD_KL = 2
+    SKEW_REVERSE_KL = 3
+    TOTAL_VARIATION = 4
+
+
+class KernelForm(NamedTuple):
+    """A divergence as compiled row passes take it."""
+
+    kind: KernelKind
+    a: float = 0.0  # weight of KL(q || p), beta or alpha
+    b: float = 0.0  # weight of KL(p || q)
+
+
+def kernel_form(divergence: Divergence) -> KernelForm | None:
+    """How compiled row passes compute `divergence`; None for one that is defined elsewhere."""
+    if divergence.kl_weights is not None:
+        return KernelForm(KernelKind.KL_MIX, *divergence.kl_weights)
+    # By exact type: a subclass may compute something else.
+    if type(divergence) is JSD:
+        return KernelForm(KernelKind.JSD, divergence.beta)
+    if type(divergence) is SkewForwardKL:
+        return KernelForm(KernelKind.SKEW_FORWARD_KL, divergence.alpha)
+    if type(divergence) is SkewReverseKL:
+        return KernelForm(KernelKind.SKEW_REVERSE_KL, divergence.alpha)
+    if type(divergence) is TotalVariation:
+        return KernelForm(KernelKind.TOTAL_VARIATION)
+    return None
 
 
 _BY_NAME: dict[str, Divergence] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esr_kernels.divergence.arguments import check_options, checked_transforms
+from esr_kernels.divergence.arguments import Options, check_options, checked_transforms
 from esr_kernels.divergence.losses import Divergence, resolve_divergence
 from esr_kernels.divergence.op import LinearDivergence, linear_divergence
 from esr_kernels.divergence.plan import Plan
@@ -51,7 +51,16 @@ class LinearDivergenceLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(
-            reduction, impl, plan, memory_budget, compact, label_weight, num_classes, group
+            Options(
+                num_classes=num_classes,
+                label_weight=label_weight,
+                reduction=reduction,
+                plan=plan,
+                memory_budget=memory_budget,
+                compact=compact,
+                group=group,
+                impl=impl,
+            )
         )
         checked_transforms(
             temperature,

@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
+from esr_kernels.common.rows import active_rows
 from esr_kernels.divergence import reference
-from esr_kernels.divergence.arguments import Inputs, check_inputs, check_options
+from esr_kernels.divergence.arguments import (
+    Inputs,
+    ModelArguments,
+    Options,
+    check_inputs,
+    check_options,
+    checked_transforms,
+)
 from esr_kernels.divergence.autograd import RecomputeFunction, StashFunction
-from esr_kernels.divergence.execute import Operands
+from esr_kernels.divergence.call import Operands, Request, Wanted
 from esr_kernels.divergence.losses import Divergence, resolve_divergence
-from esr_kernels.divergence.passes import active_rows
 from esr_kernels.divergence.plan import Plan
-from esr_kernels.divergence.request import Request
 from esr_kernels.divergence.statistics import RowSpec
 
 
@@ -146,122 +152,111 @@ def linear_divergence(
         >>> out.loss.backward()
     """
     resolved = resolve_divergence(divergence)
-    check_options(reduction, impl, plan, memory_budget, compact, label_weight, num_classes, group)
-    inputs = check_inputs(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        token_weights=token_weights,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        num_classes=num_classes,
-        student_ids=student_ids,
-        teacher_ids=teacher_ids,
-        labels=labels,
-        label_weight=label_weight,
-        weight_grad=weight_grad,
-        reduction=reduction,
-        group=group,
-        impl=impl,
+    options = Options(
+        token_weights,
+        num_classes,
+        labels,
+        label_weight,
+        weight_grad,
+        reduction,
+        plan,
+        memory_budget,
+        compact,
+        group,
+        impl,
     )
+    check_options(options)
+    transforms = checked_transforms(
+        temperature,
+        teacher_temperature,
+        student_softcap,
+        teacher_softcap,
+        student_logit_scale,
+        teacher_logit_scale,
+    )
+    student = ModelArguments(
+        "student", student_hidden, student_weight, student_bias, student_ids, transforms[0]
+    )
+    teacher = ModelArguments(
+        "teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_ids, transforms[1]
+    )
+    inputs = check_inputs(student, teacher, options)
     if impl == "reference":
-        with matmul.plain_precision(student_hidden):
-            return _reference(inputs, resolved, reduction, student_bias, teacher_bias, label_weight)
-    # Counting rows on a GPU would stall the host: by default that is done only where it is free.
+        return _reference(student, teacher, inputs, options, resolved)
+    x = inputs.operands
+    wanted = _wanted(x, weight_grad)
+    # Counting rows would synchronise a GPU: by default that is done only where it is free.
     if compact is None:
         compact = token_weights is not None and token_weights.device.type == "cpu"
-    operands = Operands(
-        inputs.student_hidden,
-        inputs.student_weight,
-        inputs.student_bias,
-        inputs.student_ids,
-        inputs.teacher_hidden.detach(),
-        inputs.teacher_weight.detach(),
-        inputs.teacher_bias,
-        inputs.teacher_ids,
-        inputs.labels,
-    )
-    spec = RowSpec(
-        resolved,
-        inputs.student_transform,
-        inputs.teacher_transform,
-        label_weight if inputs.labels is not None else 0.0,
-    )
+    spec = RowSpec(resolved, *transforms, label_weight if labels is not None else 0.0)
     request = Request(spec, inputs.classes, reduction, plan, memory_budget, group, impl)
-    trains = torch.is_grad_enabled()
-    bias = operands.student_bias
-    wanted = (
-        trains and operands.student_hidden.requires_grad,
-        trains and (operands.student_weight.requires_grad or weight_grad is not None),
+    if torch.compiler.is_compiling():
+        from esr_kernels.divergence.compiled import traced  # Registers operators when imported.
+
+        return LinearDivergence(*traced(request, x, token_weights, weight_grad, compact, wanted))
+    active = active_rows(token_weights, compact)
+    if active is not None:
+        active = active.to(x.student_hidden.device)
+    tokens = x.student_hidden.shape[0] if active is None else active.shape[0]
+    call = request.call(request.problem(x, tokens, wanted, weight_grad is not None))
+    function = StashFunction if call.plan.kind == "stash" else RecomputeFunction
+    return LinearDivergence(*function.apply(call, active, inputs.row_weight, weight_grad, *x))
+
+
+def _wanted(x: Operands, weight_grad: Tensor | None) -> Wanted:
+    """The gradients that this call computes."""
+    trains, bias = torch.is_grad_enabled(), x.student_bias
+    wanted = Wanted(
+        trains and x.student_hidden.requires_grad,
+        trains and x.student_weight.requires_grad,
         trains and bias is not None and bias.requires_grad,
     )
-    if (
-        weight_grad is not None
-        and trains
-        and not (wanted[0] or wanted[2] or operands.student_weight.requires_grad)
-    ):
+    if weight_grad is None or not trains:
+        return wanted
+    if not any(wanted):
         raise ValueError(
             "weight_grad is added to in the backward, and there is none: student_hidden, "
             "student_weight or student_bias must require a gradient"
         )
-    if torch.compiler.is_compiling():
-        from esr_kernels.divergence.compiled import traced
-
-        return LinearDivergence(
-            *traced(request, operands, token_weights, weight_grad, compact, wanted)
-        )
-    active = active_rows(token_weights, compact)
-    if active is not None:
-        active = active.to(inputs.student_hidden.device)
-    tokens = operands.student_hidden.shape[0] if active is None else active.shape[0]
-    call = request.call(request.problem(operands, tokens, wanted, weight_grad is not None))
-    function = StashFunction if call.plan.kind == "stash" else RecomputeFunction
-    loss, *fields = function.apply(call, active, inputs.row_weight, weight_grad, *operands)
-    return LinearDivergence(loss, *fields)
+    return wanted._replace(weight=True)
 
 
 def _reference(
+    student: ModelArguments,
+    teacher: ModelArguments,
     inputs: Inputs,
+    options: Options,
     divergence: Divergence,
-    reduction: str,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    label_weight: float,
 ) -> LinearDivergence:
-    student_hidden, teacher_hidden = inputs.student_hidden, inputs.teacher_hidden.detach()
+    x = inputs.operands
+    student_hidden, teacher_hidden = x.student_hidden, x.teacher_hidden
     if inputs.row_weight is not None:
         live = (inputs.row_weight != 0)[:, None]
         student_hidden, teacher_hidden = (
             torch.where(live, hidden, 0) for hidden in (student_hidden, teacher_hidden)
         )
-    fields = reference.linear_divergence(
-        student_hidden,
-        inputs.student_weight,
-        teacher_hidden,
-        inputs.teacher_weight.detach(),
-        divergence,
-        token_weights=inputs.row_weight,
-        temperature=inputs.student_transform.temperature,
-        teacher_temperature=inputs.teacher_transform.temperature,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        student_softcap=inputs.student_transform.softcap,
-        teacher_softcap=inputs.teacher_transform.softcap,
-        student_logit_scale=inputs.student_transform.scale,
-        teacher_logit_scale=inputs.teacher_transform.scale,
-        num_classes=inputs.classes,
-        student_ids=inputs.student_ids,
-        teacher_ids=inputs.teacher_ids,
-        labels=inputs.labels,
-        label_weight=label_weight,
-        reduction=reduction,
-        dtype=matmul.logits_dtype(inputs.student_hidden.dtype),
-    )
+    with matmul.plain_precision(student_hidden):
+        fields = reference.linear_divergence(
+            student_hidden,
+            x.student_weight,
+            teacher_hidden,
+            x.teacher_weight,
+            divergence,
+            token_weights=inputs.row_weight,
+            temperature=student.transform.temperature,
+            teacher_temperature=teacher.transform.temperature,
+            student_bias=student.bias,
+            teacher_bias=teacher.bias,
+            student_softcap=student.transform.softcap,
+            teacher_softcap=teacher.transform.softcap,
+            student_logit_scale=student.transform.scale,
+            teacher_logit_scale=teacher.transform.scale,
+            num_classes=inputs.classes,
+            student_ids=x.student_ids,
+            teacher_ids=x.teacher_ids,
+            labels=x.labels,
+            label_weight=options.label_weight,
+            reduction=options.reduction,
+            dtype=matmul.logits_dtype(x.student_hidden.dtype),
+        )
     return LinearDivergence(**fields)

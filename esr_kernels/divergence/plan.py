@@ -1,35 +1,32 @@
-"""How a divergence is computed within a budget of bytes, and what that costs.
+"""A plan to compute a divergence, and what it costs in bytes, FLOPs and memory traffic.
 
 stash      Chunks of tokens. Both models' logits of a chunk exist at once; their gradient replaces
            them and goes through the two gradient GEMMs immediately. 4 GEMMs, none repeated.
 recompute  The forward keeps a few floats a token. The backward walks tiles of classes, projects
            them again, and writes each tile of the weight gradient once. 6 GEMMs (8 where the
-           divergence takes two passes), tiny memory, any upstream gradient.
-fused      recompute whose forward is one Triton kernel, projections and statistics: no logits in
-           memory at all. For calls that want no gradient, and where its GEMMs, slower than the
+           divergence takes two passes), little memory, any upstream gradient.
+fused      A recompute whose forward is one Triton kernel, projections and statistics: no logits in
+           memory at all. For calls that need no gradient, and where its GEMMs, slower than the
            vendor's, cost less than writing logits and reading them back.
 
-Every candidate chunking that fits the budget is priced by a roofline sum, FLOPs over the machine's
-rate plus bytes over its bandwidth, and the cheapest wins. Nothing here depends on a launcher.
+`planner` chooses among them.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from esr_kernels.common.arguments import check_memory_budget
-from esr_kernels.common.workspace import default_memory_budget, row_stride
+from esr_kernels.common.workspace import row_stride
 
 MIB = 1 << 20
 KINDS = ("stash", "recompute", "fused")
 # FLOPs done in the time that one byte takes to move: H100-class GPU, and a CPU core with AVX2.
 _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
 # Below this many classes or tokens in a tile a GEMM is no longer a GEMM.
-_SMALLEST_TILE = 64
+SMALLEST_TILE = 64
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
 _TORCH_SCRATCH = 4 * 5 * 640_000
 # The fused kernel's share of the vendor GEMM's rate, and its epilogue (25 FLOPs and 2 exponentials
@@ -129,7 +126,7 @@ class Plan:
     def _fused_splits(self) -> int:
         """Splits of the classes over programs, of the narrowest tile: an upper bound."""
         programs = math.ceil(self.problem.tokens / _FUSED_TILE)
-        tiles = math.ceil(self.problem.classes / _SMALLEST_TILE)
+        tiles = math.ceil(self.problem.classes / SMALLEST_TILE)
         return min(tiles, max(1, _FUSED_PROGRAMS // max(programs, 1)))
 
     @property
@@ -247,116 +244,3 @@ class Plan:
 
 def _family(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
-
-
-@functools.lru_cache(maxsize=1024)
-def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = None) -> Plan:
-    """The cheapest plan of `kind` ("auto" or one of KINDS) within `memory_budget` bytes.
-
-    Raises ValueError where the kind is unknown, cannot serve the problem, or needs more bytes.
-    """
-    if kind != "auto" and kind not in KINDS:
-        raise ValueError(f"plan must be 'auto', 'stash', 'recompute' or 'fused', got {kind!r}")
-    check_memory_budget(memory_budget)
-    check_kind(kind, problem)
-    budget = default_memory_budget(problem.device) if memory_budget is None else memory_budget
-    candidates = [
-        plan
-        for name in (KINDS if kind == "auto" else (kind,))
-        if _obstacle(name, problem) is None
-        and not (kind == "auto" and _loses_digits(name, problem))
-        for plan in _PLANS_OF_KIND[name](problem)
-    ]
-    fitting = [plan for plan in candidates if plan.extra_bytes <= budget]
-    if fitting:
-        return min(fitting, key=lambda plan: plan.cost)
-    smallest = min(candidates, key=lambda plan: plan.extra_bytes)
-    if memory_budget is None:
-        return smallest
-    raise ValueError(
-        f"memory_budget of {budget} bytes is too small for plan={kind!r}: "
-        f"the smallest needs {smallest.extra_bytes} bytes"
-    )
-
-
-def check_kind(kind: str, problem: Problem) -> None:
-    """Raise ValueError where plans of this kind cannot serve the problem."""
-    _refuse(kind, _obstacle(kind, problem))
-
-
-def check_stash(per_token_gradient: bool, sharded: bool) -> None:
-    """`check_kind` of "stash" before there is a `Problem`."""
-    _refuse("stash", _obstacle_to_stash(per_token_gradient, sharded))
-
-
-def _refuse(kind: str, obstacle: str | None) -> None:
-    if obstacle is not None:
-        raise ValueError(f"plan={kind!r} {obstacle}")
-
-
-def _obstacle(kind: str, problem: Problem) -> str | None:
-    if kind == "stash":
-        return _obstacle_to_stash(problem.per_token_gradient, problem.sharded)
-    return _obstacle_to_fused(problem) if kind == "fused" else None
-
-
-def _obstacle_to_stash(per_token_gradient: bool, sharded: bool) -> str | None:
-    if per_token_gradient:
-        return (
-            "computes the gradient in the forward pass and cannot serve reduction='none'; "
-            "use plan='recompute', or pass token_weights and reduce"
-        )
-    return "does not shard the vocabulary; use plan='recompute'" if sharded else None
-
-
-def _loses_digits(kind: str, problem: Problem) -> bool:
-    """A stash is rounded before the factor of the backward, under fp16 a loss scale, is known."""
-    return kind == "stash" and problem.needs_gradient and problem.hidden_dtype == torch.float16
-
-
-def _obstacle_to_fused(problem: Problem) -> str | None:
-    if problem.device == "cpu" or problem.rows != "triton":
-        return "is a Triton kernel and needs a GPU and impl='triton'; use plan='recompute'"
-    if problem.mapped:
-        return "takes no student_ids and teacher_ids; use plan='recompute'"
-    return None
-
-
-def _even_chunks(size: int, smallest: int) -> list[int]:
-    """Chunk sizes for 1, 2, 3, 4, 6, 8, 12, 16, ... even chunks, down to about `smallest`."""
-    chunks = [max(size, 1)]
-    for doubling in range(size.bit_length()):
-        for splits in (2 << doubling, 3 << doubling):
-            chunk = math.ceil(size / splits)
-            if chunk >= smallest:
-                chunks.append(chunk)
-    # However the sizes above fall: what fits at one size fits at all larger ones.
-    return chunks if chunks[-1] <= smallest else [*chunks, smallest]
-
-
-def _stash_plans(problem: Problem) -> list[Plan]:
-    if not problem.needs_gradient:
-        # Nothing to stash.
-        return _recompute_plans(problem)
-    base = Plan("stash", problem, 1, 1, problem.classes)
-    return [
-        replace(base, token_chunk=token_chunk, logit_chunk=logit_chunk)
-        for token_chunk in _even_chunks(problem.tokens, _SMALLEST_TILE)
-        for logit_chunk in _even_chunks(token_chunk, _SMALLEST_TILE)
-    ]
-
-
-def _recompute_plans(problem: Problem) -> list[Plan]:
-    base = Plan("recompute", problem, problem.tokens, problem.tokens, 1)
-    return [
-        replace(base, vocab_chunk=row_stride(size))
-        for size in _even_chunks(problem.classes, _SMALLEST_TILE)
-    ]
-
-
-def _fused_plans(problem: Problem) -> list[Plan]:
-    plans = [replace(plan, kind="fused") for plan in _recompute_plans(problem)]
-    return plans if problem.needs_gradient or problem.two_pass else plans[:1]
-
-
-_PLANS_OF_KIND = {"stash": _stash_plans, "recompute": _recompute_plans, "fused": _fused_plans}

@@ -1,9 +1,9 @@
-"""Row passes in PyTorch: for fp64, and on CPU where no compiler is (`rows_native`).
+"""Row passes in PyTorch: for fp64, for divergences defined by users, and on CPU without a compiler.
 
-Every function takes a tile of fp32 (or fp64) raw logits and may overwrite them. Rows go through in
-blocks that stay in the cache: the passes below touch a block some ten times, main memory three
-times. softmax() is used where exp() would do, since its vectorised exponential is faster and it
-takes the maximum along; the log-sum-exp falls out as max - log(max probability).
+Every function takes a tile of fp32 (or fp64) raw logits and may overwrite it. Rows are processed in
+blocks that stay in the cache: the passes read or write a block about ten times, main memory three
+times. They call softmax() instead of exp(): its vectorised exponential is faster, and the
+log-sum-exp follows as max - log(max probability).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from esr_kernels.common.transform import LogitTransform
+from esr_kernels.common.transform import transform_
 from esr_kernels.common.workspace import borrow
 from esr_kernels.divergence.statistics import (
     ARGMAX,
     CENTRED,
     COLUMNS,
-    GAP,
+    DIFFERENCE,
     LOG_SUM,
     MAX,
-    RowsKnown,
+    RowNormalizers,
     RowSpec,
     RowStats,
     Tile,
@@ -32,23 +32,13 @@ from esr_kernels.divergence.statistics import (
     merge_parts,
     mixed_kl,
     mixed_kl_pull_sum,
-    part_lse_gap,
+    part_lse_difference,
 )
 
-# Elements of a block: its logits, softmaxes and gap share the last-level cache, and four rows of a
-# Qwen vocabulary are enough for the operations on [rows, V] to outweigh those on [rows].
+# Elements of a block: logits, softmaxes and differences share the last-level cache, and four rows
+# of a Qwen vocabulary are enough for the operations on [rows, V] to outweigh those on [rows].
 _BLOCK_ELEMENTS = 640_000
 _ARGMAX_WIDTH = 512
-
-
-def _apply_transform_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
-    if bias is not None:
-        z.add_(bias)
-    if transform.softcap is not None:
-        z.mul_(transform.scale / transform.softcap).tanh_()
-        z.mul_(transform.softcap / transform.temperature)
-    elif transform.slope != 1.0:
-        z.mul_(transform.slope)
 
 
 def _row_blocks(rows: int, classes: int) -> Iterator[slice]:
@@ -89,39 +79,39 @@ def _block_statistics(
     t: Tensor,
     p: Tensor,
     q: Tensor,
-    gap: Tensor,
+    difference: Tensor,
     parts: Tensor,
     needs: tuple[bool, bool] = (True, True),
 ) -> None:
     """Fill `parts` [n, COLUMNS] from a block of transformed logits and their softmaxes.
 
-    Leaves t - s in `gap`: not over t, which nobody reads again and which would have to go back to
-    main memory. `needs` says whether the mean gap under p and under q are wanted; else they are 0.
+    Leaves t - s in `difference`, a cached buffer; written over t it would go back to main memory.
+    `needs` says whether the mean differences under p and under q are needed; else they are 0.
     """
     for column, z, probability in ((0, s, p), (1, t, q)):
         top, argmax = _argmax(z)
-        centred = torch.sub(z, top, out=gap)
+        centred = torch.sub(z, top, out=difference)
         parts[:, column + MAX.start] = top[:, 0]
         parts[:, column + LOG_SUM.start] = probability.gather(1, argmax)[:, 0].log_().neg_()
         parts[:, column + CENTRED.start] = _weighted_sum(probability, centred)
         parts[:, column + ARGMAX.start] = argmax[:, 0]
-    torch.sub(t, s, out=gap)
-    parts[:, GAP.start] = _weighted_sum(p, gap) if needs[0] else 0.0
-    parts[:, GAP.start + 1] = _weighted_sum(q, gap) if needs[1] else 0.0
+    torch.sub(t, s, out=difference)
+    parts[:, DIFFERENCE.start] = _weighted_sum(p, difference) if needs[0] else 0.0
+    parts[:, DIFFERENCE.start + 1] = _weighted_sum(q, difference) if needs[1] else 0.0
 
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     total = torch.linalg.vecdot(weights, values)
-    # 0 * inf: a class of probability 0 counts 0 whatever its logit. Only when it shows, where
-    # looking does not stall a GPU.
+    # 0 * inf: a class of probability 0 counts 0 whatever its logit. On CPU, where reading a value
+    # does not synchronise, this is done only when needed.
     if total.device.type != "cpu" or not bool(total.isfinite().all()):
         total = torch.where(weights > 0, weights * values, 0.0).sum(1)
     return total
 
 
 def _transform_(tile: Tile, spec: RowSpec) -> None:
-    _apply_transform_(tile.s, tile.student_bias, spec.student)
-    _apply_transform_(tile.t, tile.teacher_bias, spec.teacher)
+    transform_(tile.s, tile.student_bias, spec.student)
+    transform_(tile.t, tile.teacher_bias, spec.teacher)
 
 
 def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
@@ -136,10 +126,10 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
         torch.softmax(block.t, 1, out=q)
         _block_statistics(block.s, block.t, p, q, spare, parts[rows, 0])
     if tile.may_be_infinite:
-        # A softmax over nothing but -inf is NaN; such a part has no mass and weighs nothing.
+        # A softmax over only -inf is NaN; such a part has no mass.
         for column in range(2):
             dead = parts[:, 0, MAX][:, column] == -torch.inf
-            for field, value in ((LOG_SUM, -torch.inf), (GAP, 0.0), (CENTRED, 0.0)):
+            for field, value in ((LOG_SUM, -torch.inf), (DIFFERENCE, 0.0), (CENTRED, 0.0)):
                 parts[:, 0, field][dead, column] = value
     return parts
 
@@ -152,29 +142,29 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
         block = tile.rows(rows)
         lse = stats.student_lse[rows], stats.teacher_lse[rows]
         p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
-        gap = _probabilities_(block, *lse, spec, p, q)
-        gap = _normalised_gap_(gap, p, q, stats.lse_gap[rows])
-        sums[rows] = _pull_sums(p, q, gap, spec)
+        difference = _probabilities_(block, *lse, spec, p, q)
+        log_ratio = _log_ratio_(difference, p, q, stats.lse_difference[rows])
+        sums[rows] = _pull_sums(p, q, log_ratio, spec)
     return sums
 
 
-def _pull_sums(p: Tensor, q: Tensor, gap: Tensor, spec: RowSpec) -> Tensor:
+def _pull_sums(p: Tensor, q: Tensor, log_ratio: Tensor, spec: RowSpec) -> Tensor:
     divergence = spec.divergence
-    terms = divergence.summand(p, q, gap), divergence.pull(p, q, gap), p
+    terms = divergence.summand(p, q, log_ratio), divergence.pull(p, q, log_ratio), p
     return torch.stack([term.sum(1) for term in terms], dim=1)
 
 
 def tile_gradient_(
-    tile: Tile, known: RowsKnown, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
+    tile: Tile, normalizers: RowNormalizers, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> None:
     """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
     scratch = _scratch(tile.s, 2)
     for rows in _row_blocks(*tile.s.shape):
-        block, row = tile.rows(rows), known.rows(rows)
+        block, row = tile.rows(rows), normalizers.rows(rows)
         p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
-        gap = _probabilities_(block, row.student_lse, row.teacher_lse, spec, p, q)
+        difference = _probabilities_(block, row.student_lse, row.teacher_lse, spec, p, q)
         weight = None if row_weight is None else row_weight[rows]
-        _gradient_(block, gap, p, q, row.lse_gap, row.pull_sum, weight, spec)
+        _gradient_(block, difference, p, q, row.lse_difference, row.pull_sum, weight, spec)
         if dz is not tile.s:
             dz[rows] = block.s
 
@@ -194,22 +184,22 @@ def stash_rows_(
     scratch = _scratch(tile.s, 3)
     for rows in _row_blocks(*tile.s.shape):
         block, part = tile.rows(rows), parts[rows, 0]
-        p, q, gap = (buffer[: block.s.shape[0]] for buffer in scratch)
+        p, q, difference = (buffer[: block.s.shape[0]] for buffer in scratch)
         _transform_(block, spec)
         torch.softmax(block.s, 1, out=p)
         torch.softmax(block.t, 1, out=q)
-        _block_statistics(block.s, block.t, p, q, gap, part, needs)
+        _block_statistics(block.s, block.t, p, q, difference, part, needs)
         if mix is not None:
-            lse_gap, pull_sum = None, mixed_kl_pull_sum(part[:, GAP.start], *mix)
+            lse_difference, pull_sum = None, mixed_kl_pull_sum(part[:, DIFFERENCE.start], *mix)
         else:
-            lse_gap = part_lse_gap(part)
-            normalised = _normalised_gap_(block.t.copy_(gap), p, q, lse_gap)
-            sums[rows] = _pull_sums(p, q, normalised, spec)
+            lse_difference = part_lse_difference(part)
+            log_ratio = _log_ratio_(block.t.copy_(difference), p, q, lse_difference)
+            sums[rows] = _pull_sums(p, q, log_ratio, spec)
             _, pull_sum = from_pull_sums(sums[rows])
         if block.labels is not None:
             pull_sum = pull_sum + label_pull_sum(block.labels, spec)
         weight = None if row_weight is None else row_weight[rows]
-        _gradient_(block, gap, p, q, lse_gap, pull_sum, weight, spec)
+        _gradient_(block, difference, p, q, lse_difference, pull_sum, weight, spec)
         if dz is not tile.s:
             dz[rows] = block.s
     stats = merge_parts(parts)
@@ -227,25 +217,25 @@ def _probabilities_(
     return block.t.sub_(block.s)
 
 
-def _normalised_gap_(gap: Tensor, p: Tensor, q: Tensor, lse_gap: Tensor) -> Tensor:
-    """log q - log p from t - s, in place; 0 for a class that neither model can produce."""
-    return gap.add_(lse_gap[:, None]).masked_fill_((p == 0) & (q == 0), 0.0)
+def _log_ratio_(difference: Tensor, p: Tensor, q: Tensor, lse_difference: Tensor) -> Tensor:
+    """log q - log p from t - s, in place; 0 for a class of probability 0 under both models."""
+    return difference.add_(lse_difference[:, None]).masked_fill_((p == 0) & (q == 0), 0.0)
 
 
 def _gradient_(
     block: Tile,
-    gap: Tensor,
+    difference: Tensor,
     p: Tensor,
     q: Tensor,
-    lse_gap: Tensor | None,
+    lse_difference: Tensor | None,
     pull_sum: Tensor,
     row_weight: Tensor | None,
     spec: RowSpec,
 ) -> None:
     """block.s <- w * (u - p * sum(u)), times what of d(transformed)/d(raw) is not constant.
 
-    `gap` is t - s, and `lse_gap` may be None for mixes of the two KLs. `pull_sum` [n] has the pull
-    of the labels in it; at the labels it is added here.
+    `difference` is t - s; `lse_difference` may be None for mixes of the two KLs. `pull_sum` [n]
+    includes the pull of the labels; the pull at the label itself is added here.
     """
     s, softcap, chain = block.s, spec.student.softcap, None
     if softcap is not None:
@@ -253,21 +243,21 @@ def _gradient_(
     pull_sum = pull_sum[:, None]
     mix = spec.divergence.kl_weights
     if mix is None:
-        assert lse_gap is not None
-        u = spec.divergence.pull(p, q, _normalised_gap_(gap, p, q, lse_gap))
+        assert lse_difference is not None
+        u = spec.divergence.pull(p, q, _log_ratio_(difference, p, q, lse_difference))
         torch.addcmul(u, p, pull_sum, value=-1, out=s)
     else:
         forward, reverse = mix
         if reverse:
-            # -(reverse * gap + sum of pulls) * p
+            # -(reverse * difference + sum of pulls) * p
             if reverse == 1:
-                torch.sub(-pull_sum, gap, out=gap)
+                torch.sub(-pull_sum, difference, out=difference)
             else:
-                gap.mul_(-reverse).sub_(pull_sum)
+                difference.mul_(-reverse).sub_(pull_sum)
             if block.may_be_infinite:
-                # A class that the student cannot produce pulls nothing, whatever the gap there.
-                gap.masked_fill_(p == 0, 0.0)
-            torch.mul(gap, p, out=s)
+                # A class of probability 0 has no pull, whatever its difference.
+                difference.masked_fill_(p == 0, 0.0)
+            torch.mul(difference, p, out=s)
             if forward:
                 s.sub_(q, alpha=forward)
         elif block.labels is None and forward == 1:
@@ -275,7 +265,7 @@ def _gradient_(
         else:
             torch.addcmul(q.mul_(-forward), p, pull_sum, value=-1, out=s)
     if block.labels is not None:
-        # Without a label 0 is added to a class: finding the rows that have one would stall a GPU.
+        # Rows without a label add 0 to class 0: selecting the others would synchronise a GPU.
         labelled = (block.labels >= 0) & (block.labels < s.shape[1])
         column = torch.where(labelled, block.labels, 0)[:, None]
         taken = torch.where(labelled, -spec.label_weight, 0.0).to(s.dtype)

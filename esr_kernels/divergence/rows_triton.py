@@ -1,43 +1,39 @@
 """Row passes in Triton: the GPU path, with the signatures of `rows_torch`.
 
-statistics  One program per (token, split of the row) reduces both models' logits to ten statistics.
+statistics  One program per (token, split of the row) reduces both models' logits to ten numbers.
             Reads 8 bytes an element.
-pull sums   The second pass of JSD and the like: three sums. Reads 8 bytes an element.
+pull sums   The second pass of divergences such as JSD: three sums. Reads 8 bytes an element.
 gradient    One program per (token, block): reads 8 bytes an element, writes dz in its dtype.
 
-A row is split over programs when there are too few tokens to fill the machine; parts merge in a
-fixed order (`row_stats.merge_parts`), so a launch repeats bit for bit.
+Each pass streams blocks of both models' logits through registers: fp32 accumulators stay per lane,
+only the two running maxima are reduced per block. A row is split over programs when there are too
+few tokens to fill the machine; parts merge in a fixed order (`statistics.merge_parts`), so a launch
+repeats bit for bit. Offsets of rows are 64-bit: T * V passes 2**31 at 14,135 tokens of a Qwen
+vocabulary. Transforms are tuples, see `logits_triton.transform_logits`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.common.launch import split_columns
-from esr_kernels.divergence.losses import (
-    JSD,
-    Divergence,
-    SkewForwardKL,
-    SkewReverseKL,
-    TotalVariation,
-)
-from esr_kernels.divergence.row_kernels_triton import (
-    gradient_kernel,
-    pull_sums_kernel,
-    row_statistics_kernel,
-)
+from esr_kernels.common.logits_triton import expm1, load_logits, log1p, online_softmax
+from esr_kernels.divergence.losses import Divergence, KernelForm, KernelKind, kernel_form
 from esr_kernels.divergence.statistics import (
     COLUMNS,
-    RowsKnown,
+    RowNormalizers,
     RowSpec,
     RowStats,
     Tile,
     from_pull_sums,
-    known_rows,
     merge_parts,
     mixed_kl,
+    row_normalizers,
 )
 
 # (columns in a block, warps), from bench/gpu_static.py: the statistics hold ten accumulators and
@@ -47,37 +43,95 @@ STATISTICS_BLOCK = (512, 4)
 PULL_SUMS_BLOCK = (1024, 4)
 GRADIENT_BLOCK = (1024, 4)
 
-
-def _transform_arguments(tile: Tile, spec: RowSpec) -> dict[str, object]:
-    arguments: dict[str, object] = {}
-    for prefix, transform, bias in (
-        ("s", spec.student, tile.student_bias),
-        ("t", spec.teacher, tile.teacher_bias),
-    ):
-        arguments[f"{prefix}_scale"] = float(transform.scale)
-        arguments[f"{prefix}_softcap"] = float(transform.softcap or 1.0)
-        arguments[f"{prefix}_inv_temperature"] = 1.0 / transform.temperature
-        arguments[f"{prefix.upper()}_SOFTCAP"] = transform.softcap is not None
-        arguments[f"{prefix}_bias_ptr"] = bias
-        arguments[f"{prefix.upper()}_BIAS"] = bias is not None
-    return arguments
+_JSD = tl.constexpr(KernelKind.JSD.value)
+_SKEW_FORWARD_KL = tl.constexpr(KernelKind.SKEW_FORWARD_KL.value)
+_SKEW_REVERSE_KL = tl.constexpr(KernelKind.SKEW_REVERSE_KL.value)
+_KL_MIX = tl.constexpr(KernelKind.KL_MIX.value)
 
 
-def _kind(divergence: Divergence) -> tuple[int, float]:
-    """(KIND of the kernels, the divergence's parameter)."""
-    if divergence.kl_weights is not None:
-        return 0, 0.0
-    # Not isinstance: a subclass may compute something else.
-    if type(divergence) is JSD:
-        return 1, float(divergence.beta)
-    if type(divergence) is SkewForwardKL:
-        return 2, float(divergence.alpha)
-    if type(divergence) is SkewReverseKL:
-        return 3, float(divergence.alpha)
-    if type(divergence) is TotalVariation:
-        return 4, 0.0
-    raise TypeError(
-        f"divergence: the Triton row passes do not know {divergence!r}; use impl='torch'"
+@triton.jit
+def _first_maximum(z, columns, best, where):
+    """Per lane: the largest logit so far and the first column that has it."""
+    where = tl.where(z > best, columns, where)
+    return tl.maximum(z, best), where
+
+
+@triton.jit
+def store_statistics(out, student, teacher, mask):
+    """Write one part's statistics, in the order of the columns in `statistics`.
+
+    Each model's are (maximum, sum of exponentials, centred sum, difference sum, argmax).
+    """
+    s_top, s_total, s_centred, s_difference, s_first = student
+    t_top, t_total, t_centred, t_difference, t_first = teacher
+    s_norm = tl.where(s_total == 0, 1.0, s_total)
+    t_norm = tl.where(t_total == 0, 1.0, t_total)
+    tl.store(out + 0, s_top, mask=mask)
+    tl.store(out + 1, t_top, mask=mask)
+    tl.store(out + 2, tl.log(s_total), mask=mask)
+    tl.store(out + 3, tl.log(t_total), mask=mask)
+    tl.store(out + 4, s_difference / s_norm, mask=mask)
+    tl.store(out + 5, t_difference / t_norm, mask=mask)
+    tl.store(out + 6, s_centred / s_norm, mask=mask)
+    tl.store(out + 7, t_centred / t_norm, mask=mask)
+    tl.store(out + 8, s_first.to(tl.float32), mask=mask)
+    tl.store(out + 9, t_first.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _row_statistics_kernel(
+    s_ptr,
+    t_ptr,
+    s_stride,
+    t_stride,
+    parts_ptr,
+    n_cols,
+    split_cols,
+    student,
+    teacher,
+    BLOCK: tl.constexpr,
+    N_STATS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
+    start = split * split_cols
+    stop = tl.minimum(start + split_cols, n_cols)
+    lane = tl.arange(0, BLOCK)
+
+    s_max, t_max = -float("inf"), -float("inf")
+    s_sum = tl.zeros([BLOCK], tl.float32)
+    t_sum = tl.zeros([BLOCK], tl.float32)
+    s_difference = tl.zeros([BLOCK], tl.float32)
+    t_difference = tl.zeros([BLOCK], tl.float32)
+    s_centred = tl.zeros([BLOCK], tl.float32)
+    t_centred = tl.zeros([BLOCK], tl.float32)
+    s_best = tl.full([BLOCK], -float("inf"), tl.float32)
+    t_best = tl.full([BLOCK], -float("inf"), tl.float32)
+    s_where = tl.zeros([BLOCK], tl.int32)
+    t_where = tl.zeros([BLOCK], tl.int32)
+    for block in range(start, stop, BLOCK):
+        columns = block + lane
+        s, _ = load_logits(s_row, columns, stop, student)
+        t, _ = load_logits(t_row, columns, stop, teacher)
+        s_best, s_where = _first_maximum(s, columns, s_best, s_where)
+        t_best, t_where = _first_maximum(t, columns, t_best, t_where)
+        difference = t - s
+        s_max, s_sum, s_centred, s_difference = online_softmax(
+            s, difference, tl.max(s, 0), (s_max, s_sum, s_centred, s_difference), False
+        )
+        t_max, t_sum, t_centred, t_difference = online_softmax(
+            t, difference, tl.max(t, 0), (t_max, t_sum, t_centred, t_difference), False
+        )
+
+    # The first class that attains the maximum, as torch.argmax on CPU has it.
+    s_first = tl.min(tl.where(s_best == s_max, s_where, n_cols), 0)
+    t_first = tl.min(tl.where(t_best == t_max, t_where, n_cols), 0)
+    store_statistics(
+        parts_ptr + (row * tl.num_programs(1) + split) * N_STATS,
+        (s_max, tl.sum(s_sum, 0), tl.sum(s_centred, 0), tl.sum(s_difference, 0), s_first),
+        (t_max, tl.sum(t_sum, 0), tl.sum(t_centred, 0), tl.sum(t_difference, 0), t_first),
+        None,
     )
 
 
@@ -88,20 +142,90 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     splits, columns = split_columns(n, classes, block)
     parts = torch.empty(n, splits, COLUMNS, dtype=torch.float32, device=tile.s.device)
     if n:
-        row_statistics_kernel[(n, splits)](
-            tile.s,
-            tile.t,
-            tile.s.stride(0),
-            tile.t.stride(0),
-            parts_ptr=parts,
+        _row_statistics_kernel[(n, splits)](
+            *_logits(tile),
+            parts,
             n_cols=classes,
             split_cols=columns,
             BLOCK=block,
             N_STATS=COLUMNS,
             num_warps=warps,
-            **_transform_arguments(tile, spec),
+            **_transforms(tile, spec),
         )
     return parts
+
+
+@triton.jit
+def _log_ratio(s, t, lse_difference, p, q):
+    """log q - log p within +-80; 0 where both probabilities are 0."""
+    log_ratio = tl.minimum(tl.maximum(t - s + lse_difference, -80.0), 80.0)
+    return tl.where((p == 0) & (q == 0), 0.0, log_ratio)
+
+
+@triton.jit
+def _summand_and_pull(p, q, log_ratio, parameter, KIND: tl.constexpr):
+    """The two functions of a divergence that takes two passes, as in `losses`."""
+    if KIND == _JSD:
+        log_m = log1p(parameter * expm1(log_ratio))
+        pull = (parameter - 1.0) * p * log_m
+        summand = pull + parameter * q * (log_ratio - log_m)
+    elif KIND == _SKEW_FORWARD_KL:
+        log_m = log1p(parameter * expm1(log_ratio))
+        pull = (parameter - 1.0) * q * tl.exp(-log_m)
+        summand = q * (log_ratio - log_m)
+    elif KIND == _SKEW_REVERSE_KL:
+        log_m = log1p((1.0 - parameter) * expm1(log_ratio))
+        pull = -p * (log_m + parameter * expm1(-log_m))
+        summand = -p * log_m
+    else:  # TotalVariation
+        pull = -0.5 * p * ((log_ratio > 0).to(tl.float32) - (log_ratio < 0).to(tl.float32))
+        summand = 0.5 * tl.abs(p - q)
+    return summand, pull
+
+
+@triton.jit
+def _pull_sums_kernel(
+    s_ptr,
+    t_ptr,
+    s_stride,
+    t_stride,
+    s_lse_ptr,
+    t_lse_ptr,
+    lse_difference_ptr,
+    sums_ptr,
+    n_cols,
+    split_cols,
+    parameter,
+    student,
+    teacher,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
+    s_lse, t_lse = tl.load(s_lse_ptr + row), tl.load(t_lse_ptr + row)
+    lse_difference = tl.load(lse_difference_ptr + row)
+    start = split * split_cols
+    stop = tl.minimum(start + split_cols, n_cols)
+    lane = tl.arange(0, BLOCK)
+    value = tl.zeros([BLOCK], tl.float32)
+    pull = tl.zeros([BLOCK], tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for block in range(start, stop, BLOCK):
+        columns = block + lane
+        s, _ = load_logits(s_row, columns, stop, student)
+        t, _ = load_logits(t_row, columns, stop, teacher)
+        p, q = tl.exp(s - s_lse), tl.exp(t - t_lse)
+        log_ratio = _log_ratio(s, t, lse_difference, p, q)
+        summand, block_pull = _summand_and_pull(p, q, log_ratio, parameter, KIND)
+        value += summand
+        pull += block_pull
+        mass += p
+    out = sums_ptr + (row * tl.num_programs(1) + split) * 3
+    tl.store(out, tl.sum(value, 0))
+    tl.store(out + 1, tl.sum(pull, 0))
+    tl.store(out + 2, tl.sum(mass, 0))
 
 
 def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
@@ -110,63 +234,103 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     block, warps = PULL_SUMS_BLOCK
     splits, columns = split_columns(n, classes, block)
     sums = torch.empty(n, splits, 3, dtype=torch.float32, device=tile.s.device)
-    kind, parameter = _kind(spec.divergence)
+    form = _form(spec.divergence)
     if n:
-        pull_sums_kernel[(n, splits)](
-            tile.s,
-            tile.t,
-            tile.s.stride(0),
-            tile.t.stride(0),
-            s_lse_ptr=stats.student_lse.contiguous(),
-            t_lse_ptr=stats.teacher_lse.contiguous(),
-            lse_gap_ptr=stats.lse_gap.contiguous(),
-            sums_ptr=sums,
+        _pull_sums_kernel[(n, splits)](
+            *_logits(tile),
+            stats.student_lse.contiguous(),
+            stats.teacher_lse.contiguous(),
+            stats.lse_difference.contiguous(),
+            sums,
             n_cols=classes,
             split_cols=columns,
-            parameter=parameter,
-            KIND=kind,
+            parameter=form.a,
+            KIND=form.kind.value,
             BLOCK=block,
             num_warps=warps,
-            **_transform_arguments(tile, spec),
+            **_transforms(tile, spec),
         )
     return sums.sum(1)
 
 
+@triton.jit
+def _gradient_kernel(
+    s_ptr,
+    t_ptr,
+    s_stride,
+    t_stride,
+    dz_ptr,
+    dz_stride,
+    s_lse_ptr,
+    t_lse_ptr,
+    lse_difference_ptr,
+    pull_sum_ptr,
+    weight_ptr,
+    label_ptr,
+    label_weight,
+    n_cols,
+    parameters,
+    student,
+    teacher,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    s_lse, t_lse = tl.load(s_lse_ptr + row), tl.load(t_lse_ptr + row)
+    pull_sum = tl.load(pull_sum_ptr + row)
+    s, capped = load_logits(s_ptr + row * s_stride, columns, n_cols, student)
+    t, _ = load_logits(t_ptr + row * t_stride, columns, n_cols, teacher)
+    p = tl.exp(s - s_lse)
+    if KIND == _KL_MIX:  # forward * KL(q||p) + reverse * KL(p||q), without normalisation
+        forward, reverse = parameters
+        dz = -p * pull_sum
+        if reverse is not None:
+            dz = tl.where(p == 0, 0.0, -p * (reverse * (t - s) + pull_sum))
+        if forward is not None:
+            dz -= forward * tl.exp(t - t_lse)
+    else:
+        q = tl.exp(t - t_lse)
+        log_ratio = _log_ratio(s, t, tl.load(lse_difference_ptr + row), p, q)
+        _, pull = _summand_and_pull(p, q, log_ratio, parameters[0], KIND)
+        dz = pull - p * pull_sum
+    if label_ptr is not None:
+        # Before dz is rounded: p - 1 of a rounded p would lose all digits of a confident class.
+        dz -= tl.where(columns == tl.load(label_ptr + row), label_weight, 0.0)
+    if student[2] is not None:
+        dz *= 1.0 - capped * capped
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + row)
+        dz = tl.where(weight == 0, 0.0, dz * weight)
+    out = dz_ptr + row * dz_stride + columns
+    tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=columns < n_cols)
+
+
 def tile_gradient_(
-    tile: Tile, known: RowsKnown, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
+    tile: Tile, normalizers: RowNormalizers, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> None:
-    """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
+    """Write dz [n, V] of a tile, given its rows' normalizers; `dz` may be `tile.s`."""
     n, classes = tile.s.shape
-    forward, reverse = spec.divergence.kl_weights or (0.0, 0.0)
-    kind, parameter = _kind(spec.divergence)
+    form = _form(spec.divergence)
     block, warps = GRADIENT_BLOCK
     if n:
-        gradient_kernel[(n, triton.cdiv(classes, block))](
-            tile.s,
-            tile.t,
+        _gradient_kernel[(n, triton.cdiv(classes, block))](
+            *_logits(tile),
             dz,
-            tile.s.stride(0),
-            tile.t.stride(0),
             dz.stride(0),
-            s_lse_ptr=known.student_lse.contiguous(),
-            t_lse_ptr=known.teacher_lse.contiguous(),
-            lse_gap_ptr=known.lse_gap.contiguous(),
-            pull_sum_ptr=known.pull_sum.contiguous(),
+            normalizers.student_lse.contiguous(),
+            normalizers.teacher_lse.contiguous(),
+            normalizers.lse_difference.contiguous(),
+            normalizers.pull_sum.contiguous(),
             weight_ptr=row_weight,
             label_ptr=tile.labels,
-            n_cols=classes,
-            forward=float(forward),
-            reverse=float(reverse),
-            parameter=parameter,
             label_weight=float(spec.label_weight),
-            KIND=kind,
-            HAS_FORWARD=forward != 0,
-            HAS_REVERSE=reverse != 0,
-            HAS_WEIGHT=row_weight is not None,
-            HAS_LABELS=tile.labels is not None,
+            n_cols=classes,
+            parameters=(form.a or None, form.b or None),
+            KIND=form.kind.value,
             BLOCK=block,
             num_warps=warps,
-            **_transform_arguments(tile, spec),
+            **_transforms(tile, spec),
         )
 
 
@@ -180,5 +344,26 @@ def stash_rows_(
         value, pull_sum = mixed_kl(stats, *mix)
     else:
         value, pull_sum = from_pull_sums(tile_pull_sums(tile, stats, spec))
-    tile_gradient_(tile, known_rows(stats, pull_sum, tile.labels, spec), row_weight, spec, dz)
+    normalizers = row_normalizers(stats, pull_sum, tile.labels, spec)
+    tile_gradient_(tile, normalizers, row_weight, spec, dz)
     return value, stats
+
+
+def _form(divergence: Divergence) -> KernelForm:
+    form = kernel_form(divergence)
+    if form is None:
+        raise TypeError(
+            f"divergence: the Triton row passes do not know {divergence!r}; use impl='torch'"
+        )
+    return form
+
+
+def _logits(tile: Tile) -> tuple[Tensor, Tensor, int, int]:
+    return tile.s, tile.t, tile.s.stride(0), tile.t.stride(0)
+
+
+def _transforms(tile: Tile, spec: RowSpec) -> dict[str, Any]:
+    return {
+        "student": spec.student.kernel_argument(tile.student_bias),
+        "teacher": spec.teacher.kernel_argument(tile.teacher_bias),
+    }

@@ -1,10 +1,7 @@
 """Statistics of one token's row of logits, and how parts of a row merge into the whole.
 
-A *part* is a range of classes: a vocabulary tile, a split of a row over GPU programs, or another
-rank's shard. Each part reports its maximum, the log of its sum relative to that maximum, and its
-own softmax-weighted means; parts merge by weighing the means with their share of the row: a sum in
-a fixed order, no atomics. Maximum and log-sum stay apart because the divergence of two models that
-nearly agree is the difference of their log-sum-exps, which adding the maximum would round away.
+Each part of a row (see `common.online_softmax`) reports ten numbers, five for each model; parts of
+any kind, tiles of classes, splits over GPU programs or shards of other ranks, merge here.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esr_kernels.common.online_softmax import shares, weighted_mean
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.losses import Divergence
 
@@ -22,7 +20,7 @@ from esr_kernels.divergence.losses import Divergence
 # p, q: their softmax within the part.
 MAX = slice(0, 2)  # max s, max t
 LOG_SUM = slice(2, 4)  # log sum exp(s - max s), ...
-GAP = slice(4, 6)  # sum p (t - s), sum q (t - s)
+DIFFERENCE = slice(4, 6)  # sum p (t - s), sum q (t - s)
 CENTRED = slice(6, 8)  # sum p (s - max s), sum q (t - max t)
 ARGMAX = slice(8, 10)  # first class of the maximum on this rank, exact below 2**24
 COLUMNS = 10
@@ -32,7 +30,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What the row passes must know besides the logits."""
+    """What the row passes take besides the logits."""
 
     divergence: Divergence
     student: LogitTransform
@@ -44,7 +42,7 @@ class RowSpec:
 class Tile:
     """Raw logits of some rows over a range of classes. Row passes may overwrite them.
 
-    `labels` are counted from the tile's first class; a label outside of it is another tile's.
+    `labels` are counted from the tile's first class; a label outside of it belongs to another tile.
     """
 
     s: Tensor  # [n, V] student, fp32 or fp64
@@ -65,47 +63,43 @@ class Tile:
 
 @dataclass(frozen=True)
 class RowStats:
-    """Statistics of whole rows, each [T] fp32. `gap` is t - s, before normalisation.
+    """Statistics of whole rows, each [T] fp32. `difference` is t - s, before normalisation.
 
     A log-sum-exp is rounded like the logits that it is among, which costs every probability of the
-    row some 1e-6, all the same way; with the rest that rounding left out it is 1e-7.
+    row some 1e-6, all in the same direction; with the residual of that rounding it is 1e-7.
     """
 
     student_lse: Tensor
     teacher_lse: Tensor
-    lse_gap: Tensor  # student_lse - teacher_lse: what turns t - s into log q - log p
-    gap_under_student: Tensor
-    gap_under_teacher: Tensor
+    lse_difference: Tensor  # student_lse - teacher_lse: turns t - s into log q - log p
+    difference_under_student: Tensor
+    difference_under_teacher: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
-    student_rest: Tensor  # what rounding left out of student_lse
-    teacher_rest: Tensor
+    student_residual: Tensor  # what rounding left out of student_lse
+    teacher_residual: Tensor
 
 
 def _merge(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """([T, COLUMNS], the winning part of each model's argmax [T, 2]) of [T, parts, COLUMNS]."""
+    """([T, COLUMNS], the part that has each model's maximum [T, 2]) of [T, parts, COLUMNS]."""
     maxima = parts[:, :, MAX]
     top, winner = maxima.max(dim=1)  # [T, 2]
-    # A part with no class alive has maximum and log-sum -inf, and weighs 0.
-    below_top = maxima - top[:, None]
-    mass = (below_top + parts[:, :, LOG_SUM]).exp()
-    total = mass.sum(dim=1)
-    weight = mass / total[:, None]
-    centred = torch.where(weight == 0, 0.0, weight * (parts[:, :, CENTRED] + below_top))
-    gap = torch.where(weight == 0, 0.0, weight * parts[:, :, GAP])
+    below_top, weight, total = shares(maxima, parts[:, :, LOG_SUM], top)
+    share = weight / total[:, None]
+    centred = weighted_mean(share, parts[:, :, CENTRED] + below_top)
+    difference = weighted_mean(share, parts[:, :, DIFFERENCE])
     argmax = parts[:, :, ARGMAX].gather(1, winner[:, None])[:, 0]
-    merged = torch.cat([top, total.log(), gap.sum(dim=1), centred.sum(dim=1), argmax], dim=1)
-    return merged, winner
+    return torch.cat([top, total.log(), difference, centred, argmax], dim=1), winner
 
 
 def merge_to_part(parts: Tensor) -> Tensor:
     """Merge [T, parts, COLUMNS] into one part [T, COLUMNS], for a rank to report."""
     merged, _ = _merge(parts)
-    # A rank without a class alive: no mass rather than 0/0.
+    # A rank with no class alive has no mass, rather than 0/0.
     dead = merged[:, MAX] == -torch.inf
     merged[:, LOG_SUM].masked_fill_(dead, -torch.inf)
-    merged[:, GAP].masked_fill_(dead, 0.0)
+    merged[:, DIFFERENCE].masked_fill_(dead, 0.0)
     merged[:, CENTRED].masked_fill_(dead, 0.0)
     return merged
 
@@ -113,56 +107,56 @@ def merge_to_part(parts: Tensor) -> Tensor:
 def merge_parts(parts: Tensor) -> RowStats:
     """Merge [T, parts, COLUMNS] into the statistics of T whole rows."""
     merged, winner = _merge(parts)
-    top, log_sum, gap = merged[:, MAX], merged[:, LOG_SUM], merged[:, GAP]
+    top, log_sum, difference = merged[:, MAX], merged[:, LOG_SUM], merged[:, DIFFERENCE]
     entropy = log_sum - merged[:, CENTRED]
     argmax = merged[:, ARGMAX]
     same_class = (winner[:, 0] == winner[:, 1]) & (argmax[:, 0] == argmax[:, 1])
     lse = top + log_sum
-    # Knuth's sum: what is rounded off whichever of the two is the larger.
+    # Knuth's two-sum: the part rounded off, whichever of the two is the larger.
     added = lse - top
-    rest = (top - (lse - added)) + (log_sum - added)
+    residual = (top - (lse - added)) + (log_sum - added)
     student_lse, teacher_lse = lse.T.contiguous()
     return RowStats(
         student_lse=student_lse,
         teacher_lse=teacher_lse,
-        lse_gap=part_lse_gap(merged),
-        gap_under_student=gap[:, 0],
-        gap_under_teacher=gap[:, 1],
+        lse_difference=part_lse_difference(merged),
+        difference_under_student=difference[:, 0],
+        difference_under_teacher=difference[:, 1],
         student_entropy=entropy[:, 0],
         teacher_entropy=entropy[:, 1],
         agreement=same_class.to(parts.dtype),
-        student_rest=rest[:, 0],
-        teacher_rest=rest[:, 1],
+        student_residual=residual[:, 0],
+        teacher_residual=residual[:, 1],
     )
 
 
-class RowsKnown(NamedTuple):
-    """What a gradient pass must know of whole rows, each [T]."""
+class RowNormalizers(NamedTuple):
+    """What a gradient pass takes of whole rows, each [T]."""
 
     student_lse: Tensor
     teacher_lse: Tensor
-    lse_gap: Tensor
+    lse_difference: Tensor
     pull_sum: Tensor  # of the divergence and the labels together
-    student_rest: Tensor
-    teacher_rest: Tensor
+    student_residual: Tensor
+    teacher_residual: Tensor
 
-    def rows(self, rows: slice) -> RowsKnown:
-        return RowsKnown(*(field[rows] for field in self))
+    def rows(self, rows: slice) -> RowNormalizers:
+        return RowNormalizers(*(field[rows] for field in self))
 
 
-def known_rows(
+def row_normalizers(
     stats: RowStats, pull_sum: Tensor, labels: Tensor | None, spec: RowSpec
-) -> RowsKnown:
-    """Statistics and the pulls of divergence and labels, as a gradient pass wants them."""
+) -> RowNormalizers:
+    """The normalizers of rows whose divergence has the sum of pulls `pull_sum` [T]."""
     if labels is not None:
         pull_sum = pull_sum + label_pull_sum(labels, spec)
-    return RowsKnown(
+    return RowNormalizers(
         stats.student_lse,
         stats.teacher_lse,
-        stats.lse_gap,
+        stats.lse_difference,
         pull_sum,
-        stats.student_rest,
-        stats.teacher_rest,
+        stats.student_residual,
+        stats.teacher_residual,
     )
 
 
@@ -171,8 +165,8 @@ def label_pull_sum(labels: Tensor, spec: RowSpec) -> Tensor:
     return -spec.label_weight * (labels != IGNORED_LABEL)
 
 
-def part_lse_gap(part: Tensor) -> Tensor:
-    """`RowStats.lse_gap` of rows that are a single part [T, COLUMNS]."""
+def part_lse_difference(part: Tensor) -> Tensor:
+    """`RowStats.lse_difference` of rows that are a single part [T, COLUMNS]."""
     top, log_sum = part[:, MAX], part[:, LOG_SUM]
     return (top[:, 0] - top[:, 1]) + (log_sum[:, 0] - log_sum[:, 1])
 
@@ -190,20 +184,20 @@ def from_pull_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
 def mixed_kl(stats: RowStats, forward: float, reverse: float) -> tuple[Tensor, Tensor]:
     """(divergence, sum of pulls) of each row, for forward * KL(q||p) + reverse * KL(p||q).
 
-    The pull here is -forward * q - reverse * p * (t - s), in the unnormalised gap: the log-sum-exps
-    cancel out of the gradient, so leaving them out spares a pass and their rounding.
+    The pull here is -forward * q - reverse * p * (t - s), without normalisation: the log-sum-exps
+    cancel out of the gradient, so leaving them out saves a pass and their rounding.
     """
-    # A gap may be infinite where a model lacks a class: what weighs 0 must stay out.
-    value = torch.zeros_like(stats.lse_gap)
+    value = torch.zeros_like(stats.lse_difference)
+    # A term of weight 0 is left out, not multiplied: where a model lacks a class it is infinite.
     if reverse:
-        value = value - reverse * (stats.gap_under_student + stats.lse_gap)
+        value = value - reverse * (stats.difference_under_student + stats.lse_difference)
     if forward:
-        value = value + forward * (stats.gap_under_teacher + stats.lse_gap)
-    return value, mixed_kl_pull_sum(stats.gap_under_student, forward, reverse)
+        value = value + forward * (stats.difference_under_teacher + stats.lse_difference)
+    return value, mixed_kl_pull_sum(stats.difference_under_student, forward, reverse)
 
 
-def mixed_kl_pull_sum(gap_under_student: Tensor, forward: float, reverse: float) -> Tensor:
+def mixed_kl_pull_sum(difference_under_student: Tensor, forward: float, reverse: float) -> Tensor:
     """Sum of the pulls of `mixed_kl`."""
     if not reverse:
-        return torch.full_like(gap_under_student, -forward)
-    return -forward - reverse * gap_under_student
+        return torch.full_like(difference_under_student, -forward)
+    return -forward - reverse * difference_under_student

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from esr_kernels.divergence.row_kernels_triton import _log1p
+from esr_kernels.common.logits_triton import log1p
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def gumbel(high, low):
     high = tl.where(upper, high ^ 0xFFFFFFFF, high).to(tl.float32)
     low = tl.where(upper, low ^ 0xFFFFFFFF, low).to(tl.float32)
     distance = high * 2.3283064365386963e-10 + (low + 0.5) * 5.421010862427522e-20
-    return -tl.log(-tl.where(upper, tl.log(distance), _log1p(-distance)))
+    return -tl.log(-tl.where(upper, tl.log(distance), log1p(-distance)))
 
 
 @triton.jit

@@ -29,9 +29,9 @@ from esr_kernels.divergence.statistics import (
     RowSpec,
     Tile,
     from_pull_sums,
-    known_rows,
     merge_parts,
     mixed_kl,
+    row_normalizers,
 )
 from tests.kernels.cases import relative_error
 
@@ -88,7 +88,7 @@ def _all_passes(rows, tile: Tile, weight: torch.Tensor, spec: RowSpec, dtype: to
     else:
         later, pull_sum = mixed_kl(merged, *mix)
     tiled = _as(tile, dtype)
-    known = known_rows(merged, pull_sum, tile.labels, spec)
+    known = row_normalizers(merged, pull_sum, tile.labels, spec)
     rows.tile_gradient_(tiled, known, weight, spec, tiled.s)
     return {
         "value": value,

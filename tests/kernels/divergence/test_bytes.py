@@ -8,6 +8,7 @@ import triton
 
 from bench.count_bytes import CLASSES, TOKENS, counted, row_traffic
 from esr_kernels.common.transform import LogitTransform
+from esr_kernels.divergence.call import Operands
 from esr_kernels.divergence.fused_triton import Blocks, fused_stats
 from esr_kernels.divergence.losses import JSD, ForwardKL, KLMix, ReverseKL
 from esr_kernels.divergence.plan import Plan, Problem
@@ -77,10 +78,13 @@ def test_the_fused_kernel_moves_operands_only():
     """A tile loads its tokens' states and its classes' heads; not one byte grows with T * V."""
     blocks = Blocks(tokens=16, classes=16, depth=16, warps=4, stages=2)
     tokens, classes, dims = 32, 80, (24, 40)
-    operands = [torch.randn(n, dim) for dim in dims for n in (tokens, classes)]
+    s_hidden, s_weight, t_hidden, t_weight = (
+        torch.randn(n, dim) for dim in dims for n in (tokens, classes)
+    )
+    x = Operands(s_hidden, s_weight, None, None, t_hidden, t_weight, None, None, None)
     spec = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
     with counted() as traffic:
-        parts = fused_stats(*operands, spec, None, None, blocks=blocks)
+        parts = fused_stats(x, spec, blocks)
     tiles = (tokens // blocks.tokens) * (classes // blocks.classes)
     assert traffic.loaded == tiles * (blocks.tokens + blocks.classes) * sum(dims) * 4
     assert traffic.stored == tokens * parts.shape[1] * COLUMNS * 4

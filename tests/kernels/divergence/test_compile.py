@@ -192,10 +192,10 @@ class _HalfSquare(Divergence):
 
     scale: float = 1.0
 
-    def summand(self, p, q, gap):
+    def summand(self, p, q, log_ratio):
         return 0.5 * self.scale * (p - q) ** 2
 
-    def pull(self, p, q, gap):
+    def pull(self, p, q, log_ratio):
         return self.scale * p * (p - q)
 
 
@@ -252,9 +252,9 @@ def test_export_with_any_number_of_tokens():
 @pytest.mark.parametrize("plan", ["stash", "recompute"])
 def test_operators_keep_pytorchs_rules(plan):
     """Schema, fake tensors, autograd registration, and a trace of forward and backward."""
-    from esr_kernels.divergence import compiled as custom_ops
+    from esr_kernels.divergence import compiled
 
-    operator = custom_ops._stash if plan == "stash" else custom_ops._recompute
+    operator = compiled._stash if plan == "stash" else compiled._recompute
     case = cases._pair(4, 19, (3, 5), (1.0, 1.0), torch.float32, extra_classes=(1, 0))
     bias = torch.randn(19, device=DEVICE, requires_grad=True)
     weights = torch.tensor([0.5, 0.0, 2.0, 1.0], device=DEVICE)
@@ -271,7 +271,7 @@ def test_operators_keep_pytorchs_rules(plan):
         weights,
         None,
     )
-    options = custom_ops._Options(
+    options = compiled._Options(
         "esr_kernels.divergence.losses.KLMix",
         [0.5, 0.5],
         [1.0, 0.0, 1.0],

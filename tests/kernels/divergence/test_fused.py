@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common.transform import LogitTransform
+from esr_kernels.divergence.call import Operands
 from esr_kernels.divergence.fused_triton import BLOCKS, Blocks, _split_classes, fused_stats
 from esr_kernels.divergence.losses import ReverseKL
 from esr_kernels.divergence.statistics import (
@@ -36,6 +37,13 @@ def _operands(
     std: tuple[float, float] = (1.0, 1.5),
 ) -> list[Tensor]:
     return list(cases._pair(tokens, classes, dims, std, dtype).tensors)
+
+
+def _as_operands(
+    operands: list[Tensor], biases: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Operands:
+    s_hidden, s_weight, t_hidden, t_weight = operands
+    return Operands(s_hidden, s_weight, biases[0], None, t_hidden, t_weight, biases[1], None, None)
 
 
 def _logits(
@@ -67,14 +75,14 @@ def _statistics(operands: list[Tensor], spec: RowSpec, biases, dtype: torch.dtyp
     return RowStats(
         student_lse=s_lse,
         teacher_lse=t_lse,
-        lse_gap=s_lse - t_lse,
-        gap_under_student=under(p, t - s),
-        gap_under_teacher=under(q, t - s),
+        lse_difference=s_lse - t_lse,
+        difference_under_student=under(p, t - s),
+        difference_under_teacher=under(q, t - s),
         student_entropy=-under(p, s.log_softmax(1)),
         teacher_entropy=-under(q, t.log_softmax(1)),
         agreement=(s.argmax(1) == t.argmax(1)).to(dtype),
-        student_rest=torch.zeros_like(s_lse),  # nothing, where nothing is rounded
-        teacher_rest=torch.zeros_like(t_lse),
+        student_residual=torch.zeros_like(s_lse),  # nothing, where nothing is rounded
+        teacher_residual=torch.zeros_like(t_lse),
     )
 
 
@@ -84,13 +92,13 @@ def _check(
     biases: tuple[Tensor | None, Tensor | None] = (None, None),
     blocks: Blocks | None = TINY,
 ) -> Tensor:
-    parts = fused_stats(*operands, spec, *biases, blocks=blocks)
+    parts = fused_stats(_as_operands(operands, biases), spec, blocks)
     ours = merge_parts(parts)
     truth = _statistics(operands, spec, biases, torch.float64)
     plain = _statistics(operands, spec, biases, torch.float32)
-    _check_rests(parts, ours)
+    _check_residuals(parts, ours)
     for field in fields(RowStats):
-        if field.name.endswith("_rest"):
+        if field.name.endswith("_residual"):
             continue
         exact = getattr(truth, field.name)
         error = cases.relative_error(getattr(ours, field.name), exact)
@@ -102,13 +110,13 @@ def _check(
     return parts
 
 
-def _check_rests(parts: Tensor, ours: RowStats) -> None:
-    """A log-sum-exp and its rest together are the sum that fp32 rounded."""
+def _check_residuals(parts: Tensor, ours: RowStats) -> None:
+    """A log-sum-exp and its residual together are the sum that fp32 rounded."""
     merged = merge_to_part(parts).double()
     exact = merged[:, MAX] + merged[:, LOG_SUM]
     for column, side in enumerate(("student", "teacher")):
-        lse, rest = getattr(ours, f"{side}_lse"), getattr(ours, f"{side}_rest")
-        assert cases.relative_error(rest, exact[:, column] - lse.double()) < 1e-6
+        lse, residual = getattr(ours, f"{side}_lse"), getattr(ours, f"{side}_residual")
+        assert cases.relative_error(residual, exact[:, column] - lse.double()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -157,15 +165,13 @@ def test_classes_removed_by_the_bias(dtype):
     student_only[50] = -torch.inf
     stats = merge_parts(
         fused_stats(
-            *_operands(dtype),
+            _as_operands(_operands(dtype), (student_only, None)),
             RowSpec(ReverseKL(), PLAIN, PLAIN),
-            student_only,
-            None,
-            blocks=TINY,
+            TINY,
         )
     )
-    assert bool(stats.gap_under_student.isfinite().all())
-    assert bool((stats.gap_under_teacher == torch.inf).all()), "KL(q || p) is infinite there"
+    assert bool(stats.difference_under_student.isfinite().all())
+    assert bool((stats.difference_under_teacher == torch.inf).all()), "KL(q || p) is infinite there"
 
 
 def test_models_of_different_dtype_and_strided_heads():
@@ -182,13 +188,13 @@ def test_shards_merge_to_the_whole():
     s_hidden, s_weight, t_hidden, t_weight = operands
     parts = [
         fused_stats(
-            s_hidden, s_weight[shard], t_hidden, t_weight[shard], spec, None, None, blocks=TINY
+            _as_operands([s_hidden, s_weight[shard], t_hidden, t_weight[shard]]), spec, TINY
         )
         for shard in (slice(0, 50), slice(50, 51), slice(51, CLASSES))
     ]
     ours = merge_parts(torch.cat(parts, dim=1))
     truth = _statistics(operands, spec, (None, None), torch.float64)
-    assert cases.relative_error(ours.lse_gap, truth.lse_gap) < 1e-6
+    assert cases.relative_error(ours.lse_difference, truth.lse_difference) < 1e-6
     assert torch.equal(ours.agreement.double(), truth.agreement)
 
 
@@ -200,7 +206,7 @@ def test_first_class_of_the_maximum(splits, monkeypatch):
     weight = torch.zeros(CLASSES, 16, device=cases.DEVICE)
     weight[[70, 71, 180]] = 1.0
     spec = RowSpec(ReverseKL(), PLAIN, PLAIN)
-    parts = fused_stats(hidden, weight, hidden, weight.flip(0), spec, None, None, blocks=TINY)
+    parts = fused_stats(_as_operands([hidden, weight, hidden, weight.flip(0)]), spec, TINY)
     assert parts.shape[1] == splits
     found = parts[0, :, 8:].gather(0, parts[0, :, :2].argmax(0)[None])
     assert found.tolist() == [[70, 202 - 180]]
@@ -210,21 +216,21 @@ def test_nan_stays_in_its_row():
     operands = _operands(torch.float32)
     operands[0][3, 5] = torch.nan
     spec = RowSpec(ReverseKL(), PLAIN, PLAIN)
-    stats = merge_parts(fused_stats(*operands, spec, None, None, blocks=TINY))
+    stats = merge_parts(fused_stats(_as_operands(operands), spec, TINY))
     assert stats.student_lse.isnan().nonzero().tolist() == [[3]]
 
 
 def test_repeats_bit_for_bit():
     operands = _operands(torch.bfloat16)
     spec = RowSpec(ReverseKL(), PLAIN, PLAIN)
-    first, second = (fused_stats(*operands, spec, None, None, blocks=TINY) for _ in range(2))
+    first, second = (fused_stats(_as_operands(operands), spec, TINY) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_no_tokens():
     operands = _operands(torch.bfloat16)
     operands[0], operands[2] = operands[0][:0], operands[2][:0]
-    parts = fused_stats(*operands, RowSpec(ReverseKL(), PLAIN, PLAIN), None, None)
+    parts = fused_stats(_as_operands(operands), RowSpec(ReverseKL(), PLAIN, PLAIN))
     assert parts.shape[0] == 0 and parts.shape[2] == 10
 
 
@@ -241,7 +247,7 @@ def test_dtypes_must_agree(operand):
     operands[operand] = operands[operand].double()
     name = ("student", "teacher")[operand // 2]
     with pytest.raises(TypeError, match=f"{name}_hidden and {name}_weight must share a dtype"):
-        fused_stats(*operands, RowSpec(ReverseKL(), PLAIN, PLAIN), None, None, blocks=TINY)
+        fused_stats(_as_operands(operands), RowSpec(ReverseKL(), PLAIN, PLAIN), TINY)
 
 
 @pytest.mark.parametrize("rows", [1, 100, 8192, 1 << 20])

@@ -12,7 +12,8 @@ import torch
 from bench.measure import MIB, extra_bytes
 from esr_kernels import linear_divergence, plan_linear_divergence, release_workspace
 from esr_kernels.common.workspace import borrow, on_huge_pages
-from esr_kernels.divergence.plan import Plan, Problem, make_plan
+from esr_kernels.divergence.plan import Plan, Problem
+from esr_kernels.divergence.planner import make_plan
 from tests.kernels import cases
 from tests.kernels.cases import DEVICE
 

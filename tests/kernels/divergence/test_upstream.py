@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from esr_kernels import JSD, linear_divergence, plan_linear_divergence, release_workspace
-from esr_kernels.divergence import execute
+from esr_kernels.common import matmul
 from esr_kernels.divergence.compiled import stash_limit
-from esr_kernels.divergence.plan import Problem, make_plan
+from esr_kernels.divergence.plan import Problem
+from esr_kernels.divergence.planner import make_plan
 from tests.kernels import cases
 from tests.kernels.cases import DEVICE
 
@@ -59,8 +60,8 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr(execute.matmul, "weight_gradient", fail)
-    monkeypatch.setattr(execute.matmul, "hidden_gradient", fail)
+    monkeypatch.setattr(matmul, "weight_gradient", fail)
+    monkeypatch.setattr(matmul, "hidden_gradient", fail)
     tensors = cases.random_pair(torch.float32).tensors
     tensors[0].requires_grad_(), tensors[1].requires_grad_()
     plan = plan_linear_divergence(

@@ -1,0 +1,238 @@
+"""One call of `linear_divergence` with checked arguments: its operands, its options, the plan and
+row passes that these lead to, and the buffers for its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esr_kernels.common import matmul
+from esr_kernels.common.fp16_range import fp16_scale
+from esr_kernels.common.rows import take_rows
+from esr_kernels.common.workspace import on_huge_pages
+from esr_kernels.cpu import rows as rows_native
+from esr_kernels.divergence import rows_torch
+from esr_kernels.divergence.plan import Plan, Problem
+from esr_kernels.divergence.planner import check_kind, make_plan, row_pass_backend
+from esr_kernels.divergence.statistics import RowSpec
+
+# (loss, the [T] fields of `LinearDivergence`).
+Outputs = tuple[Tensor, ...]
+
+
+class Wanted(NamedTuple):
+    """Which of the student's operands need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Operands(NamedTuple):
+    """Both models over the active rows. Biases are over the shared classes already."""
+
+    student_hidden: Tensor  # [T, Ds]
+    student_weight: Tensor  # [Vs, Ds]
+    student_bias: Tensor | None  # [V]
+    student_ids: Tensor | None  # [V] rows of the head, None for the first V
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    teacher_ids: Tensor | None
+    labels: Tensor | None  # [T] class numbers, negative for none
+
+    def over(self, classes: slice) -> Operands:
+        """The operands of a tile of classes; heads of mapped vocabularies are gathered per tile."""
+        student_weight, student_ids = _select(self.student_weight, self.student_ids, classes)
+        teacher_weight, teacher_ids = _select(self.teacher_weight, self.teacher_ids, classes)
+        return Operands(
+            self.student_hidden,
+            student_weight,
+            None if self.student_bias is None else self.student_bias[classes],
+            student_ids,
+            self.teacher_hidden,
+            teacher_weight,
+            None if self.teacher_bias is None else self.teacher_bias[classes],
+            teacher_ids,
+            None if self.labels is None else self.labels - classes.start,
+        )
+
+    def take(self, active: Tensor | None, row_weight: Tensor | None) -> Operands:
+        """The operands of the active rows; for None of all, with zeros where the weight is 0.
+
+        A row of weight 0 has a dz of 0, and 0 * NaN must not reach the gradient of the head.
+        """
+        if active is None:
+            if row_weight is None:
+                return self
+            live = row_weight.ne(0)[:, None]
+            return self._replace(
+                student_hidden=torch.where(live, self.student_hidden, 0),
+                teacher_hidden=torch.where(live, self.teacher_hidden, 0),
+            )
+        return self._replace(
+            student_hidden=self.student_hidden[active],
+            teacher_hidden=self.teacher_hidden[active],
+            labels=None if self.labels is None else self.labels[active],
+        )
+
+
+def _select(weight: Tensor, ids: Tensor | None, classes: slice) -> tuple[Tensor, Tensor | None]:
+    return (weight[classes], None) if ids is None else (weight, ids[classes])
+
+
+@dataclass(frozen=True)
+class Request:
+    """The checked options of one call."""
+
+    spec: RowSpec
+    classes: int  # that both models have, on this rank
+    reduction: str
+    plan: str | Plan
+    memory_budget: int | None
+    group: Any  # torch.distributed group or None
+    impl: str
+
+    def problem(self, x: Operands, tokens: int, wanted: Wanted, weight_grad_given: bool) -> Problem:
+        """The sizes of a call on `tokens` active rows."""
+        hidden = x.student_hidden
+        on_gpu = hidden.device.type != "cpu" or self.impl == "triton"
+        return Problem(
+            tokens=tokens,
+            classes=self.classes,
+            student_dim=hidden.shape[1],
+            teacher_dim=x.teacher_hidden.shape[1],
+            hidden_dtype=hidden.dtype,
+            weight_dtype=x.student_weight.dtype,
+            device="cuda" if on_gpu else "cpu",
+            train_hidden=wanted.hidden,
+            train_weight=wanted.weight,
+            train_bias=wanted.bias,
+            two_pass=self.spec.divergence.kl_weights is None,
+            per_token_gradient=self.reduction == "none",
+            sharded=self.group is not None,
+            mapped=x.student_ids is not None,
+            weight_grad_given=weight_grad_given,
+            rows=row_pass_backend(on_gpu, self.impl, hidden.dtype, self.spec.divergence),
+        )
+
+    def call(self, problem: Problem) -> Call:
+        """Raises ValueError where no plan of the wanted kind fits the budget."""
+        plan = self.plan
+        kind = plan.kind if isinstance(plan, Plan) else plan
+        if kind == "stash" and not problem.needs_gradient:
+            plan = make_plan(problem, "recompute", self.memory_budget)  # Nothing to stash.
+        elif not isinstance(plan, Plan):
+            plan = make_plan(problem, plan, self.memory_budget)
+        elif plan.problem.needs_gradient or not problem.needs_gradient:
+            # Its chunks on these sizes: which buffers a chunk may share depends on them.
+            check_kind(kind, problem)
+            plan = replace(plan, problem=problem)
+        else:
+            raise ValueError(
+                "plan was made for a call that wants no gradient, and this one wants some"
+            )
+        rows = _row_passes(problem.rows)
+        return Call(self.spec, plan, rows, self.classes, self.reduction, self.group)
+
+
+def _row_passes(backend: str) -> ModuleType:
+    if backend == "triton":
+        from esr_kernels.divergence import rows_triton  # Triton is not installed everywhere.
+
+        return rows_triton
+    return rows_native if backend == "native" else rows_torch
+
+
+@dataclass(frozen=True)
+class Call:
+    """The non-tensor side of one call."""
+
+    spec: RowSpec
+    plan: Plan
+    rows: ModuleType  # rows_triton, rows_native or rows_torch
+    classes: int  # that both models have, on this rank
+    reduction: str
+    group: Any = None  # torch.distributed group over whose ranks the classes are sharded
+
+    def row_weights(
+        self, row_weight: Tensor | None, active: Tensor | None, tokens: int
+    ) -> tuple[Tensor | None, float]:
+        """(weights of the active rows, a common factor): loss = factor * sum(weight * row).
+
+        Scaling dz before it is rounded, rather than the gradients afterwards, saves a rounding.
+        """
+        if row_weight is not None:
+            row_weight = take_rows(row_weight, active)
+        if self.reduction != "mean":
+            return row_weight, 1.0
+        if row_weight is None:
+            return None, 1.0 / max(tokens, 1)
+        total = row_weight.sum()
+        return row_weight / torch.where(total == 0, torch.ones_like(total), total), 1.0
+
+
+class Gradients(NamedTuple):
+    """Gradients, or buffers for them, of hidden [T, D], weight [Vs, D] and bias [V]; None where
+    not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def over_shared_classes(self, x: Operands, classes: int) -> Gradients:
+        """The part of the buffers that belongs to classes that both models have."""
+        if x.student_ids is not None or self.weight is None:
+            return self
+        return self._replace(weight=self.weight[:classes])
+
+    def in_dtype_of(self, operands: Operands) -> Gradients:
+        """With the bias's gradient, which is summed in the logits' dtype, in its final dtype."""
+        if self.bias is None or operands.student_bias is None:
+            return self
+        return self._replace(bias=self.bias.to(operands.student_bias.dtype))
+
+
+def new_gradients(wanted: Wanted, x: Operands, call: Call) -> Gradients:
+    """Uninitialised buffers, but 0 in rows of the head that the models do not share."""
+    dtype = matmul.logits_dtype(x.student_hidden.dtype)
+    hidden = torch.empty_like(x.student_hidden) if wanted.hidden else None
+    weight = bias = None
+    if wanted.weight:
+        # What is added to the caller's fp32 memory must not be rounded before.
+        given = call.plan.problem.weight_grad_given
+        weight = torch.empty_like(x.student_weight, dtype=dtype if given else None)
+        weight = on_huge_pages(weight)
+        weight[0 if x.student_ids is not None else call.classes :].zero_()
+    if wanted.bias:
+        bias = torch.zeros(call.classes, dtype=dtype, device=x.student_hidden.device)
+    return Gradients(hidden, weight, bias)
+
+
+def scaled_to_fp16(row_weight: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(row weights for dz, the factor that restores the gradients), for fp16 operands."""
+    if row_weight is None:
+        row_weight = torch.ones(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    scale = fp16_scale(row_weight)
+    return row_weight * scale, scale.reciprocal()
+
+
+def accumulator(gradient: Tensor | None, wide: bool) -> Tensor | None:
+    """Where a gradient is summed: an fp32 buffer if `wide`, else the gradient itself."""
+    if gradient is None or not wide or gradient.dtype.itemsize >= 4:
+        return gradient
+    return torch.zeros_like(gradient, dtype=torch.float32)
+
+
+def finish(gradient: Tensor | None, total: Tensor | None, restore: Tensor | None) -> None:
+    """Write the sum `total`, scaled by `restore`, to the gradient."""
+    if gradient is None or total is None:
+        return
+    if restore is not None:
+        total.mul_(restore)
+    if total is not gradient:
+        gradient.copy_(total)

@@ -1,0 +1,73 @@
+"""From the divergence and statistics of each row to what `linear_divergence` returns."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from esr_kernels.common.rows import spread_rows
+from esr_kernels.common.transform import transform_
+from esr_kernels.divergence.call import Call, Operands, Outputs
+from esr_kernels.divergence.statistics import IGNORED_LABEL, RowStats
+
+# The label of a row whose class lies on another rank.
+_OTHER_RANK = -1
+
+
+def outputs(
+    values: Tensor,
+    stats: RowStats,
+    cross_entropy: Tensor,
+    row_weight: Tensor | None,
+    factor: float,
+    call: Call,
+) -> Outputs:
+    """(loss, the [n] fields of `LinearDivergence`) of the active rows."""
+    rows = values
+    if call.spec.label_weight:  # 0 times an infinite cross-entropy would be NaN
+        rows = values + call.spec.label_weight * cross_entropy
+    if row_weight is not None:
+        rows = torch.where(row_weight != 0, row_weight * rows, 0)
+    loss = rows if call.reduction == "none" else rows.sum() * factor
+    fields: Outputs = (
+        values,
+        cross_entropy,
+        stats.student_entropy,
+        stats.teacher_entropy,
+        stats.student_lse,
+        stats.teacher_lse,
+        stats.agreement,
+    )
+    if row_weight is not None:
+        fields = tuple(torch.where(row_weight != 0, field, 0) for field in fields)
+    elif loss is values:
+        fields = (values.clone(), *fields[1:])
+    return loss, *fields
+
+
+def spread_outputs(of_active: Outputs, active: Tensor | None, tokens: int) -> Outputs:
+    """The outputs of all rows: 0 for those that were left out."""
+    return tuple(spread_rows(x, active, tokens) if x.dim() else x for x in of_active)
+
+
+def cross_entropy(x: Operands, stats: RowStats, call: Call) -> Tensor:
+    """-log p(label) [n]; 0 where there is no label. The label's logit is one dot product a row."""
+    if x.labels is None:
+        return torch.zeros_like(stats.student_lse)
+    dtype = stats.student_lse.dtype
+    here = (x.labels >= 0) & (x.labels < call.classes)
+    label = torch.where(here, x.labels, 0)
+    row = label if x.student_ids is None else x.student_ids[label]
+    logit = (x.student_hidden.to(dtype) * x.student_weight[row].to(dtype)).sum(1)
+    bias = None if x.student_bias is None else x.student_bias[label]
+    transform_(logit, bias, call.spec.student)
+    logit = torch.where(here, logit, 0)
+    if call.group is not None:
+        dist.all_reduce(logit, group=call.group)
+    entropy = torch.where(x.labels != IGNORED_LABEL, stats.student_lse - logit, 0)
+    # Labels that are no class, which the argument checks do not see on a GPU.
+    wrong = (x.labels >= call.classes) | ((x.labels < 0) & (x.labels != IGNORED_LABEL))
+    if call.group is not None:
+        wrong = wrong & (x.labels != _OTHER_RANK)
+    return torch.where(wrong, torch.nan, entropy)

@@ -1,0 +1,143 @@
+"""Plan "stash": four matrix products, the fewest there can be, none repeated.
+
+Tokens are processed in chunks. Both models' logits of a chunk exist in memory; one pass computes
+their statistics, one writes dz, the gradient of the student's logits, over them, and two products
+turn dz into the gradients of hidden states and head. When the forward ends, the gradients
+are complete for an upstream factor of 1; the backward only scales them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esr_kernels.common import matmul
+from esr_kernels.common.rows import spread_rows
+from esr_kernels.common.workspace import borrow_rows, row_stride
+from esr_kernels.divergence.call import (
+    Call,
+    Gradients,
+    Operands,
+    Outputs,
+    Wanted,
+    accumulator,
+    finish,
+    new_gradients,
+    scaled_to_fp16,
+)
+from esr_kernels.divergence.outputs import cross_entropy, outputs, spread_outputs
+from esr_kernels.divergence.statistics import RowStats, Tile
+
+
+def stash_forward(
+    call: Call, active: Tensor | None, row_weight: Tensor | None, operands: Operands, wanted: Wanted
+) -> tuple[Outputs, Gradients]:
+    """Outputs, and the gradients of the loss for an upstream factor of 1.
+
+    `active` [n] int64 are the rows to compute, None for all; the others have weight 0.
+    """
+    tokens = operands.student_hidden.shape[0]
+    whole = operands.take(active, row_weight)
+    gradients = new_gradients(wanted, whole, call)
+    x = whole.over(slice(0, call.classes))
+    weights, factor = call.row_weights(row_weight, active, x.student_hidden.shape[0])
+    with matmul.plain_precision(x.student_hidden):
+        shared = gradients.over_shared_classes(x, call.classes)
+        values, stats = _run_chunks(x, weights, factor * call.spec.student.slope, call, shared)
+        of_active = outputs(values, stats, cross_entropy(x, stats, call), weights, factor, call)
+    if gradients.hidden is not None:
+        gradients = gradients._replace(hidden=spread_rows(gradients.hidden, active, tokens))
+    return spread_outputs(of_active, active, tokens), gradients.in_dtype_of(operands)
+
+
+def _run_chunks(
+    x: Operands, row_weight: Tensor | None, factor: float, call: Call, gradients: Gradients
+) -> tuple[Tensor, RowStats]:
+    """Divergence [T] and statistics of every row.
+
+    Fills the gradients of factor * sum(row_weight * (divergence + label_weight * cross-entropy)).
+    """
+    plan, dtype = call.plan, matmul.logits_dtype(x.student_hidden.dtype)
+    tokens = x.student_hidden.shape[0]
+    restore = None
+    if x.student_hidden.dtype == torch.float16:
+        row_weight, restore = scaled_to_fp16(row_weight, x.student_hidden)
+    buffers = _Buffers(x, call, gradients.weight)
+    hidden_sum = accumulator(gradients.hidden, wide=restore is not None)
+    weight_sum = accumulator(gradients.weight, wide=plan.sums_weight_apart)
+    values, stats = [], []
+    for start in range(0, tokens, plan.token_chunk):
+        chunk = slice(start, min(start + plan.token_chunk, tokens))
+        hidden = x.student_hidden[chunk]
+        dz = buffers.dz[: hidden.shape[0]]
+        if buffers.student is None:
+            matmul.project(hidden, x.student_weight, dz, x.student_ids)
+        for first in range(chunk.start, chunk.stop, plan.logit_chunk):
+            rows = slice(first, min(first + plan.logit_chunk, chunk.stop))
+            t = buffers.teacher[: rows.stop - rows.start]
+            matmul.project(x.teacher_hidden[rows], x.teacher_weight, t, x.teacher_ids)
+            dz_rows = dz[rows.start - start : rows.stop - start]
+            s = dz_rows
+            if buffers.student is not None:
+                s = buffers.student[: rows.stop - rows.start]
+                matmul.project(x.student_hidden[rows], x.student_weight, s, x.student_ids)
+            labels = None if x.labels is None else x.labels[rows]
+            value, stat = call.rows.stash_rows_(
+                Tile(s, t, x.student_bias, x.teacher_bias, labels),
+                None if row_weight is None else row_weight[rows],
+                call.spec,
+                dz_rows,
+            )
+            values.append(value)
+            stats.append(stat)
+        if hidden_sum is not None:
+            out = hidden_sum[chunk]
+            matmul.hidden_gradient(
+                dz, x.student_weight, out, x.student_ids, alpha=factor, accumulate=False
+            )
+        if weight_sum is not None:
+            matmul.weight_gradient(
+                dz, hidden, weight_sum, x.student_ids, alpha=factor, accumulate=start > 0
+            )
+        if gradients.bias is not None:
+            gradients.bias.add_(dz.sum(0, dtype=dtype), alpha=factor)
+    if not values and weight_sum is not None:
+        weight_sum.zero_()
+    finish(gradients.hidden, hidden_sum, restore)
+    finish(gradients.weight, weight_sum, restore)
+    finish(gradients.bias, gradients.bias, restore)
+    return _concatenated(values, stats, torch.empty(0, dtype=dtype, device=x.student_hidden.device))
+
+
+class _Buffers:
+    """Logits of a chunk. Where the logits' dtype is that of dz, dz takes the student's place."""
+
+    def __init__(self, x: Operands, call: Call, weight_gradient: Tensor | None) -> None:
+        plan, dtype = call.plan, matmul.logits_dtype(x.student_hidden.dtype)
+        tokens, in_place = x.student_hidden.shape[0], plan.problem.in_place
+        self.device, self.classes = x.student_hidden.device, call.classes
+        height = min(plan.logit_chunk, tokens)
+        dz_dtype = dtype if in_place else x.student_hidden.dtype
+        self.dz = self._rows("dz", min(plan.token_chunk, tokens), dz_dtype)
+        self.student = None if in_place else self._rows("student", height, dtype)
+        if plan.teacher_in_gradient and weight_gradient is not None:
+            per_logit = dtype.itemsize // weight_gradient.dtype.itemsize
+            row = row_stride(call.classes)
+            idle = weight_gradient.flatten()[: height * row * per_logit]
+            self.teacher = idle.view(dtype).view(height, row)[:, : call.classes]
+        else:
+            self.teacher = self._rows("teacher", height, dtype)
+
+    def _rows(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+        return borrow_rows(name, (rows, self.classes), self.device, dtype)
+
+
+def _concatenated(
+    values: list[Tensor], stats: list[RowStats], empty: Tensor
+) -> tuple[Tensor, RowStats]:
+    fields = RowStats.__dataclass_fields__
+    if not values:
+        return empty, RowStats(*[empty] * len(fields))
+    return torch.cat(values), RowStats(
+        *(torch.cat([getattr(part, name) for part in stats]) for name in fields)
+    )
