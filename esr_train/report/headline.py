@@ -4,38 +4,45 @@ from __future__ import annotations
 
 import math
 
-from esr_train.results import ArmSummary, Run, Spread, label
+from esr_train.report.results import Run, label
+from esr_train.report.summary import ArmSummary, Spread
 
 
 def headline(run: Run, summaries: list[ArmSummary]) -> str:
-    """A few sentences on the early-stopping arm that reached the threshold soonest."""
-    base, others = summaries[-1], summaries[:-1]
-    if not others:
-        if not base.evaluated:
-            return f"{base.name} has no evaluation of {run.metric}."
-        return f"{base.name} {_alone(run, base)}; it ends at {between(base.final)}."
-    best = _quickest(summaries)
+    """A few sentences on the arm that reached the threshold soonest, the baseline aside."""
+    base, others = _apart(run, summaries)
+    best = _quickest(others)
     text = _sentence(run, best, base)
     if len(others) > 1 and math.isfinite(_soonest(best)):
-        text = f"Of {len(others)} arms beside {base.name}, {best.name} is the quickest: {text}"
+        beside = f" beside {base.name}" if base else ""
+        text = f"Of {len(others)} arms{beside}, {best.name} is the quickest: {text}"
+    if len(others) > 1 and base is None:
+        text += " report.baseline names no arm, so there are no ratios between arms."
     return text
 
 
 def verdicts(run: Run, summaries: list[ArmSummary]) -> list[str]:
     """The same for the other arms, from the shortest rollouts to the longest."""
-    told = _quickest(summaries) if len(summaries) > 1 else None
-    return [_sentence(run, item, summaries[-1]) for item in summaries[:-1] if item is not told]
+    base, others = _apart(run, summaries)
+    told = _quickest(others)
+    return [_sentence(run, item, base) for item in others if item is not told]
 
 
-def _quickest(summaries: list[ArmSummary]) -> ArmSummary:
-    """The first arm at the threshold, the baseline aside; where none gets there, the longest."""
-    return min(summaries[:-1], key=lambda item: (_soonest(item), -item.max_new_tokens))
+def _apart(run: Run, summaries: list[ArmSummary]) -> tuple[ArmSummary | None, list[ArmSummary]]:
+    """The baseline, None where there is none, and the other arms."""
+    base = next((item for item in summaries if item.name == run.baseline), None)
+    return base, [item for item in summaries if item is not base]
+
+
+def _quickest(others: list[ArmSummary]) -> ArmSummary:
+    """The first arm at the threshold; where none gets there, the one with the longest rollouts."""
+    return min(others, key=lambda item: (_soonest(item), -item.max_new_tokens))
 
 
 def target(run: Run) -> str:
     """The threshold in words."""
-    direction = "" if run.higher_is_better else " or less"
-    return f"{label(run.metric)} {run.threshold:g}{direction}"
+    direction = "" if run.report.higher_is_better else " or less"
+    return f"{label(run.report.metric)} {run.report.threshold:g}{direction}"
 
 
 def plain(value: float, digits: int = 3) -> str:
@@ -85,13 +92,15 @@ def _soonest(item: ArmSummary) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _sentence(run: Run, arm: ArmSummary, base: ArmSummary) -> str:
+def _sentence(run: Run, arm: ArmSummary, base: ArmSummary | None) -> str:
     if not arm.evaluated:
-        return f"{arm.name} has no evaluation of {run.metric}, so nothing can be said about it."
+        return f"{arm.name} has no evaluation of {run.report.metric}."
+    if base is None:
+        return f"{arm.name} {_alone(run, arm)}; it ends at {between(arm.final)}."
     if not base.evaluated:
         return (
-            f"{arm.name} {_alone(run, arm)}; {base.name} has no evaluation of {run.metric}, so "
-            "there is nothing to compare it with."
+            f"{arm.name} {_alone(run, arm)}; {base.name} has no evaluation of "
+            f"{run.report.metric}, so there is nothing to compare it with."
         )
     arm_there = math.isfinite(arm.to_threshold["steps"])
     base_there = math.isfinite(base.to_threshold["steps"])
@@ -146,7 +155,7 @@ def _both(run: Run, arm: ArmSummary, base: ArmSummary) -> str:
 
 
 def _alone(run: Run, arm: ArmSummary) -> str:
-    """What one arm did about the threshold, as a predicate."""
+    """Whether and when one arm reaches the threshold, as a predicate."""
     if not math.isfinite(arm.to_threshold["steps"]):
         return f"does not reach {target(run)} ({_end(arm)})"
     return (
@@ -172,6 +181,6 @@ def _per_step(arm: ArmSummary, base: ArmSummary) -> str:
 
 def _finals(run: Run, arm: ArmSummary, base: ArmSummary) -> str:
     return (
-        f"At the end of training, {label(run.metric)} is {between(arm.final)} for "
+        f"At the end of training, {label(run.report.metric)} is {between(arm.final)} for "
         f"{arm.name} and {between(base.final)} for {base.name}."
     )
