@@ -85,12 +85,12 @@ def draw_pictures(run: Run, summaries: list[ArmSummary], folder: Path) -> list[P
             _draw_length(run, folder),
             _draw_seconds(run, summaries, folder),
             _draw_memory(run, summaries, folder),
-            *(_draw_other(run, name, folder) for name in other_metrics(run)),
+            *(_draw_other(run, name, folder) for name in _other_metrics(run)),
         ]
     return [picture for picture in drawn if picture is not None]
 
 
-def other_metrics(run: Run) -> list[str]:
+def _other_metrics(run: Run) -> list[str]:
     """Names of the evaluation metrics beside the one that the report is about."""
     rows = [row for arm in run.arms for seed in arm.seeds for row in seed.evals]
     names = {
@@ -110,9 +110,8 @@ def band(curves: list[Curve], held: list[bool]) -> tuple[np.ndarray, ...]:
         np.interp(grid, xs, ys, left=np.nan, right=ys[-1] if keep else np.nan)
         for (xs, ys), keep in zip(curves, held, strict=True)
     ]
-    stacked = np.stack(
-        lines
-    )  # [seeds, points]; each grid point is some seed's own, so none is all NaN
+    # Each grid point belongs to some seed, so no column is all NaN.
+    stacked = np.stack(lines)  # [seeds, points]
     low, high = np.nanmin(stacked, axis=0), np.nanmax(stacked, axis=0)
     return grid, np.nanmean(stacked, axis=0), low, high
 

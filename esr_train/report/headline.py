@@ -61,7 +61,7 @@ def ratio(value: float) -> str:
     return f"{value:.2f}" if value < 2 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def level(value: float) -> str:
+def _level(value: float) -> str:
     """A value of the metric: three decimals, unless it is too small or too large for them."""
     return f"{value:.3f}" if 0.01 <= abs(value) < 10 else plain(value)
 
@@ -69,11 +69,11 @@ def level(value: float) -> str:
 def between(spread: Spread) -> str:
     """A mean with its extremes over seeds."""
     if spread.count < 2:
-        return level(spread.middle)
-    return f"{level(spread.middle)} ({level(spread.low)} to {level(spread.high)})"
+        return _level(spread.middle)
+    return f"{_level(spread.middle)} ({_level(spread.low)} to {_level(spread.high)})"
 
 
-def times(value: float, less: str, more: str, same: str) -> str:
+def _times(value: float, less: str, more: str, same: str) -> str:
     """ "4.1 times <less>" for baseline / arm = 4.1, "4.1 times <more>" for its inverse."""
     if math.isnan(value):
         return ""
@@ -82,7 +82,7 @@ def times(value: float, less: str, more: str, same: str) -> str:
     return f"{ratio(value)} times {less}" if value > 1 else f"{ratio(1 / value)} times {more}"
 
 
-def seeds(count: int) -> str:
+def _seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
@@ -128,20 +128,20 @@ def _both(run: Run, arm: ArmSummary, base: ArmSummary) -> str:
             "cannot be told apart by the time they take to get there."
         )
     time = arm.ratios["seconds"]
-    speed = times(time.middle, "faster than", "slower than", "as fast as")
+    speed = _times(time.middle, "faster than", "slower than", "as fast as")
     took = f"{plain(arm.to_threshold['seconds'])} s against {plain(base.to_threshold['seconds'])} s"
     text = f"{arm.name} is {speed} {base.name} to {target(run)} ({took} of training time), with "
     parts = [
-        times(arm.ratios["tokens"].middle, "fewer", "more", "as many") + " generated tokens",
-        times(arm.ratios["steps"].middle, "fewer", "more", "as many") + " steps",
+        _times(arm.ratios["tokens"].middle, "fewer", "more", "as many") + " generated tokens",
+        _times(arm.ratios["steps"].middle, "fewer", "more", "as many") + " steps",
     ]
     if not math.isnan(arm.memory_ratio):
-        lower = times(arm.memory_ratio, "lower", "higher", "the same")
+        lower = _times(arm.memory_ratio, "lower", "higher", "the same")
         parts.append(f"{lower} peak memory")
     text += f"{', '.join(parts[:-1])} and {parts[-1]}; "
     if max(arm.evaluated, base.evaluated) == 1:
         return text + "1 seed, so the spread is unknown."
-    text += f"median of {seeds(arm.evaluated)}"
+    text += f"median of {_seeds(arm.evaluated)}"
     if time.count > 1:
         text += (
             f", {base.name}'s time over {arm.name}'s from {ratio(time.low)} to {ratio(time.high)}"
@@ -161,21 +161,21 @@ def _alone(run: Run, arm: ArmSummary) -> str:
     return (
         f"reaches {target(run)} after {plain(arm.to_threshold['seconds'])} s of training and "
         f"{plain(arm.to_threshold['tokens'])} generated tokens "
-        f"({arm.reached} of {seeds(arm.evaluated)} got there)"
+        f"({arm.reached} of {_seeds(arm.evaluated)} got there)"
     )
 
 
 def _end(arm: ArmSummary) -> str:
-    there = f", {arm.reached} of {seeds(arm.evaluated)} got there" if arm.reached else ""
-    return f"best {level(arm.best.middle)}, final {level(arm.final.middle)}{there}"
+    there = f", {arm.reached} of {_seeds(arm.evaluated)} got there" if arm.reached else ""
+    return f"best {_level(arm.best.middle)}, final {_level(arm.final.middle)}{there}"
 
 
 def _per_step(arm: ArmSummary, base: ArmSummary) -> str:
-    step = times(arm.speedup_per_step, "faster than", "slower than", "as fast as")
+    step = _times(arm.speedup_per_step, "faster than", "slower than", "as fast as")
     if not step:
         return ""
     text = f" A step of {arm.name} is {step} one of {base.name}"
-    memory = times(arm.memory_ratio, "lower", "higher", "the same")
+    memory = _times(arm.memory_ratio, "lower", "higher", "the same")
     return text + (f", with {memory} peak memory." if memory else ".")
 
 

@@ -20,14 +20,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from esr_train.report.headline import between, headline, plain, ratio, target, verdicts
-from esr_train.report.results import Arm, Row, Run, label, number, read_run, shorten
-from esr_train.report.summary import COSTS, PHASES, ArmSummary, summarise
+from esr_train.report.headline import headline, verdicts
+from esr_train.report.results import Arm, Row, Run, number, read_run
+from esr_train.report.summary import ArmSummary, summarise
+from esr_train.report.tables import WIDTH, as_columns, as_markdown, table_note, tables
 
-Table = list[list[str]]  # rows of cells, the header first
-
-WIDTH = 100  # columns of the terminal table
-_NAME_WIDTH = 18  # of an arm in the terminal table
 _SAMPLES = 2  # shown of an evaluation
 
 
@@ -42,12 +39,13 @@ def write_report(run_dir: Path) -> Path:
 
     run = read_run(run_dir)
     summaries = summarise(run)
+    templates = _templates()
     content = _content(run, summaries)
     content["pictures"] = draw_pictures(run, summaries, run.path / "figures")
     for name, text in {
         "summary.json": _summary_json(run, summaries),
-        "report.md": _templates().get_template("report.md.j2").render(content),
-        "report.html": _templates().get_template("page.html.j2").render(content),
+        "report.md": templates.get_template("report.md.j2").render(content),
+        "report.html": templates.get_template("page.html.j2").render(content),
     }.items():
         (run.path / name).write_text(_printable(text), encoding="utf-8")
     return run.path / "report.html"
@@ -59,7 +57,7 @@ def summary_table(run_dir: Path) -> str:
     content = _content(run, summarise(run))
     blocks = [
         textwrap.fill(content["headline"], WIDTH),
-        *(f"{title[:WIDTH]}\n\n{_columns(table)}" for title, table in content["tables"]),
+        *(f"{title[:WIDTH]}\n\n{as_columns(table)}" for title, table in content["tables"]),
         textwrap.fill(content["table_note"], WIDTH),
         *(textwrap.fill(f"Note: {note}", WIDTH) for note in run.notes),
     ]
@@ -75,24 +73,19 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"pipes": _pipes, "fence": _fence, "base64": _base64}
+    templates.filters |= {"pipes": as_markdown, "fence": _fence, "base64": _base64}
     return templates
 
 
 def _content(run: Run, summaries: list[ArmSummary]) -> dict[str, Any]:
     """What a report says, in the order of the page; the figures aside."""
-    tables = [
-        (label(run.report.metric), _level_table(summaries)),
-        (f"to {target(run)}", _goal_table(run, summaries)),
-        ("a step", _step_table(run, summaries)),
-    ]
     return {
         "title": _title(run),
         "headline": headline(run, summaries),
         "notes": run.notes,
         "verdicts": verdicts(run, summaries),
-        "tables": [(title.capitalize(), table) for title, table in tables],
-        "table_note": _table_note(run),
+        "tables": tables(run, summaries),
+        "table_note": table_note(run),
         "samples": [(arm.name, _samples(arm)) for arm in run.arms],
         "reading": _reading(run),
         "environment": [[key, _text(run.environment[key]) or "none"] for key in run.environment],
@@ -104,57 +97,6 @@ def _title(run: Run) -> str:
     name = run.path.resolve().name
     others = ", ".join(arm.name for arm in run.arms if arm.name != run.baseline)
     return f"{name}: {others} against {run.baseline}" if run.baseline else name
-
-
-def _level_table(summaries: list[ArmSummary]) -> Table:
-    """The metric at the end and at its best, one row per arm."""
-    table = [["arm", "final", "best", "seeds"]]
-    for item in summaries:
-        table.append([item.name, between(item.final), between(item.best), str(item.evaluated)])
-    return table
-
-
-def _goal_table(run: Run, summaries: list[ArmSummary]) -> Table:
-    """What it costs to get to the threshold, one row per arm."""
-    table = [["arm", "seeds there", "seconds", "generated tokens", "steps"]]
-    for item in summaries:
-        row = [item.name, f"{item.reached} of {item.evaluated}"]
-        for cost in COSTS:
-            share = math.nan if item.name == run.baseline else item.ratios[cost].middle
-            row.append(_with_ratio(plain(item.to_threshold[cost]), share))
-        table.append(row)
-    return table
-
-
-def _with_ratio(text: str, share: float) -> str:
-    return text if math.isnan(share) else f"{text} ({ratio(share)}x)"
-
-
-def _step_table(run: Run, summaries: list[ArmSummary]) -> Table:
-    """What a step costs, one row per arm."""
-    table = [["arm", *(f"{phase} s" for phase in PHASES), "all s", "tokens", "peak memory"]]
-    for item in summaries:
-        row = [item.name, *(plain(item.step_seconds[phase]) for phase in PHASES)]
-        speedup = math.nan if item.name == run.baseline else item.speedup_per_step
-        memory = math.nan if item.name == run.baseline else item.memory_ratio
-        row.append(_with_ratio(plain(item.seconds_per_step), speedup))
-        row.append(plain(item.tokens_per_step))
-        row.append(_with_ratio(size(item.peak), memory))
-        table.append(row)
-    return table
-
-
-def _table_note(run: Run) -> str:
-    brackets = (
-        f"In brackets after a cost: {run.baseline}'s cost divided by it, so (4.0x) means four "
-        "times less. "
-    )
-    return (brackets if run.baseline else "") + (
-        "Costs to the threshold are medians over seeds, read off the first evaluation at or past "
-        "it; a seed that never gets there counts as infinite. Metrics are means (lowest to highest "
-        "seed). A step's seconds and tokens are means over steps and seeds, its peak memory is the "
-        "highest."
-    )
 
 
 def _reading(run: Run) -> list[str]:
@@ -220,31 +162,6 @@ def _score(row: Row) -> str:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that fits."""
-    if math.isnan(count):
-        return "-"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def _columns(table: Table) -> str:
-    """Aligned columns; long names of arms are cut."""
-    cut = [[shorten(row[0], _NAME_WIDTH), *row[1:]] for row in table]
-    widths = [max(len(row[i]) for row in cut) for i in range(len(cut[0]))]
-    lines = []
-    for row in cut:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip()[:WIDTH])
-    return "\n".join(lines)
-
-
-def _pipes(table: Table) -> str:
-    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
-    rule = ["---"] + ["---:"] * (len(table[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [escaped[0], rule, *escaped[1:]])
 
 
 def _fence(text: str, language: str = "") -> str:

@@ -72,8 +72,8 @@ def _summarise_arm(run: Run, arm: Arm, baseline: Arm) -> ArmSummary:
     to_threshold, ratios = {}, {}
     for cost in COSTS:
         to_threshold[cost] = _median(own, cost)
-        by_seed = known(divide(base[k][cost], own[k][cost]) for k in own if k in base)
-        middle = divide(_median(base, cost), to_threshold[cost])
+        by_seed = known(_divide(base[k][cost], own[k][cost]) for k in own if k in base)
+        middle = _divide(_median(base, cost), to_threshold[cost])
         ratios[cost] = _spread(middle, by_seed)
 
     seconds, peaks = _step_costs(arm)
@@ -86,21 +86,21 @@ def _summarise_arm(run: Run, arm: Arm, baseline: Arm) -> ArmSummary:
         seeds=len(arm.seeds),
         evaluated=len(own),
         reached=sum(math.isfinite(cost["steps"]) for cost in own.values()),
-        final=_spread(mean(finals), finals),
-        best=_spread(mean(bests), bests),
+        final=_spread(_mean(finals), finals),
+        best=_spread(_mean(bests), bests),
         to_threshold=to_threshold,
         ratios=ratios,
         step_seconds=seconds,
         seconds_per_step=per_step,
-        tokens_per_step=mean(mean(number(r, "tokens") for r in s.metrics) for s in arm.seeds),
-        speedup_per_step=divide(_total(base_seconds), per_step),
+        tokens_per_step=_mean(_mean(number(r, "tokens") for r in s.metrics) for s in arm.seeds),
+        speedup_per_step=_divide(_total(base_seconds), per_step),
         peak_bytes=peaks,
         peak=peak,
-        memory_ratio=divide(_highest(base_peaks), peak),
+        memory_ratio=_divide(_highest(base_peaks), peak),
     )
 
 
-def first_passing(run: Run, seed: Seed) -> dict[str, float] | None:
+def _first_passing(run: Run, seed: Seed) -> dict[str, float] | None:
     """Cost of the first evaluation at or past the threshold; None if the metric was never measured.
 
     No interpolation between evaluations. Infinity in each cost where no evaluation passes.
@@ -119,15 +119,15 @@ def first_passing(run: Run, seed: Seed) -> dict[str, float] | None:
 
 
 def _costs(run: Run, arm: Arm) -> dict[int, dict[str, float]]:
-    found = {seed.number: first_passing(run, seed) for seed in arm.seeds}
+    found = {seed.number: _first_passing(run, seed) for seed in arm.seeds}
     return {k: cost for k, cost in found.items() if cost is not None}
 
 
 def _step_costs(arm: Arm) -> tuple[dict[str, float], dict[str, float]]:
     """Mean seconds a step and peak bytes, each by phase."""
     seconds = {
-        phase: mean(
-            mean(number(row, "seconds", phase) for row in seed.metrics) for seed in arm.seeds
+        phase: _mean(
+            _mean(number(row, "seconds", phase) for row in seed.metrics) for seed in arm.seeds
         )
         for phase in PHASES
     }
@@ -161,13 +161,13 @@ def _median(costs: dict[int, dict[str, float]], cost: str) -> float:
     return statistics.median(kept) if kept else math.nan
 
 
-def mean(values: Iterable[float]) -> float:
+def _mean(values: Iterable[float]) -> float:
     """Mean of the known values; NaN where there is none."""
     kept = known(values)
     return statistics.fmean(kept) if kept else math.nan
 
 
-def divide(numerator: float, denominator: float) -> float:
+def _divide(numerator: float, denominator: float) -> float:
     """numerator / denominator where both are positive and finite, else NaN."""
     usable = all(math.isfinite(value) and value > 0 for value in (numerator, denominator))
     return numerator / denominator if usable else math.nan
