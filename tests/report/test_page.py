@@ -45,12 +45,15 @@ def test_report_is_self_contained_and_complete(tmp_path: Path) -> None:
         assert arm in markdown
 
 
-def test_single_arm_is_reported_without_a_comparison(tmp_path: Path) -> None:
+@pytest.mark.parametrize("baseline", [None, "train"])
+def test_single_arm_is_reported_without_a_comparison(tmp_path: Path, baseline: str | None) -> None:
     write_config(tmp_path, {"train": 100})
+    set_baseline(tmp_path, baseline)
     write_seed(tmp_path, "train", 0, [(0, 0, 0, 0.1), (20, 9, 90, 0.95)])
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "train reaches greedy accuracy 0.9 after 9 s" in page
-    assert "against full" not in page and "All arms" not in page
+    for text in ("against train", "All arms", "report.baseline names", "(1.00x)", "four times"):
+        assert text not in re.sub(r"base64,[^\"]+", "", page)
 
 
 def test_several_arms_without_a_baseline_are_reported_without_ratios(tmp_path: Path) -> None:
