@@ -28,6 +28,7 @@ def demo_config(steps: int, length: int) -> Config:
     )
     overrides = [
         f"arms=[{arms}]",
+        "report.baseline=plain",
         "seeds=[0]",
         f"steps={steps}",
         f"eval.every={steps}",

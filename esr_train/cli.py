@@ -27,7 +27,14 @@ from transformers import logging as transformers_logging
 from esr_kernels import SamplingParams
 from esr_train.checkpoint import CheckpointError, Interrupt
 from esr_train.compare import Interrupted, cap_steps, compare
-from esr_train.config import Config, ConfigError, ModelConfig, arm_config, load_config, to_yaml
+from esr_train.config import (
+    Config,
+    ConfigError,
+    arm_config,
+    load_config,
+    to_yaml,
+    with_overrides,
+)
 from esr_train.evaluate import Evaluator
 from esr_train.experiment import (
     Experiment,
@@ -158,7 +165,8 @@ def _train(options: argparse.Namespace) -> None:
     seed = config.seeds[0]
     # A run of `train` is a comparison with one arm, so that reports can be made of it.
     arm = {"name": "train", "max_new_tokens": config.rollout.max_new_tokens}
-    config = dataclasses.replace(config, seeds=[seed], arms=[arm])
+    changes = {"seeds": [seed], "arms": [arm], "report.baseline": None}
+    config = with_overrides(config, changes)
     if options.dry_run:
         return _print_plan(config)
     run_dir = options.out or Path("runs") / options.config.stem
@@ -206,7 +214,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if options.model:
-        config = dataclasses.replace(config, student=ModelConfig(model=options.model))
+        config = with_overrides(config, {"student": {"model": options.model}})
     if options.dry_run:
         return _print_plan(config)
     experiment = load_experiment(config)

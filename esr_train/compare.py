@@ -6,13 +6,12 @@ goes first rotates from seed to seed, so that a machine that slows down or warms
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from esr_train.config import Config, ConfigError, arm_config, check
+from esr_train.config import Config, ConfigError, arm_config, with_overrides
 from esr_train.experiment import load_experiment, progress_bar, progress_text, write_run_files
 from esr_train.report import summary_table, write_report
 from esr_train.train import Trainer
@@ -101,7 +100,7 @@ def cap_steps(config: Config, max_steps: int | None) -> Config:
         {**arm, "steps": min(arm["steps"], max_steps)} if "steps" in arm else arm
         for arm in config.arms
     ]
-    return check(dataclasses.replace(config, steps=min(config.steps, max_steps), arms=arms))
+    return with_overrides(config, {"steps": min(config.steps, max_steps), "arms": arms})
 
 
 def _clear(run_dir: Path) -> None:

@@ -1,95 +1,121 @@
-"""The configuration: nested dataclasses from YAML plus dotted overrides, strict in keys and types.
+"""The configuration: frozen models from YAML plus dotted overrides, strict in keys and types.
 
     config = load_config(Path("configs/demo.yaml"), ["optim.lr=1e-4", "steps=20"])
 
-An unknown key is an error that names the nearest known one; a value of the wrong type is an error
-that names the key, the value and the type. `null` is allowed only where the type says `| None`.
+An unknown key is an error that names the nearest known key. A value of the wrong type or out of
+range is an error that names the key, the value and what is allowed. `null` is allowed only where
+the type says `| None`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
-import types
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what is allowed."""
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    model: str = ""  # builtin:NAME, smollm2, a Hugging Face hub id, or a local directory
-    drop_layers: list[int] = field(default_factory=list)  # decoder layers to remove after loading
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class RuntimeConfig:
+# YAML 1.1 reads the word `off` as False.
+_OFF = BeforeValidator(lambda value: "off" if value is False else value)
+
+
+class ModelConfig(_Strict):
+    model: str = Field(min_length=1)  # builtin:NAME, smollm2, a hub id, or a local directory
+    drop_layers: list[int] = []  # decoder layers to remove after loading
+
+
+class RuntimeConfig(_Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 on CUDA, else fp32
     attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa
-    liger: Literal["auto", "off"] = "auto"  # auto: its layers on CUDA where installed
+    liger: Annotated[Literal["auto", "off"], _OFF] = "auto"  # auto: on CUDA where installed
     trust_remote_code: bool = False  # run model code that comes with a hub repository
 
 
-@dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(_Strict):
     task: str = "sums"  # sums, prompts, or prompts:PATH.txt
-    prompts: int = 16  # prompts per step
-    samples: int = 1  # responses sampled per prompt
-    max_new_tokens: int = 100  # N: response tokens sampled and trained on, EOS included
+    prompts: PositiveInt = 16  # prompts per step
+    samples: PositiveInt = 1  # responses sampled per prompt
+    max_new_tokens: PositiveInt = 100  # N: response tokens sampled and trained on, EOS included
     temperature: float = 1.0  # of the sampling; 0 = greedy
 
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, value: float) -> float:
+        if value != 0 and value < 1e-6:
+            raise ValueError("must be 0 (greedy) or a finite number of at least 1e-6")
+        return value
 
-@dataclass(frozen=True)
-class LossConfig:
+
+class LossConfig(_Strict):
     divergence: str = "reverse_kl"  # reverse_kl, forward_kl, jsd
     denominator: Literal["token", "trajectory", "fixed"] = "token"  # what the sum is divided by
-    fixed_length: int | None = None  # "fixed" divides by responses x fixed_length
+    fixed_length: PositiveInt | None = None  # "fixed" divides by responses x fixed_length
     window: Literal["first", "last", "middle", "random"] = "first"  # part that is trained on
-    window_tokens: int | None = None  # length of the window; null = the whole response
-    temperature: float = 1.0  # both models' logits are divided by this
+    window_tokens: PositiveInt | None = None  # length of the window; null = the whole response
+    temperature: PositiveFloat = 1.0  # both models' logits are divided by this
     train_on_eos: bool = True  # the EOS token is part of the answer
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"  # reference = plain PyTorch
 
+    @model_validator(mode="after")
+    def _check_denominator(self) -> LossConfig:
+        if self.denominator == "fixed" and self.fixed_length is None:
+            raise ConfigError(
+                "loss.fixed_length: got None, must be a number of tokens where loss.denominator is "
+                "'fixed'"
+            )
+        return self
 
-@dataclass(frozen=True)
-class OptimConfig:
-    lr: float = 1e-5  # AdamW, peak learning rate
-    warmup_steps: int = 0  # linear, from lr / warmup_steps
+
+class OptimConfig(_Strict):
+    lr: PositiveFloat = 1e-5  # AdamW, peak learning rate
+    warmup_steps: NonNegativeInt = 0  # linear, from lr / warmup_steps
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
-    micro_batch: int | None = None  # responses per forward and backward; null = all at once
+    micro_batch: PositiveInt | None = None  # responses per forward and backward; null = all at once
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    every: int = 0  # steps between evaluations; 0 = no evaluation
-    problems: int = 64  # held-out problems
-    max_new_tokens: int = 256  # longest answer in an evaluation
-    teacher_text: int = 0  # tokens of teacher text per held-out problem to measure KL on; 0 = off
+class EvalConfig(_Strict):
+    every: NonNegativeInt = 0  # steps between evaluations; 0 = no evaluation
+    problems: PositiveInt = 64  # held-out problems
+    max_new_tokens: PositiveInt = 256  # longest answer in an evaluation
+    teacher_text: NonNegativeInt = 0  # tokens of teacher text a problem to measure KL on; 0 = off
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 0  # steps between checkpoints; 0 = only at the end
+class CheckpointConfig(_Strict):
+    every: NonNegativeInt = 0  # steps between checkpoints; 0 = only at the end
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest one
 
 
-@dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(_Strict):
     metric: str = "greedy_accuracy"  # evaluation metric that the report is about
     threshold: float = 0.9  # value of it that "time to reach" means
     higher_is_better: bool = True  # False for divergences
+    baseline: str | None = None  # name of the arm that ratios refer to; null = no ratios
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(_Strict):
     """One experiment.
 
     `arms` are for `compare`: each has a `name` and the keys that differ, for example
@@ -97,220 +123,158 @@ class Config:
     {name: last-32, loss.window: last, loss.window_tokens: 32}.
     """
 
-    student: ModelConfig = field(default_factory=ModelConfig)
-    teacher: ModelConfig = field(default_factory=ModelConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    steps: int = 100  # optimizer steps
-    seeds: list[int] = field(default_factory=lambda: [0])  # `train` uses the first, `compare` all
-    arms: list[dict[str, Any]] = field(default_factory=list)  # what `compare` compares
+    student: ModelConfig  # the model that is trained
+    teacher: ModelConfig  # the model that it is trained to match
+    runtime: RuntimeConfig = RuntimeConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
+    steps: PositiveInt = 100  # optimizer steps
+    seeds: list[int] = [0]  # `train` uses the first, `compare` all
+    arms: list[dict[str, Any]] = []  # what `compare` compares
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: list[int]) -> list[int]:
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError("must be different integers, at least one")
+        return seeds
+
+    @model_validator(mode="after")
+    def _check_arms(self) -> Config:
+        names: list[Any] = [arm.get("name") for arm in self.arms]
+        for name in names:
+            if not isinstance(name, str) or not re.fullmatch(r"[^./\\][^/\\]*", name):
+                raise ConfigError(f"arms: each needs a name that can be a directory, got {name!r}")
+            if names.count(name) > 1:
+                raise ConfigError(f"arms: the name {name!r} is used twice")
+        baseline = self.report.baseline
+        if baseline is not None and baseline not in names:
+            allowed = ", ".join(map(repr, names)) or "null without arms"
+            raise ConfigError(
+                f"report.baseline: got {baseline!r}, must be the name of an arm ({allowed})"
+                + _did_you_mean(baseline, names)
+            )
+        for arm in self.arms:
+            arm_config(self, arm)
+        return self
 
 
 # Keys of an arm that may be written without their section.
 _ARM_SHORT = {"max_new_tokens": "rollout.max_new_tokens"}
-_POSITIVE = (
-    "steps rollout.prompts rollout.samples rollout.max_new_tokens loss.fixed_length "
-    "loss.window_tokens loss.temperature optim.lr optim.micro_batch eval.problems "
-    "eval.max_new_tokens"
-).split()
-_NOT_NEGATIVE = "optim.warmup_steps eval.every eval.teacher_text checkpoint.every".split()
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error, where its last value would win."""
+    """YAML in which a key that is given twice is an error, and 1e-4 is a float as in YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (at, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is given twice", at.start_mark
-                )
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            problem = f"{twice[0]!r} is given twice in the mapping"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read `path` (YAML), apply "section.key=value" overrides (values in YAML), check the lot."""
     if not path.is_file():
         raise ConfigError(f"config: {path} is not a file")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is not valid YAML: {_one_line(error)}") from error
-    config = config_from_dict(data)
-    for override in overrides or []:
+    data = _from_yaml(path.read_bytes(), f"config: {path} is not valid YAML") or {}
+    changes = {}
+    for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"override: got {override!r}, expected section.key=value")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {key}: {_one_line(error)}") from error
-        config = _set(config, key.strip(), value)
-    return check(config)
-
-
-def config_from_dict(data: Any) -> Config:
-    """Build a Config from plain data (as YAML gives it); values are checked for type only."""
-    config: Config = _build(Config, data, "")
-    return config
+        changes[key.strip()] = _from_yaml(text, f"override {key}")
+    return _validated(data, changes)
 
 
 def with_overrides(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with dotted keys replaced, checked."""
-    for key, value in changes.items():
-        config = _set(config, key, value)
-    return check(config)
+    return _validated(config.model_dump(), changes)
 
 
 def arm_config(config: Config, arm: Mapping[str, Any]) -> Config:
     """The configuration that one arm of a comparison trains with."""
     changes = {_ARM_SHORT.get(key, key): value for key, value in arm.items() if key != "name"}
     try:
-        return with_overrides(dataclasses.replace(config, arms=[]), changes)
+        return with_overrides(config, {"arms": [], "report.baseline": None, **changes})
     except ConfigError as error:
         raise ConfigError(f"arm {arm['name']}: {error}") from error
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to the same Config."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=100)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, width=100)
 
 
-def check(config: Config) -> Config:
-    """Check values against each other and against their ranges; return `config` unchanged."""
-    for section in ("student", "teacher"):
-        if not getattr(config, section).model:
-            raise ConfigError(
-                f"{section}.model: missing; give builtin:NAME, smollm2, a hub id or a path"
-            )
-    for key in _POSITIVE:
-        value = _get(config, key)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{key}: got {value!r}, must be above 0")
-    for key in _NOT_NEGATIVE:
-        if not _get(config, key) >= 0:
-            raise ConfigError(f"{key}: got {_get(config, key)!r}, must be 0 or above")
-    if not (config.rollout.temperature == 0 or 1e-6 <= config.rollout.temperature < math.inf):
-        raise ConfigError(
-            f"rollout.temperature: got {config.rollout.temperature!r}, must be 0 (greedy) or a "
-            "finite number of at least 1e-6"
-        )
-    if config.loss.denominator == "fixed" and config.loss.fixed_length is None:
-        raise ConfigError(
-            'loss.fixed_length: needed (a number of tokens) by loss.denominator "fixed"'
-        )
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-        raise ConfigError(f"seeds: got {config.seeds}, must be different integers, at least one")
-    names = [arm.get("name") for arm in config.arms]
-    for name in names:
-        if not isinstance(name, str) or not name or set(name) & set("/\\") or name.startswith("."):
-            raise ConfigError(f"arms: each needs a name that can be a directory, got {name!r}")
-        if names.count(name) > 1:
-            raise ConfigError(f"arms: the name {name!r} is used twice")
-    for arm in config.arms:
-        arm_config(config, arm)
-    return config
+def _from_yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def _build(cls: type, data: Any, prefix: str) -> Any:
-    if not isinstance(data, Mapping):
-        where = prefix.rstrip(".") or "config"
-        raise ConfigError(f"{where}: got {data!r}, expected a mapping of keys to values")
-    hints = get_type_hints(cls)
-    values = {}
-    for key, value in data.items():
-        if key not in hints:
-            raise ConfigError(_unknown(prefix + str(key)))
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            values[key] = _build(hint, value, f"{prefix}{key}.")  # type: ignore[arg-type]
-        else:
-            values[key] = _typed(hint, value, prefix + key)
-    return cls(**values)
+def _validated(data: Any, changes: Mapping[str, Any]) -> Config:
+    """The Config of plain data with dotted keys replaced."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"config: got {data!r}, must be a mapping of keys to values")
+    data = dict(data)
+    for key, value in changes.items():
+        if key not in _known_keys():
+            raise ConfigError(_unknown(key))
+        section, _, name = key.partition(".")
+        if not name:
+            data[section] = value
+        elif isinstance(data.setdefault(section, {}), dict):  # else an error of the section
+            data[section] = {**data[section], name: value}
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise _first_error(error) from error
 
 
-def _set(config: Any, key: str, value: Any) -> Any:
-    if key not in _all_keys(Config, sections=True):
-        raise ConfigError(_unknown(key))
-    head, _, rest = key.partition(".")
-    if rest:
-        section = getattr(config, head)
-        hint = get_type_hints(type(section))[rest]
-        replaced = dataclasses.replace(section, **{rest: _typed(hint, value, key)})
-        return dataclasses.replace(config, **{head: replaced})
-    hint = get_type_hints(Config)[head]
-    if dataclasses.is_dataclass(hint):
-        return dataclasses.replace(config, **{head: _build(hint, value, head + ".")})  # type: ignore[arg-type]
-    return dataclasses.replace(config, **{head: _typed(hint, value, head)})
+def _first_error(error: ValidationError) -> ConfigError:
+    """One of pydantic's errors in one line; an unknown key first, as its section may lack it."""
+    unknown = ("extra_forbidden", "invalid_key")
+    found = min(error.errors(), key=lambda item: item["type"] not in unknown)
+    key, cause = ".".join(map(str, found["loc"])), found.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause
+    if found["type"] in unknown:
+        return ConfigError(_unknown(key))
+    if found["type"] == "missing":
+        model = key.removesuffix(".model") + ".model"
+        return ConfigError(f"{model}: missing; give builtin:NAME, smollm2, a hub id or a path")
+    key = re.sub(r"\.(\d+)", r"[\1]", key)
+    allowed = re.sub(r"^\w+ should", "must", found["msg"].removeprefix("Value error, "))
+    if found["type"] in ("model_type", "dict_type"):
+        allowed = "must be a mapping of keys to values"
+    return ConfigError(f"{key}: got {found['input']!r}, {allowed}")
 
 
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+def _unknown(key: Any) -> str:
+    return f"unknown key {key!r}{_did_you_mean(str(key), _known_keys())}"
 
 
-def _all_keys(cls: type, prefix: str = "", sections: bool = False) -> list[str]:
+def _known_keys() -> list[str]:
     keys = []
-    for key, hint in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            keys += _all_keys(hint, f"{prefix}{key}.")  # type: ignore[arg-type]
-            keys += [prefix + key] if sections else []
-        else:
-            keys.append(prefix + key)
+    for name, field in Config.model_fields.items():
+        section = getattr(field.annotation, "model_fields", {})
+        keys += [name, *(f"{name}.{key}" for key in section)]
     return keys
 
 
-def _unknown(key: str) -> str:
-    known = _all_keys(Config, sections=True)
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not nearest:  # a key written without its section
-        nearest = [k for k in known if k.endswith("." + key)][:1]
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown key {key!r}{hint}"
-
-
-def _typed(hint: Any, value: Any, key: str) -> Any:
-    """`value` as `hint` says; floats may be given as ints or as "1e-4", text to YAML."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        # YAML 1.1 reads the word `off` as False.
-        value = "off" if value is False and "off" in arguments else value
-        if value not in arguments:
-            raise ConfigError(
-                f"{key}: got {value!r}, allowed are {', '.join(map(repr, arguments))}"
-            )
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        return _typed(next(a for a in arguments if a is not type(None)), value, key)
-    if origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{key}: got {value!r}, expected a list")
-        return [_typed(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key}: got {value!r}, expected a mapping")
-        return dict(value)
-    if hint is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(
-        f"{key}: got {value!r} of type {type(value).__name__}, expected {hint.__name__}"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _did_you_mean(word: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    nearest += [key for key in known if key.endswith("." + word)]  # written without its section
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

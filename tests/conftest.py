@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from esr_train.config import Config, config_from_dict, with_overrides
+from esr_train.config import Config, with_overrides
 from tests.tiny import save_pair
 
 
@@ -23,7 +23,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture
 def make_config(pair: tuple[str, str]) -> Callable[..., Config]:
     """A configuration that runs in a moment; keyword arguments are sections or keys."""
-    base = config_from_dict(
+    base = Config.model_validate(
         {
             "student": {"model": pair[0]},
             "teacher": {"model": pair[1]},

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from esr_train import compare as compare_module
 from esr_train.compare import Interrupted, compare, run_order
-from esr_train.config import Config, ConfigError
+from esr_train.config import Config, ConfigError, with_overrides
 from esr_train.metrics import read_rows
 from esr_train.rollout import ContextError
 from esr_train.train import Trainer
@@ -25,7 +24,7 @@ ARMS = [
 
 @pytest.fixture
 def config(make_config: MakeConfig) -> Config:
-    return make_config(arms=ARMS, seeds=[0, 1], eval__every=3)
+    return make_config(arms=ARMS, seeds=[0, 1], eval__every=3, report__baseline="full")
 
 
 def rows(run_dir: Path, arm: str, seed: int, name: str = "metrics") -> list[dict[str, Any]]:
@@ -60,9 +59,7 @@ def test_a_comparison_writes_everything(config: Config, tmp_path: Path) -> None:
 
 def test_arms_do_not_depend_on_their_neighbours(config: Config, tmp_path: Path) -> None:
     compare(config, tmp_path / "all", say=lambda text: None)
-    alone = compare_module.check(
-        compare_module.dataclasses.replace(config, arms=ARMS[2:], seeds=[1])
-    )
+    alone = with_overrides(config, {"arms": ARMS[2:], "seeds": [1]})
     compare(alone, tmp_path / "one", say=lambda text: None)
     losses = [[r["loss"] for r in rows(tmp_path / d, "full", 1)] for d in ("all", "one")]
     assert losses[0] == losses[1]
@@ -102,7 +99,7 @@ def test_a_second_comparison_replaces_the_first_and_nothing_else(
 ) -> None:
     compare(config, tmp_path / "run", max_steps=1, say=lambda text: None)
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    one = compare_module.dataclasses.replace(config, arms=ARMS[1:])
+    one = with_overrides(config, {"arms": ARMS[1:]})
     compare(one, tmp_path / "run", max_steps=1, say=lambda text: None)
     assert sorted(p.name for p in (tmp_path / "run" / "arms").iterdir()) == ["full", "mask-3"]
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
@@ -117,7 +114,7 @@ def test_an_arm_that_does_not_fit_is_refused_before_any_trains(
 ) -> None:
     arms = [*ARMS, {"name": "huge", "max_new_tokens": 500}]
     with pytest.raises(ContextError, match="context overflow"):
-        compare(compare_module.dataclasses.replace(config, arms=arms), tmp_path)
+        compare(with_overrides(config, {"arms": arms}), tmp_path)
     assert not list(tmp_path.rglob("*.jsonl"))
 
 

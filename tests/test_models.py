@@ -83,7 +83,7 @@ def test_dropping_layers_keeps_the_rest_in_order_and_saves(tmp_path: Path) -> No
         assert torch.equal(layer.mlp.up_proj.weight, weight)
     model.save_pretrained(tmp_path)
     char_tokenizer().save_pretrained(tmp_path)
-    again = load_model(ModelConfig(str(tmp_path)), RUNTIME)
+    again = load_model(ModelConfig(model=str(tmp_path)), RUNTIME)
     ids = torch.tensor([[3, 4, 5]])
     # Generation uses the cache slots that the layers were given anew.
     assert torch.equal(model(ids).logits, again(ids).logits)
@@ -107,7 +107,7 @@ def test_layers_that_cannot_be_dropped_are_named(layers: list[int]) -> None:
 def test_a_missing_model_is_one_clear_error(spec: str, message: str) -> None:
     for load in (load_model, load_tokenizer):
         with pytest.raises(ModelError, match=message):
-            load(ModelConfig(spec), RUNTIME)
+            load(ModelConfig(model=spec), RUNTIME)
 
 
 def test_a_hub_model_that_cannot_be_reached_says_what_was_tried(
@@ -118,20 +118,20 @@ def test_a_hub_model_that_cannot_be_reached_says_what_was_tried(
 
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", unreachable)
     with pytest.raises(ModelError, match="not a local directory and not to be had from") as caught:
-        load_model(ModelConfig("someone/model"), RUNTIME)
+        load_model(ModelConfig(model="someone/model"), RUNTIME)
     assert "\n" not in str(caught.value)
 
 
 def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="could not be loaded"):
-        load_model(ModelConfig(str(tmp_path)), RUNTIME)
+        load_model(ModelConfig(model=str(tmp_path)), RUNTIME)
 
 
 def test_a_damaged_model_is_named(tmp_path: Path) -> None:
     save_pair(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ModelError, match="could not be loaded"):
-        load_model(ModelConfig(str(tmp_path)), RUNTIME)
+        load_model(ModelConfig(model=str(tmp_path)), RUNTIME)
 
 
 def test_unequal_tokenizers_are_refused_and_padding_is_not() -> None:
@@ -162,7 +162,7 @@ def test_fetch_caches_and_verifies(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     calls = _fake_cache(monkeypatch, tmp_path)
     first = fetch.fetch_smollm2(say=lambda text: None)
     assert fetch.fetch_smollm2() == first and len(calls) == 1
-    load_model(ModelConfig("smollm2"), RUNTIME)
+    load_model(ModelConfig(model="smollm2"), RUNTIME)
     assert [p.name for p in first.parent.iterdir()] == [first.name], "nothing is left beside it"
     with (first / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)

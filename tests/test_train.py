@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from esr_train.config import Config, ConfigError, LossConfig
+from esr_train.config import Config, ConfigError, LossConfig, OptimConfig
 from esr_train.data import PromptStream
 from esr_train.experiment import load_experiment
 from esr_train.loss import token_weights
@@ -240,10 +239,8 @@ def test_models_that_do_not_fit_together_are_refused(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     other = save_pair(tmp_path, alphabet=ALPHABET[::-1])
-    config = make_config()
-    teacher = dataclasses.replace(config.teacher, model=other)
     with pytest.raises(ModelError, match="must share a tokenizer"):
-        load_experiment(dataclasses.replace(config, teacher=teacher))
+        load_experiment(make_config(teacher__model=other))
 
 
 @pytest.mark.parametrize(
@@ -261,10 +258,10 @@ def test_a_setting_that_only_loading_can_check_names_its_key(
         load_experiment(make_config(**changes))
 
 
-def test_learning_rate_warms_up_and_decays(make_config: MakeConfig) -> None:
-    optim = dataclasses.replace(make_config().optim, lr=1.0, warmup_steps=4)
+def test_learning_rate_warms_up_and_decays() -> None:
+    optim = OptimConfig(lr=1.0, warmup_steps=4)
     assert [learning_rate(optim, step, 8) for step in range(1, 7)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    cosine = dataclasses.replace(optim, schedule="cosine")
+    cosine = optim.model_copy(update={"schedule": "cosine"})
     rates = [learning_rate(cosine, step, 8) for step in range(4, 9)]
     assert rates[0] == rates[1] == 1.0 and 0 < rates[-1] < 0.2
     assert rates[1:] == sorted(rates[1:], reverse=True)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from esr_train.results import ArmSummary, Run, read_run, summarise
+from esr_train.report.results import Run, read_run
+from esr_train.report.summary import ArmSummary, summarise
 
 MIB = 2**20
 
@@ -19,12 +20,16 @@ MIB = 2**20
 def write_config(folder: Path, lengths: dict[str, int], seeds: int = 1, **changes: Any) -> None:
     """config.yaml and environment.json of a run with {arm: max_new_tokens}."""
     config: dict[str, Any] = {
+        "student": {"model": "a"},
+        "teacher": {"model": "b"},
         "rollout": {"task": "sums", "max_new_tokens": 100},
-        "report": {"metric": "greedy_accuracy", "threshold": 0.9, "higher_is_better": True},
+        "report": {"metric": "greedy_accuracy", "threshold": 0.9},
         "steps": 20,
         "seeds": list(range(seeds)),
         "arms": [{"name": name, "max_new_tokens": length} for name, length in lengths.items()],
     }
+    if "full" in lengths:
+        config["report"]["baseline"] = "full"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config | changes), encoding="utf-8")
     environment = {"cpu": "8-core test CPU", "torch": "2.13", "threads": 2, "commit": "abc123"}
@@ -92,6 +97,14 @@ def by_hand(folder: Path) -> Run:
         evals.append((20, late, 200, 0.92 if seed < 2 else 0.88))
         write_seed(folder, "esr-10", seed, evals, step_seconds=0.5, peak=200 * MIB, tokens=10)
     return read_run(folder)
+
+
+def set_baseline(folder: Path, name: str | None) -> None:
+    """Name another arm of a run that is written already."""
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["report"]["baseline"] = name
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 def summaries_of(run: Run) -> dict[str, ArmSummary]:

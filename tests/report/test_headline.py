@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from esr_train.headline import headline
 from esr_train.report import summary_table
-from esr_train.results import read_run, summarise
-from tests.report_runs import (
+from esr_train.report.headline import headline, verdicts
+from esr_train.report.results import read_run
+from esr_train.report.summary import summarise
+from tests.report.runs import (
     MIB,
     by_hand,
+    set_baseline,
     summaries_of,
     write_config,
     write_seed,
@@ -86,3 +88,29 @@ def test_seed_that_misses_counts_as_infinite_in_the_median(tmp_path: Path) -> No
     assert (arms["full"].to_threshold["seconds"], arms["full"].reached) == (11, 2)
     assert (arms["esr-10"].to_threshold["seconds"], arms["esr-10"].reached) == (math.inf, 1)
     assert "2 of 3" in summary_table(tmp_path)
+
+
+def test_missing_baseline_is_said(tmp_path: Path) -> None:
+    write_config(tmp_path, {"esr-10": 10, "full": 100})
+    write_seed(tmp_path, "esr-10", 0, [(0, 0, 0, 0.1), (20, 9, 90, 0.95)])
+    run = read_run(tmp_path)
+    text = headline(run, summarise(run))
+    assert text.startswith("esr-10 reaches greedy accuracy 0.9 after 9 s")
+    assert "full has no evaluation" in text
+
+
+def test_without_a_baseline_the_quickest_arm_is_named_and_the_others_follow(tmp_path: Path) -> None:
+    by_hand(tmp_path)
+    set_baseline(tmp_path, None)
+    run = read_run(tmp_path)
+    text, others = headline(run, summarise(run)), verdicts(run, summarise(run))
+    assert text.startswith("Of 2 arms, esr-10 is the quickest: esr-10 reaches")
+    assert "report.baseline names no arm" in text and "times" not in text
+    assert len(others) == 1 and others[0].startswith("full reaches greedy accuracy 0.9 after 60 s")
+
+
+def test_the_baseline_need_not_be_the_longest_arm(tmp_path: Path) -> None:
+    by_hand(tmp_path)
+    set_baseline(tmp_path, "esr-10")
+    run = read_run(tmp_path)
+    assert "full is 6.0 times slower than esr-10" in headline(run, summarise(run))

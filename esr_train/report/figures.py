@@ -12,9 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter
 
-from esr_train.results import PHASES, Arm, ArmSummary, Run, Seed, known, label, number, shorten
+from esr_train.report.results import Arm, Run, Seed, known, label, number, shorten
+from esr_train.report.summary import PHASES, ArmSummary
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -71,8 +77,6 @@ class Picture:
 
 def draw_pictures(run: Run, summaries: list[ArmSummary], folder: Path) -> list[Picture]:
     """Write every figure that the run has data for into `folder`."""
-    import matplotlib
-
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(_STYLE):
         drawn = [
@@ -81,18 +85,18 @@ def draw_pictures(run: Run, summaries: list[ArmSummary], folder: Path) -> list[P
             _draw_length(run, folder),
             _draw_seconds(run, summaries, folder),
             _draw_memory(run, summaries, folder),
-            *(_draw_other(run, name, folder) for name in other_metrics(run)),
+            *(_draw_other(run, name, folder) for name in _other_metrics(run)),
         ]
     return [picture for picture in drawn if picture is not None]
 
 
-def other_metrics(run: Run) -> list[str]:
+def _other_metrics(run: Run) -> list[str]:
     """Names of the evaluation metrics beside the one that the report is about."""
     rows = [row for arm in run.arms for seed in arm.seeds for row in seed.evals]
     names = {
         name for row in rows if isinstance(row.get("metrics"), dict) for name in row["metrics"]
     }
-    return sorted(names - {run.metric})
+    return sorted(names - {run.report.metric})
 
 
 def band(curves: list[Curve], held: list[bool]) -> tuple[np.ndarray, ...]:
@@ -106,9 +110,8 @@ def band(curves: list[Curve], held: list[bool]) -> tuple[np.ndarray, ...]:
         np.interp(grid, xs, ys, left=np.nan, right=ys[-1] if keep else np.nan)
         for (xs, ys), keep in zip(curves, held, strict=True)
     ]
-    stacked = np.stack(
-        lines
-    )  # [seeds, points]; each grid point is some seed's own, so none is all NaN
+    # Each grid point belongs to some seed, so no column is all NaN.
+    stacked = np.stack(lines)  # [seeds, points]
     low, high = np.nanmin(stacked, axis=0), np.nanmax(stacked, axis=0)
     return grid, np.nanmean(stacked, axis=0), low, high
 
@@ -134,28 +137,25 @@ def _training_curve(key: str, window: int) -> Callable[[Seed], Curve]:
 
 
 def _colour(run: Run, arm: Arm) -> tuple[str, str]:
-    index = run.arms.index(arm)
-    if arm is run.baseline:
+    if arm.name == run.baseline:
         return _BASELINE_COLOUR, "-"
-    turn, place = divmod(index, len(_ARM_COLOURS))
+    turn, place = divmod(run.arms.index(arm), len(_ARM_COLOURS))
     return _ARM_COLOURS[place], _LINE_STYLES[turn % len(_LINE_STYLES)]
 
 
-def _figure(width: int, height: int, columns: int = 1) -> tuple[Any, list[Any]]:
+def _figure(width: int, height: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """An Agg figure of width x height CSS pixels with a row of axes."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width / _CSS_DPI, height / _CSS_DPI), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     return figure, list(axes)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=2 * _CSS_DPI, facecolor="white")
     return path
 
 
-def _legend(figure: Any, handles: dict[str, Any]) -> None:
+def _legend(figure: Figure, handles: dict[str, Any]) -> None:
     """Legend above the axes, in the given order, in as many columns as have room."""
     names = [shorten(name, 40) for name in handles]
     entry = 45 + 7 * max(len(name) for name in names)  # CSS pixels: line, gap, letters
@@ -172,7 +172,7 @@ def _legend(figure: Any, handles: dict[str, Any]) -> None:
 
 
 def _draw_arms(
-    run: Run, axis: Any, curve_of: Callable[[Seed], Curve]
+    run: Run, axis: Axes, curve_of: Callable[[Seed], Curve]
 ) -> tuple[dict[str, Any], list[float]]:
     """Mean line and min-max band of each arm; returns the lines by arm and all x values."""
     lines: dict[str, Any] = {}
@@ -193,7 +193,7 @@ def _draw_arms(
     return lines, seen
 
 
-def _logarithmic(axis: Any, values: list[float]) -> bool:
+def _logarithmic(axis: Axes, values: list[float]) -> bool:
     """Make x logarithmic where its range asks for it; x = 0 then has no place on it."""
     positive = [value for value in values if value > 0]
     if not positive or max(positive) / min(positive) <= _LOG_RANGE:
@@ -203,10 +203,8 @@ def _logarithmic(axis: Any, values: list[float]) -> bool:
     return True
 
 
-def _draw_curves(run: Run, axis: Any, metric: str, against: str) -> tuple[dict[str, Any], bool]:
+def _draw_curves(run: Run, axis: Axes, metric: str, against: str) -> tuple[dict[str, Any], bool]:
     """One evaluation metric against one of _AXES."""
-    from matplotlib.ticker import EngFormatter
-
     x, x_label = _AXES[against]
     lines, seen = _draw_arms(run, axis, lambda seed: _curve(seed.evals, (x,), ("metrics", metric)))
     axis.set_xlim(left=0)
@@ -220,13 +218,13 @@ def _draw_curves(run: Run, axis: Any, metric: str, against: str) -> tuple[dict[s
 def _draw_metric(run: Run, against: str, folder: Path) -> Picture | None:
     wide = against == "seconds"
     figure, (axis,) = _figure(800 if wide else 400, 400 if wide else 310)
-    lines, logarithmic = _draw_curves(run, axis, run.metric, against)
+    lines, logarithmic = _draw_curves(run, axis, run.report.metric, against)
     if not lines:
         return None
-    axis.axhline(run.threshold, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axis.axhline(run.report.threshold, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axis.annotate(
-        f"threshold\n{run.threshold:g}",
-        (1, run.threshold),
+        f"threshold\n{run.report.threshold:g}",
+        (1, run.report.threshold),
         xycoords=("axes fraction", "data"),
         xytext=(5, 0),
         textcoords="offset points",
@@ -234,13 +232,13 @@ def _draw_metric(run: Run, against: str, folder: Path) -> Picture | None:
         fontsize=8.5,
         color=_QUIET,
     )
-    axis.set_ylabel(label(run.metric))
+    axis.set_ylabel(label(run.report.metric))
     _legend(figure, lines)
     path = _save(figure, folder / f"metric_{against}.png")
     caption = f"Line: mean over seeds; band: lowest to highest seed. {_GRID_NOTE[against]}"
     if logarithmic:
         caption += " The evaluation before training, at 0 tokens, has no place on a log axis."
-    title = _title(f"{label(run.metric)} against {_AXES[against][1]}")
+    title = _title(f"{label(run.report.metric)} against {_AXES[against][1]}")
     return Picture(path, title, caption, wide)
 
 
@@ -306,9 +304,7 @@ def _draw_length(run: Run, folder: Path) -> Picture | None:
     return Picture(path, "Response length and EOS rate in training", caption, True)
 
 
-def _phase_legend(figure: Any) -> None:
-    from matplotlib.patches import Patch
-
+def _phase_legend(figure: Figure) -> None:
     _legend(figure, {phase: Patch(color=_PHASE_COLOURS[phase]) for phase in PHASES})
 
 
@@ -324,7 +320,7 @@ def _draw_seconds(run: Run, summaries: list[ArmSummary], folder: Path) -> Pictur
             axis.barh(place, width, left=left, height=0.6, color=_PHASE_COLOURS[phase])
             left += width
         text = f"{item.seconds_per_step:.3g} s"
-        if item.name != run.baseline.name and not math.isnan(item.speedup_per_step):
+        if item.name != run.baseline and not math.isnan(item.speedup_per_step):
             text += f" ({item.speedup_per_step:.1f}x)"
         axis.annotate(text, (left, place), xytext=(5, 0), textcoords="offset points", va="center")
     _bar_axis(axis, [item.name for item in rows], "seconds per optimizer step")
@@ -332,8 +328,10 @@ def _draw_seconds(run: Run, summaries: list[ArmSummary], folder: Path) -> Pictur
     path = _save(figure, folder / "phase_seconds.png")
     caption = (
         "Mean over steps and seeds. rollout: sampling; teacher: scoring; student: forward, loss, "
-        f"backward and optimizer. (4.0x): {run.baseline.name} takes four times as long."
+        "backward and optimizer."
     )
+    if run.baseline:
+        caption += f" (4.0x): {run.baseline} takes four times as long."
     return Picture(path, "Seconds a step, by phase", caption, True)
 
 
@@ -370,7 +368,7 @@ def _draw_memory(run: Run, summaries: list[ArmSummary], folder: Path) -> Picture
     return Picture(path, "Peak memory, by phase", caption, True)
 
 
-def _bar_axis(axis: Any, names: list[str], x_label: str) -> None:
+def _bar_axis(axis: Axes, names: list[str], x_label: str) -> None:
     axis.set_yticks(range(len(names)), [shorten(name, 24) for name in names])
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()

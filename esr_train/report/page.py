@@ -1,0 +1,204 @@
+"""The report of a comparison: `report.html` (self-contained), `report.md`, `summary.json`, figures.
+
+    write_report(Path("runs/demo"))         # returns runs/demo/report.html
+    print(summary_table(Path("runs/demo")))
+
+Everything is computed from the files of the run directory; no model is loaded. The templates
+`page.html.j2` and `report.md.j2` lay out the same content.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from esr_train.report.headline import headline, verdicts
+from esr_train.report.results import Arm, Row, Run, number, read_run
+from esr_train.report.summary import ArmSummary, summarise
+from esr_train.report.tables import WIDTH, as_columns, as_markdown, table_note, tables
+
+_SAMPLES = 2  # shown of an evaluation
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html, report.md, summary.json and figures/*.png; return the path of report.html.
+
+    Raises FileNotFoundError where `run_dir` holds no run and ConfigError where its config cannot
+    be used. Results that are missing are named in the report.
+    """
+    # Importing matplotlib takes a second, and its first import writes a cache of fonts.
+    from esr_train.report.figures import draw_pictures
+
+    run = read_run(run_dir)
+    summaries = summarise(run)
+    templates = _templates()
+    content = _content(run, summaries)
+    content["pictures"] = draw_pictures(run, summaries, run.path / "figures")
+    for name, text in {
+        "summary.json": _summary_json(run, summaries),
+        "report.md": templates.get_template("report.md.j2").render(content),
+        "report.html": templates.get_template("page.html.j2").render(content),
+    }.items():
+        (run.path / name).write_text(_printable(text), encoding="utf-8")
+    return run.path / "report.html"
+
+
+def summary_table(run_dir: Path) -> str:
+    """The headline and the tables as plain text, at most 100 columns wide."""
+    run = read_run(run_dir)
+    content = _content(run, summarise(run))
+    blocks = [
+        textwrap.fill(content["headline"], WIDTH),
+        *(f"{title[:WIDTH]}\n\n{as_columns(table)}" for title, table in content["tables"]),
+        textwrap.fill(content["table_note"], WIDTH),
+        *(textwrap.fill(f"Note: {note}", WIDTH) for note in run.notes),
+    ]
+    return _printable("\n\n".join(blocks))
+
+
+def _templates() -> Environment:
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"pipes": as_markdown, "fence": _fence, "base64": _base64}
+    return templates
+
+
+def _content(run: Run, summaries: list[ArmSummary]) -> dict[str, Any]:
+    """What a report says, in the order of the page; the figures aside."""
+    return {
+        "title": _title(run),
+        "headline": headline(run, summaries),
+        "notes": run.notes,
+        "verdicts": verdicts(run, summaries),
+        "tables": tables(run, summaries),
+        "table_note": table_note(run),
+        "samples": [(arm.name, _samples(arm)) for arm in run.arms],
+        "reading": _reading(run),
+        "environment": [[key, _text(run.environment[key]) or "none"] for key in run.environment],
+        "configuration": (run.path / "config.yaml").read_text(encoding="utf-8").rstrip(),
+    }
+
+
+def _title(run: Run) -> str:
+    name = run.path.resolve().name
+    others = ", ".join(arm.name for arm in run.arms if arm.name != run.baseline)
+    return f"{name}: {others} against {run.baseline}" if run.baseline else name
+
+
+def _reading(run: Run) -> list[str]:
+    """How to read this: what was held equal, what was measured, what it does not show."""
+    text = []
+    if len(run.arms) > 1:
+        text.append(
+            "All arms start from the same student and see the same prompts in the same order with "
+            "the same seeds, sampled by the same engine; they differ only in what the "
+            "configuration's arms list. "
+            + (
+                f"{run.baseline} is the baseline, the arm that ratios refer to."
+                if run.baseline
+                else "report.baseline names no arm, so there are no ratios between arms."
+            )
+        )
+    text += [
+        "Training time is the sum of the timed phases (rollout, teacher, student); evaluation, "
+        "loading and saving are outside of it. The cost of reaching the threshold is read off the "
+        "first evaluation at or past it, without interpolation, so it is no finer than the "
+        "spacing of evaluations.",
+        "Peak memory on a GPU is device memory. On a CPU it is the resident high-water mark of the "
+        "whole process, with weights, optimizer and libraries in it, so its ratios understate "
+        "what a shorter rollout saves on activations.",
+        "The bands are the lowest and the highest seed, not confidence intervals, and a few seeds "
+        "say little about rare outcomes. Where arms train for different numbers of steps, their "
+        "final values stand for different amounts of training.",
+    ]
+    if run.config.eval.every:
+        text.append(f"Every evaluation uses {run.config.eval.problems} held-out problems.")
+    if run.config.rollout.task == "sums":
+        text.append(
+            "The task is sums: a model organism, built so that the student has one good and one "
+            "bad mode. It shows how the method can work; it is not evidence about LLMs."
+        )
+    return text
+
+
+def _samples(arm: Arm) -> list[Row]:
+    """A few samples of the first seed that has any, from its first and its last evaluation."""
+    rows = next((seed.samples for seed in arm.seeds if seed.samples), [])
+    steps = sorted({number(row, "step") for row in rows if not math.isnan(number(row, "step"))})
+    chosen = [
+        row
+        for step in dict.fromkeys([*steps[:1], *steps[-1:]])
+        for row in [row for row in rows if number(row, "step") == step][:_SAMPLES]
+    ]
+    return [
+        {
+            "step": f"{number(row, 'step'):.0f}",
+            "score": _score(row),
+            "prompt": _text(row.get("prompt")),
+            "response": _text(row.get("response")),
+        }
+        for row in chosen
+    ]
+
+
+def _score(row: Row) -> str:
+    score = number(row, "score")
+    return "" if math.isnan(score) else f" (score {score:g})"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+def _fence(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    ticks = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _printable(text: str) -> str:
+    """Text that any terminal, browser and UTF-8 file takes: control characters and halves of
+    surrogate pairs, which a sampled response may hold, become the replacement character."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+
+
+def _summary_json(run: Run, summaries: list[ArmSummary]) -> str:
+    facts = {
+        "headline": headline(run, summaries),
+        "metric": run.report.metric,
+        "threshold": run.report.threshold,
+        "higher_is_better": run.report.higher_is_better,
+        "baseline": run.baseline,
+        "notes": run.notes,
+        "arms": [dataclasses.asdict(item) for item in summaries],
+    }
+    return json.dumps(_strict(facts), indent=2, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: unknown is null, never reached is "not reached"."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "not reached"
+    return value
