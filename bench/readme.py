@@ -21,7 +21,6 @@ def filled(readme: str) -> str:
     for name, text in (
         ("demo", _report("demo")),
         ("smollm2", _report("smollm2")),
-        ("curve", _curve()),
         ("bench", _bench()),
         ("rollout", _rollout()),
     ):
@@ -47,18 +46,6 @@ def _report(name: str) -> str:
 
 def _machine(record: dict) -> str:
     return f"{record['cpu']}, {record['threads']} threads, torch {record['torch']}"
-
-
-def _curve() -> str:
-    """One sentence on the fused loss against plain PyTorch in training."""
-    path = ROOT / "bench" / "results" / "training_curve.json"
-    curve = json.loads(path.read_text())
-    return (
-        f"Trained with plain PyTorch's loss instead, the same seed gives the same curve: over "
-        f"{len(curve['plain'])} steps the two differ by at most "
-        f"{curve['largest_relative_difference']:.0e} of the divergence "
-        "(`python -m bench.training_curve`)."
-    )
 
 
 def _bench() -> str:
