@@ -105,12 +105,21 @@ def test_single_precision_is_the_reference(heads, options, impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"], indirect=True)
-@pytest.mark.parametrize("std", [1.0, 4.0], ids=["random", "peaked"])
-def test_16_bit_errs_no_more_than_plain_pytorch(impl, std):
-    tensors, groups = _case(std=std, dtype=torch.float16)
-    truth = reference.shared_prefix_attention(*tensors, groups=groups)
-    plain = (_plain(tensors, groups) - truth).norm() / truth.norm()
-    out = shared_prefix_attention(*tensors, groups=groups, impl=impl)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({}, {}),
+        ({"std": 4.0}, {}),
+        ({"length": 300, "own": 70}, {}),
+        ({"length": 300, "own": 70}, {"window": 40, "softcap": 3.0}),
+    ],
+    ids=["random", "peaked", "splits", "splits, window and softcap"],
+)
+def test_16_bit_errs_no_more_than_plain_pytorch(impl, shape, options):
+    tensors, groups = _case(**shape, dtype=torch.float16)
+    truth = reference.shared_prefix_attention(*tensors, groups=groups, **options)
+    plain = (_plain(tensors, groups, **options) - truth).norm() / truth.norm()
+    out = shared_prefix_attention(*tensors, groups=groups, impl=impl, **options)
     assert out.dtype == torch.float16
     _assert_close(out, truth, 1.5 * float(plain))
 
