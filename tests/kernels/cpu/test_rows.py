@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,6 +17,7 @@ from esr_kernels import (
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
+    linear_divergence,
 )
 from esr_kernels.common import matmul
 from esr_kernels.common.transform import LogitTransform
@@ -199,72 +198,66 @@ def test_an_empty_tile_is_an_empty_answer():
     assert value.shape == stats.student_lse.shape == (0,)
 
 
-_BUILD = """
-from esr_kernels import linear_divergence
-from esr_kernels.cpu import library as native
-import torch
-x = torch.randn(4, 8), torch.randn(30, 8), torch.randn(4, 8), torch.randn(30, 8)
-print(native.cpu_rows(), float(linear_divergence(*x).loss) > 0)
-"""
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache for the library, compiled without optimisation: 0.3 s instead of 2.5."""
+    monkeypatch.setenv("ESR_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_TUNING", (["-O0"],))
+    return tmp_path
 
 
-def _build(**environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", _BUILD],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_two_processes_that_build_at_once_both_succeed(tmp_path):
-    both = [_build(ESR_CACHE=str(tmp_path)) for _ in range(2)]
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_processes_that_build_at_once_both_succeed(cache):
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=native._compiled) for _ in range(2)]
     for process in both:
-        out, err = process.communicate(timeout=120)
-        assert out.split() == ["native", "True"], err
-    left = [path.name for path in (tmp_path / "native").iterdir()]
-    assert len(left) == 1 and left[0].endswith(".so")
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    [built] = (cache / "native").iterdir()
+    assert built == native._compiled() and native._is_whole(built)
 
 
 @pytest.mark.parametrize("why", ["no compiler", "unwritable cache", "switched off"])
-def test_without_the_compiled_passes_pytorch_serves(why, tmp_path):
+def test_without_the_compiled_passes_pytorch_serves(why, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     environment = {
         "no compiler": {"CC": "", "PATH": str(tmp_path), "ESR_CACHE": str(tmp_path / "new")},
         "unwritable cache": {"ESR_CACHE": str(tmp_path / "file")},
         "switched off": {"ESR_NATIVE": "0"},
     }[why]
-    out, err = _build(**environment).communicate(timeout=120)
-    assert out.split() == ["torch", "True"], err
-    assert ("No compiled code for the CPU" in err) == (why != "switched off")
+    x = torch.randn(4, 8), torch.randn(30, 8), torch.randn(4, 8), torch.randn(30, 8)
+    with monkeypatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        native.library.cache_clear()
+        try:
+            assert native.cpu_rows() == "torch"
+            assert float(linear_divergence(*x).loss) > 0
+        finally:
+            native.library.cache_clear()
+    assert native.cpu_rows() == "native"
+    assert ("No compiled code for the CPU" in caplog.text) == (why != "switched off")
 
 
-@pytest.mark.parametrize("damage", ["cut short", "junk", "empty", "a flipped bit"])
-def test_a_damaged_library_is_built_again(damage, tmp_path, monkeypatch):
-    monkeypatch.setenv("ESR_CACHE", str(tmp_path))
+def test_a_damaged_library_is_built_again(cache):
     path = native._compiled()
     whole = path.read_bytes()
     flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
-    damaged = {
-        "cut short": whole[:9000],
-        "junk": b"junk",
-        "empty": b"",
-        "a flipped bit": flipped,
-    }[damage]
-    path.write_bytes(damaged)
-    assert native._compiled() == path
-    assert native._is_whole(path) and path.read_bytes() != damaged
+    for damaged in (whole[:9000], b"junk", b"", flipped):
+        path.write_bytes(damaged)
+        assert native._compiled() == path
+        assert native._is_whole(path) and path.read_bytes() != damaged
 
 
 def _not_c(_: str, names: list[str]) -> list[str]:
     return [name for name in names if not name.endswith((".c", ".h"))]
 
 
-def test_a_changed_source_is_compiled_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("ESR_CACHE", str(tmp_path))
+def test_a_changed_source_is_compiled_again(cache, monkeypatch):
     first = native._compiled()
-    copy = tmp_path / "package"
+    copy = cache / "package"
     shutil.copytree(native._SOURCES[0].parent, copy, ignore=_not_c)
     monkeypatch.setattr(native, "_SOURCES", [copy / path.name for path in native._SOURCES])
     assert native._compiled() == first
