@@ -18,7 +18,7 @@ from esr_kernels.divergence.planner import make_plan
 from tests.kernels import cases
 from tests.kernels.cases import DEVICE
 
-TOKENS, CLASSES, DIMS = 768, 60_000, (128, 192)
+TOKENS, CLASSES, DIMS = 768, 30_000, (128, 192)
 
 
 def _problem(weight_grad_given: bool) -> Problem:
@@ -33,21 +33,32 @@ def _problem(weight_grad_given: bool) -> Problem:
     )
 
 
+@pytest.fixture(scope="module")
+def operands() -> list[torch.Tensor]:
+    """Student's and teacher's, of a call that has been made: the BLAS keeps buffers of its own."""
+    made = [torch.randn(rows, dim, device=DEVICE) for dim in DIMS for rows in (TOKENS, CLASSES)]
+    made[0].requires_grad_()
+    linear_divergence(*made, plan="stash", memory_budget=200 * MIB).loss.backward()
+    made[0].grad = None
+    return made
+
+
 @pytest.mark.parametrize(
     "kind, budget_mib, gives_weight_grad",
     [
-        ("stash", 400, False),
-        ("stash", 150, False),
-        ("recompute", 150, False),
-        ("recompute", 60, False),
-        ("stash", 200, True),
-        ("recompute", 60, True),
+        ("stash", 200, False),
+        ("stash", 75, False),
+        ("recompute", 75, False),
+        ("recompute", 40, False),
+        ("stash", 100, True),
+        ("recompute", 40, True),
     ],
 )
-def test_predicted_peak_is_the_measured_peak_within_10_percent(kind, budget_mib, gives_weight_grad):
+def test_predicted_peak_is_the_measured_peak_within_10_percent(
+    kind, budget_mib, gives_weight_grad, operands
+):
     plan = make_plan(_problem(gives_weight_grad), kind, budget_mib * MIB)
-    hidden, teacher = (torch.randn(TOKENS, dim, device=DEVICE) for dim in DIMS)
-    weight, teacher_weight = (torch.randn(CLASSES, dim, device=DEVICE) / 10 for dim in DIMS)
+    hidden, weight, teacher, teacher_weight = (x.detach() for x in operands)
     hidden.requires_grad_()
     weight.requires_grad_()
     weight_grad = torch.ones_like(weight, requires_grad=False) if gives_weight_grad else None
