@@ -22,8 +22,9 @@ def _attend(tensors, **options):
     return shared_prefix_attention(*on_cpu, **options)
 
 
-@pytest.mark.parametrize("dim", [1, 7, 8, 40, 64, 80, 128, 256])
-@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize(
+    ("dim", "window"), [(1, None), (7, 90), (8, None), (40, 90), (64, None), (80, 90), (256, None)]
+)
 def test_heads_of_any_width(dim, window):
     shape = {"dim": dim, "length": 150, "own": 131, "prompts": 2, "heads": (6, 2)}
     tensors, _ = _case((0, 0, 0, 1, 1, 1), **shape)
@@ -31,7 +32,7 @@ def test_heads_of_any_width(dim, window):
     _assert_close(_attend(_in(torch.float32, tensors), window=window), truth, 1e-6)
 
 
-@pytest.mark.parametrize("repeats", [1, 2, 7, 23, 24, 25, 60])
+@pytest.mark.parametrize("repeats", [1, 7, 23, 24, 25, 60])
 def test_any_number_of_query_heads_share_a_key_head(repeats):
     tensors, _ = _case((0,) * 9, prompts=1, heads=(repeats, 1))
     truth = reference.shared_prefix_attention(*tensors).cpu()

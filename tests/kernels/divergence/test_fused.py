@@ -119,8 +119,16 @@ def _check_residuals(parts: Tensor, ours: RowStats) -> None:
         assert cases.relative_error(residual, exact[:, column] - lse.double()) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("std", [(1.0, 1.5), (10.0, 30.0)], ids=["random", "peaked"])
+@pytest.mark.parametrize(
+    ("dtype", "std"),
+    [
+        (torch.float32, (1.0, 1.5)),
+        (torch.float32, (10.0, 30.0)),
+        (torch.bfloat16, (1.0, 1.5)),
+        (torch.float16, (10.0, 30.0)),
+    ],
+    ids=str,
+)
 def test_random_and_peaked(dtype, std):
     parts = _check(_operands(dtype, std=std))
     assert parts.shape == (TOKENS, 13, 10), "a split for every tile, where tokens are few"

@@ -64,9 +64,11 @@ def _three(case, tokens, backward=_backward, **how):
 
 
 _ALL = list(product(HEADS, [False, True], DTYPES))
+_ON_CPU = list(product(HEADS, [False, True], DTYPES[:1]))
+_ON_CPU += [(head, bool(i % 2), DTYPES[1 + i % 2]) for i, head in enumerate(HEADS)]
 
 
-@pytest.mark.parametrize(("head", "likely", "dtype"), _ALL, ids=str)
+@pytest.mark.parametrize(("head", "likely", "dtype"), _ON_CPU, ids=str)
 def test_no_worse_than_plain_pytorch(head, likely, dtype):
     case = HEADS[head](dtype)
     cases.assert_as_good_as_plain(*_three(case, _tokens(case, likely), impl="torch"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -82,13 +82,18 @@ def _check_nearly_equal(divergence, tail, dtype, impl):
 
 _NEAR = list(product(DIVERGENCES, TAILS, DTYPES))
 _ALL = [(head, *rest) for head in HEADS for rest in _NEAR]
+# 16-bit on CPU: one head for each divergence, tail and dtype.
+_ON_CPU = [combination for combination in _ALL if combination[-1] == torch.float32]
+_ON_CPU += [
+    (head, *rest) for head, rest in zip(cycle(HEADS), _NEAR, strict=False) if rest[-1].itemsize == 2
+]
 
 
 def _ids(combinations: list[tuple]) -> list[str]:
     return ["-".join(map(str, combination)) for combination in combinations]
 
 
-@pytest.mark.parametrize("combination", _ALL, ids=_ids(_ALL))
+@pytest.mark.parametrize("combination", _ON_CPU, ids=_ids(_ON_CPU))
 def test_no_worse_than_plain_pytorch(combination):
     _check(*combination, impl="torch")
 
