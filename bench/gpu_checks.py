@@ -17,20 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import esr_kernels
 from bench.peers import Operands, make_operands
 from esr_kernels import (
     JSD,
     KLMix,
+    SampleKeys,
+    SamplingParams,
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
     linear_divergence,
     linear_topk_divergence,
+    sample_from_hidden,
+    shared_prefix_attention,
     token_logprob,
 )
 from esr_kernels.divergence import reference
 from esr_kernels.divergence.losses import resolve_divergence
+from tests.kernels.cases import ALLOWED_RATIO, RoundGradient, relative_error
 
 Result = dict[str, Any]  # errors by name, and "ok"
 Check = tuple[str, Callable[[], Result]]
@@ -44,7 +48,6 @@ DIVERGENCES = (
     SkewReverseKL(0.2),
     TotalVariation(),
 )
-_ALLOWED_RATIO = 1.5
 # Statistics are fp32 sums over the vocabulary.
 _STATISTICS = 1e-5
 # Rounding a gradient's 16-bit operands and itself, each about a third of the dtype's eps.
@@ -76,39 +79,17 @@ def checks(size: Size) -> Iterator[Check]:
             yield name, partial(_topk, size, dtype, divergence, tail)
         if size.impl == "triton":
             yield f"fused statistics {_short(dtype)}", partial(_fused, size, dtype)
-        if hasattr(esr_kernels, "sample_from_hidden"):
-            yield f"sample_from_hidden {_short(dtype)}", partial(_sampler, size, dtype)
-        if hasattr(esr_kernels, "shared_prefix_attention"):
-            yield f"shared_prefix_attention {_short(dtype)}", partial(_attention, size, dtype)
+        yield f"sample_from_hidden {_short(dtype)}", partial(_sampler, size, dtype)
+        yield f"shared_prefix_attention {_short(dtype)}", partial(_attention, size, dtype)
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _error(value: Tensor, truth: Tensor) -> float:
-    value, truth = value.double(), truth.double()
-    return float((value - truth).norm() / truth.norm())
-
-
 @lru_cache(maxsize=1)
 def _operands(size: Size, dtype: torch.dtype) -> Operands:
     return make_operands(size.tokens, *size.dims, size.classes, dtype=dtype, device=size.device)
-
-
-class _RoundGradient(torch.autograd.Function):
-    """Identity whose gradient is rounded to a dtype and back, as in front of a 16-bit GEMM."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = dtype
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # fp16 underflows; whoever trains with it scales the loss.
-        scale = 2.0**12 if ctx.dtype == torch.float16 else 1.0
-        return (gradient * scale).to(ctx.dtype).to(gradient.dtype) / scale, None
 
 
 def _by_autograd(x: Operands, divergence: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -121,7 +102,7 @@ def _by_autograd(x: Operands, divergence: Any, dtype: torch.dtype) -> dict[str, 
     )
     s = hidden.to(dtype) @ weight.to(dtype).T
     if dtype == torch.float32:
-        s = _RoundGradient.apply(s, hidden.dtype)
+        s = RoundGradient.apply(s, hidden.dtype)
     t = x.teacher_hidden.to(dtype) @ x.teacher_weight.to(dtype).T
     per_token = reference.divergence_of_log_probs(
         s.log_softmax(-1), t.log_softmax(-1), resolve_divergence(divergence)
@@ -139,7 +120,7 @@ def _yardsticks(
     x = _operands(size, dtype)
     truth = _by_autograd(x, divergence, torch.float64)
     plain = _by_autograd(x, divergence, torch.float32)
-    return truth, {name: _error(plain[name], truth[name]) for name in truth}
+    return truth, {name: relative_error(plain[name], truth[name]) for name in truth}
 
 
 def _linear_divergence(size: Size, dtype: torch.dtype, divergence: Any, plan: str) -> Result:
@@ -157,9 +138,9 @@ def _linear_divergence(size: Size, dtype: torch.dtype, divergence: Any, plan: st
     )
     out.loss.backward()
     ours = {"per_token": out.per_token, "dX": x.student_hidden.grad, "dW": x.student_weight.grad}
-    errors = {name: _error(value, truth[name]) for name, value in ours.items()}
+    errors = {name: relative_error(value, truth[name]) for name, value in ours.items()}
     eps = torch.finfo(torch.float32).eps
-    limits = {name: max(_ALLOWED_RATIO * error, 4 * eps) for name, error in plain.items()}
+    limits = {name: max(ALLOWED_RATIO * error, 4 * eps) for name, error in plain.items()}
     return {
         **errors,
         **{f"plain {name}": error for name, error in plain.items()},
@@ -180,7 +161,7 @@ def _fused(size: Size, dtype: torch.dtype) -> Result:
             plan="fused",
             impl=size.impl,
         )
-    error = _error(out.per_token, truth["per_token"])
+    error = relative_error(out.per_token, truth["per_token"])
     return {"per_token": error, "ok": error <= _STATISTICS}
 
 
@@ -199,7 +180,7 @@ def _against_reference(
         sum((k + 1) * out[field].sum() for k, field in enumerate(fields)).backward()
         values = {field: out[field].detach() for field in fields}
         results.append({**values, "dX": leaves[0].grad, "dW": leaves[1].grad})
-    errors = {name: _error(results[0][name], results[1][name]) for name in results[0]}
+    errors = {name: relative_error(results[0][name], results[1][name]) for name in results[0]}
     limits = {name: _GRADIENT[dtype] if name[0] == "d" else _STATISTICS for name in errors}
     return {**errors, "ok": all(errors[name] <= limits[name] for name in errors)}
 
@@ -232,21 +213,21 @@ def _topk(size: Size, dtype: torch.dtype, divergence: str, tail: str) -> Result:
 def _sampler(size: Size, dtype: torch.dtype) -> Result:
     """The reference's tokens but where two classes are within rounding of a tie."""
     x = _operands(size, dtype)
-    keys = esr_kernels.SampleKeys(7, torch.arange(size.tokens, device=size.device), 3)
+    keys = SampleKeys(7, torch.arange(size.tokens, device=size.device), 3)
     worst, same = 0.0, 1.0
     for params in (
-        esr_kernels.SamplingParams(),
-        esr_kernels.SamplingParams(0.8, 40, 0.95, 0.01),
+        SamplingParams(),
+        SamplingParams(0.8, 40, 0.95, 0.01),
     ):
         ours, truth = (
-            esr_kernels.sample_from_hidden(
+            sample_from_hidden(
                 x.student_hidden.detach(), x.student_weight.detach(), keys, params, impl=impl
             )
             for impl in (size.impl, "reference")
         )
         equal = ours.tokens == truth.tokens
         same = min(same, float(equal.double().mean()))
-        worst = max(worst, _error(ours.logprob[equal], truth.logprob[equal]))
+        worst = max(worst, relative_error(ours.logprob[equal], truth.logprob[equal]))
     return {"same tokens": same, "logprob": worst, "ok": same >= 0.99 and worst <= _STATISTICS}
 
 
@@ -268,6 +249,6 @@ def _attention(size: Size, dtype: torch.dtype) -> Result:
         *(normal(rows, heads[1], own, dim) for _ in range(2)),
         lengths(rows, own),
     )
-    ours = esr_kernels.shared_prefix_attention(*tensors, impl=size.impl)
-    error = _error(ours, reference.shared_prefix_attention(*tensors))
+    ours = shared_prefix_attention(*tensors, impl=size.impl)
+    error = relative_error(ours, reference.shared_prefix_attention(*tensors))
     return {"out": error, "ok": error <= _GRADIENT[dtype]}

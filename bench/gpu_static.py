@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.kernel_walks import KERNELS, WALKS
+from bench.kernel_variants import KERNELS, VARIANTS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -209,14 +209,17 @@ def _measure(arch: str, variant: str, function: JITFunction, kernel) -> Compiled
     )
 
 
-def compile_walks(arch: str, only: str = "") -> Iterator[Compiled]:
-    """Every distinct kernel that the walks whose name starts with `only` launch."""
+def compile_variants(arch: str, only: list[str]) -> Iterator[Compiled]:
+    """Every distinct kernel launched by the variants whose name starts with one of `only`.
+
+    An empty list selects all variants.
+    """
     seen: list[object] = []
-    for name, walk in WALKS.items():
-        if not name.startswith(only):
+    for name, launch in VARIANTS.items():
+        if only and not name.startswith(tuple(only)):
             continue
         with _launches_compile(TARGETS[arch]) as launched:
-            walk()
+            launch()
         for function, kernel in launched:
             if not any(kernel is other for other in seen):
                 seen.append(kernel)
@@ -251,14 +254,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table, write the JSON, return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=TARGETS, action="append", help="default: all of them")
-    parser.add_argument("--only", default="", help="walks whose name starts so, such as 'fused'")
+    parser.add_argument(
+        "--only", action="append", default=[], help="variants whose name starts so, such as 'fused'"
+    )
     parser.add_argument("--json", type=Path, help=f"default: {_RESULTS.name} for a whole run")
     options = parser.parse_args(arguments)
     whole = options.arch is None and not options.only
     rows: list[Compiled] = []
     for arch in options.arch or TARGETS:
         print(f"\n{arch}\n{_HEADER}", flush=True)
-        for row in compile_walks(arch, options.only):
+        for row in compile_variants(arch, options.only):
             print(_line(row), flush=True)
             rows.append(row)
     faults = [fault for row in rows for fault in row.faults]

@@ -20,7 +20,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return student, teacher
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(pair: tuple[str, str]) -> Callable[..., Config]:
     """A configuration that runs in a moment; keyword arguments are sections or keys."""
     base = Config.model_validate(

@@ -157,26 +157,24 @@ def test_resume_never_does_not_touch_what_is_there(
     assert files(directory) == before
 
 
-def test_an_interrupt_waits_for_the_update() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_waits_for_the_update(number: int) -> None:
     reached = []
     with pytest.raises(KeyboardInterrupt):
         with Interrupt() as interrupt:
             with interrupt.hold():
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
                 reached.append("end of update")
             reached.append("after it")
     assert reached == ["end of update"]
     with pytest.raises(KeyboardInterrupt):
         with Interrupt():
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(5)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_stopped_run_saves_and_resumes_exactly(
-    make_config: MakeConfig, tmp_path: Path, number: int
-) -> None:
+def test_a_stopped_run_saves_and_resumes_exactly(make_config: MakeConfig, tmp_path: Path) -> None:
     config_path, out = tmp_path / "config.yaml", tmp_path / "run"
     config_path.write_text(to_yaml(make_config(steps=100_000, eval__every=0)))
     command = [sys.executable, "-m", "esr_train", "train", str(config_path), "--out", str(out)]
@@ -186,7 +184,7 @@ def test_a_stopped_run_saves_and_resumes_exactly(
         if len(read_rows(directory / "metrics.jsonl")) >= 3:
             break
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     last = errors.strip().splitlines()[-1]

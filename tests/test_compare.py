@@ -22,21 +22,28 @@ ARMS = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(make_config: MakeConfig) -> Config:
     return make_config(arms=ARMS, seeds=[0, 1], eval__every=3, report__baseline="full")
+
+
+@pytest.fixture(scope="module")
+def compared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """(path of the report, what was said) of a comparison of all arms."""
+    said: list[str] = []
+    report = compare(config, tmp_path_factory.mktemp("compared") / "run", say=said.append)
+    return report, said
 
 
 def rows(run_dir: Path, arm: str, seed: int, name: str = "metrics") -> list[dict[str, Any]]:
     return read_rows(run_dir / "arms" / arm / f"seed{seed}" / f"{name}.jsonl")
 
 
-def test_a_comparison_writes_everything(config: Config, tmp_path: Path) -> None:
-    said: list[str] = []
-    run_dir = tmp_path / "run"
-    report = compare(config, run_dir, say=said.append)
+def test_a_comparison_writes_everything(compared: tuple[Path, list[str]]) -> None:
+    report, said = compared
+    run_dir = report.parent
     assert said[-1] == str(report) and "esr-3" in said[0] and "full" in said[0]
-    assert report == run_dir / "report.html" and report.stat().st_size > 10_000
+    assert report.name == "report.html" and report.stat().st_size > 10_000
     for name in ("report.md", "summary.json", "config.yaml", "environment.json"):
         assert (run_dir / name).is_file()
     assert list((run_dir / "figures").glob("*.png"))
@@ -57,11 +64,12 @@ def test_a_comparison_writes_everything(config: Config, tmp_path: Path) -> None:
     assert rows(run_dir, "full", 0)[0]["loss"] != rows(run_dir, "full", 1)[0]["loss"]
 
 
-def test_arms_do_not_depend_on_their_neighbours(config: Config, tmp_path: Path) -> None:
-    compare(config, tmp_path / "all", say=lambda text: None)
+def test_arms_do_not_depend_on_their_neighbours(
+    config: Config, compared: tuple[Path, list[str]], tmp_path: Path
+) -> None:
     alone = with_overrides(config, {"arms": ARMS[2:], "seeds": [1]})
-    compare(alone, tmp_path / "one", say=lambda text: None)
-    losses = [[r["loss"] for r in rows(tmp_path / d, "full", 1)] for d in ("all", "one")]
+    compare(alone, tmp_path, say=lambda text: None)
+    losses = [[r["loss"] for r in rows(run, "full", 1)] for run in (compared[0].parent, tmp_path)]
     assert losses[0] == losses[1]
 
 
@@ -69,12 +77,6 @@ def test_the_first_arm_rotates() -> None:
     assert run_order(["a", "b", "c"], [7, 8]) == [
         ("a", 7), ("b", 7), ("c", 7), ("b", 8), ("c", 8), ("a", 8),
     ]  # fmt: skip
-
-
-def test_max_steps_caps_every_arm(config: Config, tmp_path: Path) -> None:
-    compare(config, tmp_path, max_steps=1, say=lambda text: None)
-    assert all(len(rows(tmp_path, arm["name"], 0)) == 1 for arm in ARMS)
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["arms"][1]["steps"] == 1
 
 
 def test_an_interrupt_leaves_the_finished_runs_and_says_so(
@@ -97,12 +99,17 @@ def test_an_interrupt_leaves_the_finished_runs_and_says_so(
 def test_a_second_comparison_replaces_the_first_and_nothing_else(
     config: Config, tmp_path: Path
 ) -> None:
-    compare(config, tmp_path / "run", max_steps=1, say=lambda text: None)
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    one = with_overrides(config, {"arms": ARMS[1:]})
-    compare(one, tmp_path / "run", max_steps=1, say=lambda text: None)
-    assert sorted(p.name for p in (tmp_path / "run" / "arms").iterdir()) == ["full", "mask-3"]
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    run_dir = tmp_path / "run"
+    first = with_overrides(config, {"arms": ARMS[::2], "seeds": [0]})
+    compare(first, run_dir, max_steps=1, say=lambda text: None)
+    (run_dir / "notes.txt").write_text("mine")
+    second = with_overrides(config, {"arms": ARMS[1:], "seeds": [0]})
+    compare(second, run_dir, max_steps=1, say=lambda text: None)
+    assert sorted(p.name for p in (run_dir / "arms").iterdir()) == ["full", "mask-3"]
+    assert (run_dir / "notes.txt").read_text() == "mine"
+    # max_steps caps every arm, those with steps of their own included.
+    assert [len(rows(run_dir, arm, 0)) for arm in ("full", "mask-3")] == [1, 1]
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["arms"][0]["steps"] == 1
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty and holds no earlier comparison"):

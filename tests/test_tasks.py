@@ -138,7 +138,7 @@ def test_built_in_tokenizers_are_those_the_script_builds():
 
 
 def test_teacher_is_right_and_student_starts_out_guessing(one_thread):
-    problems = load_task("sums").problems("heldout", 64, seed=1)
+    problems = load_task("sums").problems("heldout", 32, seed=1)
     assert accuracy(*_load("sums-teacher"), problems) >= 0.95
     assert accuracy(*_load("sums-student"), problems) < 0.3
 

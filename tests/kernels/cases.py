@@ -221,7 +221,7 @@ def oracle(case: Case, divergence: Any) -> dict[str, Tensor]:
     return _results(case, leaves, output)
 
 
-class _RoundGradient(torch.autograd.Function):
+class RoundGradient(torch.autograd.Function):
     """Identity whose gradient is rounded to a dtype and back, as in front of a 16-bit GEMM."""
 
     @staticmethod
@@ -249,7 +249,7 @@ def behind_rounding(
         dead = bias.detach() == -torch.inf
         logits = logits + torch.where(dead, 0.0, bias.float())
         removed = torch.zeros_like(dead, dtype=torch.float32).masked_fill_(dead, -torch.inf)
-    rounded = _RoundGradient.apply(logits, hidden.dtype)
+    rounded = RoundGradient.apply(logits, hidden.dtype)
     return rounded, torch.eye(logits.shape[1], device=DEVICE), removed
 
 

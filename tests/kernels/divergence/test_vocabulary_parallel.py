@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,8 @@ import torch.multiprocessing as mp
 from esr_kernels import JSD, linear_divergence
 from tests.kernels import cases
 
-SHARDS = {2: (600, 403), 3: (500, 3, 500)}
+SHARDS = 500, 3, 500
+CASES = [("reverse_kl", "none"), ("reverse_kl", "mean"), (JSD(0.4), "mean")]
 
 
 def _operands():
@@ -51,35 +51,42 @@ def _run(divergence, tensors, bias, labels, weights, group=None, reduction="mean
     return out, hidden.grad, weight.grad, bias.grad
 
 
-def _rank(rank: int, world: int, store: str, divergence, reduction: str, results: str) -> None:
+def _rank(rank: int, directory: str) -> None:
+    """Run every case on one shard and save the results."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    store = f"file://{directory}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=len(SHARDS))
     tensors, bias, labels, weights = _operands()
-    start = sum(SHARDS[world][:rank])
-    mine = slice(start, start + SHARDS[world][rank])
+    start = sum(SHARDS[:rank])
+    mine = slice(start, start + SHARDS[rank])
     local = torch.where(labels == -100, -100, -1)
     owned = (labels >= mine.start) & (labels < mine.stop)
     local = torch.where(owned, labels - mine.start, local)
     shards = [tensors[0], tensors[1][mine], tensors[2], tensors[3][mine]]
-    out, *gradients = _run(
-        divergence, shards, bias[mine], local, weights, dist.group.WORLD, reduction
-    )
-    detached = {k: v.detach() for k, v in out._asdict().items()}
-    torch.save((detached, gradients, (mine.start, mine.stop)), f"{results}/{rank}.pt")
+    results = []
+    for divergence, reduction in CASES:
+        out, *gradients = _run(
+            divergence, shards, bias[mine], local, weights, dist.group.WORLD, reduction
+        )
+        results.append(({k: v.detach() for k, v in out._asdict().items()}, gradients))
+    torch.save((results, mine.start, mine.stop), f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "world, divergence, reduction",
-    [(2, "reverse_kl", "none"), (2, JSD(0.4), "mean"), (3, "reverse_kl", "mean")],
-    ids=str,
-)
-def test_uneven_shards_equal_one_rank(world, divergence, reduction, tmp_path: Path):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory):
+    """(results of `CASES`, first class, end of the classes) of each rank."""
+    directory = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (str(directory),), nprocs=len(SHARDS))
+    return [torch.load(directory / f"{rank}.pt") for rank in range(len(SHARDS))]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_uneven_shards_equal_one_rank(case, ranks):
+    divergence, reduction = CASES[case]
     whole, hidden, weight, bias = _run(divergence, *_operands(), reduction=reduction)
-    arguments = (world, str(tmp_path / "store"), divergence, reduction, str(tmp_path))
-    mp.spawn(_rank, arguments, nprocs=world)
-    for rank in range(world):
-        out, (d_hidden, d_weight, d_bias), (start, stop) = torch.load(tmp_path / f"{rank}.pt")
+    for rank, (results, start, stop) in enumerate(ranks):
+        out, (d_hidden, d_weight, d_bias) = results[case]
         for name, expected in whole._asdict().items():
             torch.testing.assert_close(
                 out[name], expected.detach(), rtol=1e-5, atol=1e-6, msg=f"{name} on rank {rank}"

@@ -1,7 +1,7 @@
-"""One launch of every Triton kernel with every flag that changes what the compiler sees.
+"""The variants of every Triton kernel: one launch for each combination of flags that it compiles.
 
-Shapes are those of a Qwen head at full size, on tensors without data: launchers choose blocks and
-splits as they would on a GPU. A kernel that is missing here fails tests/test_gpu_static.py.
+Launches have the shapes of a Qwen head and tensors without data, so that launchers choose blocks
+and splits as they would on a GPU. A kernel that is missing here fails tests/test_gpu_static.py.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-WALKS: dict[str, Callable[[], None]] = {
+VARIANTS: dict[str, Callable[[], None]] = {
     "rows: forward": partial(_rows, ForwardKL(), _BF16, False),
     "rows: reverse": partial(_rows, ReverseKL(), _BF16, False),
     "rows: mix, all, bf16": partial(_rows, KLMix(0.5, 0.5), _BF16, True),
