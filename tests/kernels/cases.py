@@ -28,20 +28,25 @@ TOKENS = 23
 # Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this.
 STATISTICS_ULPS = 4.0
 
-# ESR_EVERY_CASE=1: no test of a kernel left out, in the interpreter too; takes minutes.
-_THINS = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("ESR_EVERY_CASE") != "1"
+# ESR_EVERY_CASE=1 leaves out no test of a kernel, wherever it runs; takes minutes.
+_EVERY_CASE = os.environ.get("ESR_EVERY_CASE") == "1"
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+_SANITIZES = os.environ.get("ESR_TRITON_ON_CPU") == "1"
 
 _Combination = TypeVar("_Combination")
 
 
-def thinned(combinations: list[_Combination], every: int) -> list[_Combination]:
-    """All combinations where kernels are compiled, every so many in Triton's interpreter.
+def thinned(
+    combinations: list[_Combination], interpreted: int, sanitized: int = 1
+) -> list[_Combination]:
+    """All combinations on a GPU, one in `interpreted` in Triton's interpreter and one in
+    `sanitized` in the sanitizer (`make sanitize`), both of which take up to a second for each.
 
-    The interpreter takes a second for a case, the sanitizer (`make sanitize`) a third of that, with
-    the compiled kernels. `every` has no factor in common with the sizes of the axes, so that
-    whatever is left has every value of each axis about equally often.
+    The steps have no factor in common with the sizes of the axes, so that the combinations left
+    have every value of each axis about equally often.
     """
-    return combinations[:: every if _THINS else 1]
+    step = interpreted if _INTERPRETS else sanitized if _SANITIZES else 1
+    return combinations[:: 1 if _EVERY_CASE else step]
 
 
 @dataclass

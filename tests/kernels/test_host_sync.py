@@ -13,7 +13,14 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esr_kernels import linear_divergence, linear_topk_divergence, token_logprob
+from esr_kernels import (
+    SampleKeys,
+    SamplingParams,
+    linear_divergence,
+    linear_topk_divergence,
+    sample_from_hidden,
+    token_logprob,
+)
 from esr_kernels.divergence import arguments as checks
 from esr_kernels.divergence import autograd
 from esr_kernels.scoring import selected as picked
@@ -155,6 +162,19 @@ def test_token_logprob_does_not_wait():
         )
         (out.logprob - 0.3 * out.entropy).sum().backward()
     assert hidden.grad.norm() > 0
+
+
+@pytest.mark.parametrize("params", [SamplingParams(0.7), SamplingParams(0.8, 40, 0.95, 0.01)])
+def test_sample_from_hidden_does_not_wait(params):
+    """With every option on the device: a CUDA graph can hold the call and advance the step."""
+    hidden, weight, _ = head_cases.random_head(torch.float32)
+    invalid = torch.zeros(head_cases.CLASSES, dtype=torch.bool, device=DEVICE)
+    keys = SampleKeys(0, torch.arange(2, device=DEVICE), torch.tensor(3, device=DEVICE))
+    call = hidden[:2], weight, keys, params
+    with _NoWaiting():
+        drawn = sample_from_hidden(*call, invalid=invalid, softcap=4.0, impl="triton")
+    expected = sample_from_hidden(*call, invalid=invalid, softcap=4.0, impl="torch")
+    assert torch.equal(drawn.tokens, expected.tokens)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,6 @@ from itertools import product
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from esr_kernels import sample_from_hidden
 from esr_kernels.sampling import fused_triton as sampling_fused_triton
@@ -80,24 +79,3 @@ def test_which_batches_are_fused(monkeypatch):
     with pytest.raises(TypeError, match="NoneType"):
         _both("plain", rows=1)
     _both("top_k", rows=1)  # filters need the logits
-
-
-class _NoStall(TorchDispatchMode):
-    """Fails on what would wait for the GPU, or has a shape that only the GPU knows."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"), name
-        return function(*arguments, **(options or {}))
-
-
-@pytest.mark.parametrize("name", ["cold", "all"])
-def test_the_host_never_waits(name):
-    """With every option on the device: a CUDA graph can hold the call and advance the step."""
-    invalid = torch.zeros(len(WEIGHT), dtype=torch.bool, device=HIDDEN.device)
-    keys = _keys(2, step=torch.tensor(3, device=HIDDEN.device))
-    with _NoStall():
-        drawn = sample_from_hidden(
-            HIDDEN[:2], WEIGHT, keys, PARAMS[name], invalid=invalid, softcap=4.0, impl="triton"
-        )
-    assert torch.equal(drawn.tokens, _both(name, rows=2, keys=keys, softcap=4.0)[1].tokens)

@@ -87,6 +87,8 @@ _ON_CPU = [combination for combination in _ALL if combination[-1] == torch.float
 _ON_CPU += [
     (head, *rest) for head, rest in zip(cycle(HEADS), _NEAR, strict=False) if rest[-1].itemsize == 2
 ]
+_THINNED = cases.thinned(_ALL, 7, 7)
+_NEAR_THINNED = cases.thinned(_NEAR, 5, 5)
 
 
 def _ids(combinations: list[tuple]) -> list[str]:
@@ -99,7 +101,7 @@ def test_no_worse_than_plain_pytorch(combination):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("combination", cases.thinned(_ALL, 7), ids=_ids(cases.thinned(_ALL, 7)))
+@pytest.mark.parametrize("combination", _THINNED, ids=_ids(_THINNED))
 def test_kernels_are_no_worse_than_plain_pytorch(combination):
     _check(*combination, impl="triton")
 
@@ -110,7 +112,7 @@ def test_no_worse_where_the_teacher_nearly_agrees(combination):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("combination", cases.thinned(_NEAR, 5), ids=_ids(cases.thinned(_NEAR, 5)))
+@pytest.mark.parametrize("combination", _NEAR_THINNED, ids=_ids(_NEAR_THINNED))
 def test_kernels_are_no_worse_where_the_teacher_nearly_agrees(combination):
     _check_nearly_equal(*combination, impl="triton")
 
