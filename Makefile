@@ -22,7 +22,7 @@ lint: $(VENV)/.train
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The GPU's code path without a GPU: every test of a kernel, on compiled kernels executed on the CPU
+# The GPU's code path without a GPU: the tests of kernels, on compiled kernels executed on the CPU
 # with bounds and races checked. ttsem declares Python 3.12, and works on 3.11.
 sanitize: $(VENV)/.train $(VENV)/.sanitize
 	ESR_TRITON_ON_CPU=1 $(PYTEST) tests/kernels

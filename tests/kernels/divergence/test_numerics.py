@@ -47,30 +47,19 @@ ON_CPU += [
 ]
 
 
-def _ids(combinations: list[tuple]) -> list[str]:
-    return ["-".join(map(_name, combination)) for combination in combinations]
-
-
-def _check(case_name, divergence, dtype, plan, impl):
+# On CPU, "auto" is the compiled row passes where there is a C compiler.
+@pytest.mark.parametrize(
+    ("case_name", "divergence", "dtype", "plan", "impl"),
+    [
+        *((*combination, impl) for combination in ON_CPU for impl in ("auto", "torch")),
+        *((*combination, "triton") for combination in cases.thinned(COMBINATIONS, 13, 5)),
+    ],
+    ids=_name,
+)
+def test_no_worse_than_plain_pytorch(case_name, divergence, dtype, plan, impl):
     result = cases.ours(cases.CASES[case_name](dtype), divergence, plan=plan, impl=impl)
     yardsticks = cases.yardsticks(case_name, divergence, dtype, rounds_dz=impl == "triton")
     cases.assert_as_good_as_plain(result, *yardsticks)
-
-
-# "auto" is the compiled row passes, where there is a compiler.
-@pytest.mark.parametrize("impl", ["auto", "torch"])
-@pytest.mark.parametrize("combination", ON_CPU, ids=_ids(ON_CPU))
-def test_no_worse_than_plain_pytorch(combination, impl):
-    _check(*combination, impl)
-
-
-_THINNED = cases.thinned(COMBINATIONS, interpreted=13, sanitized=5)
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("combination", _THINNED, ids=_ids(_THINNED))
-def test_kernels_are_no_worse_than_plain_pytorch(combination):
-    _check(*combination, impl="triton")
 
 
 @pytest.mark.kernels
@@ -90,11 +79,16 @@ def _as_one(draws: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
 
-def _check_identical(divergence, plan, impl):
-    """No divergence and no gradient but for rounding.
-
-    That is 1e-6 of the gradient of a random pair, or what plain PyTorch leaves.
-    """
+@pytest.mark.parametrize(
+    ("divergence", "plan", "impl"),
+    [
+        *product(DIVERGENCES, PLANS, ["auto", "torch"]),
+        *((*both, "triton") for both in cases.thinned(list(product(DIVERGENCES, PLANS)), 5, 5)),
+    ],
+    ids=_name,
+)
+def test_identical_models_have_no_divergence_and_no_gradient(divergence, plan, impl):
+    """But for rounding: 1e-6 of the gradient of a random pair, or what plain PyTorch leaves."""
     case = cases.identical(torch.float32)
     baseline = cases.plain(case, divergence)
     result = cases.ours(case, divergence, plan=plan, impl=impl)
@@ -103,22 +97,6 @@ def _check_identical(divergence, plan, impl):
     assert result["agreement"].eq(1).all()
     for name in ("d student_hidden", "d student_weight"):
         assert result[name].norm() <= max(1e-6 * scale[name].norm(), baseline[name].norm())
-
-
-@pytest.mark.parametrize("impl", ["auto", "torch"])
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=_name)
-def test_identical_models_have_no_divergence_and_no_gradient(divergence, plan, impl):
-    _check_identical(divergence, plan, impl)
-
-
-_IDENTICAL = cases.thinned(list(product(DIVERGENCES, PLANS)), interpreted=5, sanitized=5)
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("combination", _IDENTICAL, ids=_ids(_IDENTICAL))
-def test_kernels_find_no_divergence_between_identical_models(combination):
-    _check_identical(*combination, impl="triton")
 
 
 @pytest.mark.parametrize("plan", PLANS)

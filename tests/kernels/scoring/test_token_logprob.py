@@ -68,17 +68,17 @@ _ON_CPU = list(product(HEADS, [False, True], DTYPES[:1]))
 _ON_CPU += [(head, bool(i % 2), DTYPES[1 + i % 2]) for i, head in enumerate(HEADS)]
 
 
-@pytest.mark.parametrize(("head", "likely", "dtype"), _ON_CPU, ids=str)
-def test_no_worse_than_plain_pytorch(head, likely, dtype):
+@pytest.mark.parametrize(
+    ("head", "likely", "dtype", "impl"),
+    [
+        *((*combination, "torch") for combination in _ON_CPU),
+        *((*combination, "triton") for combination in cases.thinned(_ALL, 7)),
+    ],
+    ids=str,
+)
+def test_no_worse_than_plain_pytorch(head, likely, dtype, impl):
     case = HEADS[head](dtype)
-    cases.assert_as_good_as_plain(*_three(case, _tokens(case, likely), impl="torch"))
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize(("head", "likely", "dtype"), cases.thinned(_ALL, 7), ids=str)
-def test_kernels_are_no_worse_than_plain_pytorch(head, likely, dtype):
-    case = HEADS[head](dtype)
-    cases.assert_as_good_as_plain(*_three(case, _tokens(case, likely), impl="triton"))
+    cases.assert_as_good_as_plain(*_three(case, _tokens(case, likely), impl=impl))
 
 
 @pytest.mark.parametrize("output", ["logprob", "entropy", "lse"])

@@ -65,21 +65,6 @@ def _three(case, teacher, **how):
     )
 
 
-def _check(head, divergence, tail, dtype, impl):
-    case = HEADS[head](dtype)
-    cases.assert_as_good_as_plain(
-        *_three(case, _teacher(case), divergence=divergence, tail=tail, impl=impl)
-    )
-
-
-def _check_nearly_equal(divergence, tail, dtype, impl):
-    case = head_cases.head(dtype, 3.0)
-    teacher = _teacher(case, noise=0.02)
-    cases.assert_as_good_as_plain(
-        *_three(case, teacher, divergence=divergence, tail=tail, impl=impl)
-    )
-
-
 _NEAR = list(product(DIVERGENCES, TAILS, DTYPES))
 _ALL = [(head, *rest) for head in HEADS for rest in _NEAR]
 # 16-bit on CPU: one head for each divergence, tail and dtype.
@@ -87,34 +72,35 @@ _ON_CPU = [combination for combination in _ALL if combination[-1] == torch.float
 _ON_CPU += [
     (head, *rest) for head, rest in zip(cycle(HEADS), _NEAR, strict=False) if rest[-1].itemsize == 2
 ]
-_THINNED = cases.thinned(_ALL, 7, 7)
-_NEAR_THINNED = cases.thinned(_NEAR, 5, 5)
 
 
-def _ids(combinations: list[tuple]) -> list[str]:
-    return ["-".join(map(str, combination)) for combination in combinations]
+@pytest.mark.parametrize(
+    ("head", "divergence", "tail", "dtype", "impl"),
+    [
+        *((*combination, "torch") for combination in _ON_CPU),
+        *((*combination, "triton") for combination in cases.thinned(_ALL, 7, 7)),
+    ],
+    ids=str,
+)
+def test_no_worse_than_plain_pytorch(head, divergence, tail, dtype, impl):
+    case = HEADS[head](dtype)
+    three = _three(case, _teacher(case), divergence=divergence, tail=tail, impl=impl)
+    cases.assert_as_good_as_plain(*three)
 
 
-@pytest.mark.parametrize("combination", _ON_CPU, ids=_ids(_ON_CPU))
-def test_no_worse_than_plain_pytorch(combination):
-    _check(*combination, impl="torch")
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("combination", _THINNED, ids=_ids(_THINNED))
-def test_kernels_are_no_worse_than_plain_pytorch(combination):
-    _check(*combination, impl="triton")
-
-
-@pytest.mark.parametrize("combination", _NEAR, ids=_ids(_NEAR))
-def test_no_worse_where_the_teacher_nearly_agrees(combination):
-    _check_nearly_equal(*combination, impl="torch")
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("combination", _NEAR_THINNED, ids=_ids(_NEAR_THINNED))
-def test_kernels_are_no_worse_where_the_teacher_nearly_agrees(combination):
-    _check_nearly_equal(*combination, impl="triton")
+@pytest.mark.parametrize(
+    ("divergence", "tail", "dtype", "impl"),
+    [
+        *((*combination, "torch") for combination in _NEAR),
+        *((*combination, "triton") for combination in cases.thinned(_NEAR, 5, 5)),
+    ],
+    ids=str,
+)
+def test_no_worse_where_the_teacher_nearly_agrees(divergence, tail, dtype, impl):
+    case = head_cases.head(dtype, 3.0)
+    teacher = _teacher(case, noise=0.02)
+    three = _three(case, teacher, divergence=divergence, tail=tail, impl=impl)
+    cases.assert_as_good_as_plain(*three)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
