@@ -59,6 +59,9 @@ def test_an_option_of_the_wrong_kind(name):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"divergence": "reverse"}, ValueError, "divergence must be one of"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of"),
         ({"plan": "stahs"}, ValueError, "plan must be one of"),
         ({"memory_budget": 0}, ValueError, "memory_budget must be"),
         ({"temperature": -1.0}, ValueError, "temperature must be finite and above 0"),
