@@ -129,7 +129,7 @@ def test_older_instructions_compute_the_same(processor, monkeypatch, tmp_path):
     tensors = _operands()
     expected = shared_prefix_attention(*tensors)
     monkeypatch.setenv("ESR_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_TUNING", ([f"-march={processor}"],))
+    monkeypatch.setattr(native, "_TUNING", ([f"-march={processor}", "-O1"],))
     try:
         library = ctypes.CDLL(str(native._compiled()))
     except OSError:
