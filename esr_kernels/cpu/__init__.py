@@ -7,8 +7,8 @@ in the package, so that nothing depends on this room.
     library, structures, parallel_for  how the C is built and loaded, called, and run on threads
 
 The C is compiled at the first call that may use it. `is_available`, the `supports_` functions and
-the result of `project_transposed` tell the caller when to use PyTorch instead. With ESR_NATIVE=0 all
-of them return False, nothing is compiled, and memory is left as it is.
+the result of `project_transposed` tell the caller when to use PyTorch instead. With ESR_NATIVE=0
+all of them return False, nothing is compiled, and memory is left as it is.
 
 The names below are the whole interface. This room imports nothing else of `esr_kernels`, and no
 Triton file imports it.
