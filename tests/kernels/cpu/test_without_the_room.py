@@ -20,7 +20,6 @@ TESTS = [
     "attention/test_op.py",
     "divergence/test_op.py",
     "sampling/test_op.py",
-    "scoring/test_token_logprob.py",
 ]
 # All that a call reaches when nothing is supported.
 STUB = """
