@@ -11,16 +11,15 @@ over rounds. Written to bench/results/ as JSON lines.
 from __future__ import annotations
 
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench.measure import interleaved, median_ratio, record
+from esr_kernels import cpu
 from esr_kernels.attention import prefix_torch as prefix_attention_torch
-from esr_kernels.cpu import attention as prefix_attention_native
-from esr_kernels.cpu import library as native
 
 PROMPTS, SAMPLES, PROMPT_LENGTH, CAPACITY = 8, 8, 128, 63
 LAYERS, HEADS, KV_HEADS, DIM = 30, 9, 3, 64
@@ -46,21 +45,25 @@ def _layer() -> Layer:
     return Layer(prefix, suffix, (key, value))
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+@pytest.mark.skipif(not cpu.is_available(), reason="needs a C compiler")
 def test_milliseconds_a_step() -> None:
     layers = [_layer() for _ in range(LAYERS)]
     query = torch.randn(PROMPTS * SAMPLES, HEADS, DIM)
     lengths = torch.full((PROMPTS,), PROMPT_LENGTH)
+    options: dict[str, Any] = {"scale": DIM**-0.5, "softcap": None, "window": None}
     table: dict[str, dict[str, float]] = {}
     for own in (1, 32, CAPACITY):
         suffixes = torch.full((PROMPTS * SAMPLES,), own)
 
-        def ours(module, layer: Layer, own=suffixes) -> Tensor:  # type: ignore[no-untyped-def]
-            how = {"scale": DIM**-0.5, "softcap": None, "window": None}
-            out: Tensor = module.attend(
-                query, *layer.prefix, lengths, *layer.suffix, own, None, **how
+        def compiled(layer: Layer, own=suffixes) -> Tensor:  # type: ignore[no-untyped-def]
+            return cpu.attend(
+                query, (*layer.prefix, lengths), (*layer.suffix, own), None, **options
             )
-            return out
+
+        def in_pytorch(layer: Layer, own=suffixes) -> Tensor:  # type: ignore[no-untyped-def]
+            return prefix_attention_torch.attend(
+                query, *layer.prefix, lengths, *layer.suffix, own, None, **options
+            )
 
         def whole(layer: Layer, end=PROMPT_LENGTH + own) -> Tensor:  # type: ignore[no-untyped-def]
             key, value = (states[:, :, :end] for states in layer.whole)
@@ -70,8 +73,8 @@ def test_milliseconds_a_step() -> None:
             return out[:, :, 0]
 
         calls = {
-            "compiled": lambda layer, f=ours: f(prefix_attention_native, layer),
-            "PyTorch": lambda layer, f=ours: f(prefix_attention_torch, layer),
+            "compiled": compiled,
+            "PyTorch": in_pytorch,
             "whole sequences": whole,
         }
         results = [call(layers[0]) for call in calls.values()]

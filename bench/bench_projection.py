@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.measure import interleaved, median_ratio, record
 from esr_kernels.common import matmul
+from esr_kernels.cpu import products
 
 SHAPES = [
     (16, 576, 49_152),
@@ -28,7 +29,7 @@ ROUNDS = 7
 def test_projection_is_no_slower_than_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_front(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         with monkeypatch.context() as forced:
-            forced.setattr(matmul, "_turning_pays", lambda: True)
+            forced.setattr(products, "is_faster", lambda: True)
             matmul.project(hidden, weight, out)
 
     table: dict[str, dict[str, float]] = {}

@@ -17,10 +17,9 @@ import pytest
 import torch
 
 from bench.measure import interleaved, record
+from esr_kernels import cpu
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.cpu import library as native
-from esr_kernels.cpu import rows as rows_native
-from esr_kernels.divergence import rows_torch
+from esr_kernels.divergence import rows_native, rows_torch
 from esr_kernels.divergence.losses import JSD, Divergence, ForwardKL, ReverseKL
 from esr_kernels.divergence.statistics import RowSpec, Tile
 
@@ -40,7 +39,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+@pytest.mark.skipif(not cpu.is_available(), reason="needs a C compiler")
 def test_nanoseconds_a_logit_pair() -> None:
     logits = [3 * torch.randn(ROWS, CLASSES) for _ in range(2)]
     s, t = (torch.empty_like(z) for z in logits)

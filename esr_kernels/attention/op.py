@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esr_kernels import cpu
 from esr_kernels.attention import prefix_torch as prefix_attention_torch
 from esr_kernels.common.arguments import check_size
 from esr_kernels.common.head import check_impl
-from esr_kernels.cpu import attention as prefix_attention_native
 from esr_kernels.divergence import reference
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -159,8 +159,11 @@ def shared_prefix_attention(
         from esr_kernels.attention import prefix_triton as prefix_attention_triton
 
         return prefix_attention_triton.attend(*tensors, **options)
-    if prefix_attention_native.serves(query):
-        return prefix_attention_native.attend(*tensors, **options)
+    if cpu.supports_attention(query):
+        prefix = prefix_key, prefix_value, prefix_lengths
+        suffix = suffix_key, suffix_value, suffix_lengths
+        rows = None if groups is None else groups.rows
+        return cpu.attend(query, prefix, suffix, rows, **options)
     return prefix_attention_torch.attend(*tensors, **options)
 
 

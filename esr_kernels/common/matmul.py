@@ -9,16 +9,14 @@ Strips serve vocabulary maps too: `ids` picks rows of a head, a strip of them at
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from esr_kernels import cpu
 from esr_kernels.common.workspace import borrow
-from esr_kernels.cpu.library import library, turn_
 
 # Set where a sanitizer executes the GPU's code path on CPU memory: PyTorch's products stay the
 # CPU's there, whatever device the tensors claim.
@@ -54,55 +52,17 @@ def _strips(
         yield strip, rows.to(dtype)
 
 
-# On an AMD EPYC a product of few tokens and many classes takes 0.6 to 1.1 of the time with the
-# classes in front, on an Intel Xeon 1.3 to 1.9 (bench/bench_projection.py). The result is turned a
-# strip at a time, while it is in the cache; PyTorch is slow at that, and it pays for fewer tokens.
-_TURNED_CLASSES = 1024
-_FEW_TOKENS, _FEW_TOKENS_FOR_PYTORCH = 512, 256
-
-
-@functools.cache
-def _turning_pays() -> bool:
-    """By the processor's maker and not by a measurement, so that runs agree bit for bit."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def _mm_transposed(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = hidden @ weight.T, all of one dtype."""
-    tokens, classes = out.shape
-    few = tokens <= _FEW_TOKENS and classes >= 4 * _TURNED_CLASSES
-    if hidden.device.type != "cpu" or not few or not _turning_pays():
-        torch.mm(hidden, weight.T, out=out)
-        return
-    compiled = library() if out.dtype == torch.float32 and out.stride(1) == 1 else None
-    if compiled is None and tokens > _FEW_TOKENS_FOR_PYTORCH:
-        torch.mm(hidden, weight.T, out=out)
-        return
-    turned = borrow("turned", (_TURNED_CLASSES, tokens), hidden.device, out.dtype)
-    for start in range(0, classes, _TURNED_CLASSES):
-        rows = weight[start : start + _TURNED_CLASSES]
-        strip = turned[: rows.shape[0]]
-        torch.mm(rows, hidden.T, out=strip)
-        part = out[:, start : start + rows.shape[0]]
-        if compiled is None:
-            part.copy_(strip.T)
-        else:
-            turn_(compiled, strip, part)
-
-
 def project(hidden: Tensor, weight: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
     """out = hidden @ weight[ids].T, [n, D] x [V, D] -> [n, V], fp32 out of any operands."""
     widens = _widens(hidden) and hidden.dtype == weight.dtype
     dtype = hidden.dtype if widens else out.dtype
     hidden = hidden.to(dtype)
     for strip, rows in _strips(weight, ids, dtype):
-        if dtype == out.dtype:
-            _mm_transposed(hidden, rows, out[:, strip])
-        else:
-            torch.mm(hidden, rows.T, out_dtype=out.dtype, out=out[:, strip])
+        part = out[:, strip]
+        if dtype != out.dtype:
+            torch.mm(hidden, rows.T, out_dtype=out.dtype, out=part)
+        elif not cpu.project_transposed(hidden, rows, part, borrow):
+            torch.mm(hidden, rows.T, out=part)
     return out
 
 

@@ -8,32 +8,12 @@ products write them at full speed.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import threading
 
 import torch
 from torch import Tensor
 
-_HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has them
-_LARGE = 4 << 20
-
-
-def on_huge_pages(fresh: Tensor) -> Tensor:
-    """The same memory, not touched yet, which Linux is asked to hand out 2 MiB at a time.
-
-    A fresh gradient of a head of 150,000 classes costs a fault for each of its 38,000 small pages.
-    NumPy asks for the same. A refusal does no harm.
-    """
-    size = fresh.numel() * fresh.element_size()
-    if fresh.device.type == "cpu" and size >= _LARGE and _HUGE_PAGES is not None:
-        start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (fresh.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_HUGE_PAGES)
-        )
-    return fresh
-
+from esr_kernels import cpu
 
 _MIB = 1 << 20
 _DEFAULT_BUDGET = {"cuda": 2048 * _MIB, "cpu": 320 * _MIB}
@@ -62,7 +42,8 @@ def borrow(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch
         _buffers.by_key.pop((name, dtype), None)
         # Made outside of inference mode, whose tensors no later call could write to.
         with torch.inference_mode(False):
-            buffer = _buffers.by_key[name, dtype] = on_huge_pages(torch.empty(size, dtype=dtype))
+            buffer = cpu.on_huge_pages(torch.empty(size, dtype=dtype))
+        _buffers.by_key[name, dtype] = buffer
     return buffer[:size].view(shape)
 
 

@@ -1,106 +1,78 @@
-"""`shared_prefix_attention` of fp32 on CPU by `attention_native.c`, where there is a compiler.
+"""Decode attention of fp32 over shared prompts in C.
 
-Rows and heads are computed apart, so a row's result depends on nothing but the row.
+Each pair of row and head is computed on its own, so a row's result does not depend on other rows.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from esr_kernels.cpu.library import library, over_rows
+from esr_kernels.cpu import structures
+from esr_kernels.cpu.library import library
+from esr_kernels.cpu.parallel_for import parallel_for
 
-if TYPE_CHECKING:
-    from esr_kernels.attention.op import RowGroups
-
-_WIDEST = 256
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("key_strides", ctypes.c_int64 * 3),
-        ("value_strides", ctypes.c_int64 * 3),
-        ("lengths", ctypes.c_void_p),
-    ]
+_MAX_HEAD_DIM = 256  # MAX_HEAD_DIM in attention.c
 
 
-class _Attention(ctypes.Structure):
-    _fields_ = [
-        ("query", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("row_stride", ctypes.c_int64),
-        ("prefix", _Cache),
-        ("suffix", _Cache),
-        ("rows", ctypes.c_void_p),
-        ("width", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("repeats", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("window", ctypes.c_int64),
-    ]
-
-
-def serves(query: Tensor) -> bool:
-    """Whether the compiled attention takes these queries, and caches of their dtype."""
+def supports_attention(query: Tensor) -> bool:
+    """Whether `attend` takes this query [B, Hq, D], with keys and values of its dtype."""
     on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
-    return on_cpu and 0 < query.shape[2] <= _WIDEST and library() is not None
+    return on_cpu and 0 < query.shape[2] <= _MAX_HEAD_DIM and library() is not None
 
 
 def attend(
     query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    prefix_lengths: Tensor,
-    suffix_key: Tensor,
-    suffix_value: Tensor,
-    suffix_lengths: Tensor,
-    groups: RowGroups | None,
+    prefix: tuple[Tensor, Tensor, Tensor],
+    suffix: tuple[Tensor, Tensor, Tensor],
+    group_rows: Tensor | None,
     *,
     scale: float,
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Checked operands -> [B, Hq, D]."""
+    """Attention of each row's query over its prompt's keys and then its own -> [B, Hq, D].
+
+    Args:
+        query: [B, Hq, D].
+        prefix, suffix: key [P or B, Hkv, L, D], value of that shape, lengths [P or B] int64.
+        group_rows: [P, G] int64, the rows of each prompt and -1 in empty places. None: B = P * G,
+            and the rows of prompt p are p * G to (p + 1) * G - 1.
+    """
     batch, heads, dim = query.shape
-    prompts, kv_heads = prefix_key.shape[:2]
-    width = batch // prompts if groups is None else groups.rows.shape[1]
+    prompts, kv_heads = prefix[0].shape[:2]
+    width = batch // prompts if group_rows is None else group_rows.shape[1]
     out = torch.empty(batch, heads, dim, dtype=torch.float32, device="cpu")
-    # Copies, if any, live in this list as long as the calls that read them.
-    kept: list[Tensor] = []
+    kept: list[Tensor] = []  # copies that the C reads, alive until it returns
 
     def pointer(tensor: Tensor) -> int:
         kept.append(tensor.resolve_neg().contiguous())
         return kept[-1].data_ptr()
 
-    def cache(key: Tensor, value: Tensor, lengths: Tensor) -> _Cache:
-        both = [t.resolve_neg() for t in (key, value)]
-        both = [t if t.stride(3) == 1 else t.contiguous() for t in both]
+    def cache(key: Tensor, value: Tensor, lengths: Tensor) -> structures.Cache:
+        both = [states.resolve_neg() for states in (key, value)]
+        both = [states if states.stride(3) == 1 else states.contiguous() for states in both]
         kept.extend(both)
-        strides = ((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in both)
-        return _Cache(*(t.data_ptr() for t in both), *strides, pointer(lengths))
+        strides = ((ctypes.c_int64 * 3)(*states.stride()[:3]) for states in both)
+        return structures.Cache(*(s.data_ptr() for s in both), *strides, pointer(lengths))
 
-    what = _Attention(
-        pointer(query),
-        out.data_ptr(),
-        heads * dim,
-        cache(prefix_key, prefix_value, prefix_lengths),
-        cache(suffix_key, suffix_value, suffix_lengths),
-        None if groups is None else pointer(groups.rows),
-        width,
-        kv_heads,
-        heads // kv_heads,
-        dim,
-        scale,
-        softcap or 0.0,
-        window or 0,
+    arguments = structures.Attention(
+        query=pointer(query),
+        out=out.data_ptr(),
+        row_stride=heads * dim,
+        prefix=cache(*prefix),
+        suffix=cache(*suffix),
+        rows=None if group_rows is None else pointer(group_rows),
+        width=width,
+        kv_heads=kv_heads,
+        repeats=heads // kv_heads,
+        dim=dim,
+        scale=scale,
+        softcap=softcap or 0.0,
+        window=window or 0,
     )
-    row_elements = (prefix_key.shape[2] + suffix_key.shape[2]) * dim
-    over_rows("attend", what, prompts * kv_heads * width, row_elements)
+    row_elements = (prefix[0].shape[2] + suffix[0].shape[2]) * dim
+    parallel_for("attend", arguments, prompts * kv_heads * width, row_elements)
     return out

@@ -1,9 +1,12 @@
-"""Compiling and loading the C of this package, for what PyTorch is slow at on CPU: row passes over
-logits, turning them, tiles of a draw, decode attention. Where there is a compiler.
+"""Builds, caches and loads the C of this room.
 
-Compiled once per machine with `$CC`, cc, gcc or clang, for the instructions of that machine, into
-`$ESR_CACHE` (default ~/.cache/esr); takes about two seconds, and a few milliseconds afterwards.
-Without a compiler, or with ESR_NATIVE=0, PyTorch takes over, with a note in the log.
+The sources are compiled when they are first needed, with `$CC`, cc, gcc or clang and for the
+instructions of this machine, which takes about two seconds. The library is cached in
+`$ESR_CACHE/native` (default ~/.cache/esr/native) and loads in a few milliseconds afterwards. A
+cached library is executed, so the directory and the file must belong to the user and be writable by
+nobody else.
+
+If the library cannot be built or loaded, a warning says why, and PyTorch does the work.
 """
 
 from __future__ import annotations
@@ -14,67 +17,72 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from esr_kernels.cpu.structures import check_sizes
 
 _log = logging.getLogger(__name__)
 _SOURCES = [
-    Path(__file__).with_name(f"{name}_native.c")
-    for name in ("rows", "turn", "attention", "tiles", "team")
+    Path(__file__).with_name(f"{name}.c")
+    for name in ("rows", "transpose", "attention", "tile_logsumexp", "parallel_for", "structures")
 ]
-# Nothing here licenses the compiler to reorder sums or to forget about NaN and infinity.
+# None of these lets the compiler reorder sums or ignore NaN and infinity.
 _FLAGS = (
     "-O3 -std=gnu11 -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "
     "-shared -fPIC"
 ).split()
-# The first that the compiler knows.
+# Tried in turn: x86 compilers take the first, some others the second.
 _TUNING: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
-# Below this many logits a second thread costs more than it brings.
-_WORTH_A_THREAD = 1 << 16
-_PARTS_A_THREAD = 4
-_LOADED_IN = os.getpid()
+
+
+@functools.cache
+def is_enabled() -> bool:
+    """Whether this room may do anything: False with ESR_NATIVE=0."""
+    switch = os.environ.get("ESR_NATIVE", "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"ESR_NATIVE must be 0 or 1, got {switch!r}")
+    return switch == "1"
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None where they cannot be had."""
-    switch = os.environ.get("ESR_NATIVE", "1")
-    if switch not in ("0", "1"):
-        raise ValueError(f"ESR_NATIVE must be 0 or 1, got {switch!r}")
-    if switch == "0":
+    """The compiled functions, or None if they are disabled or unavailable."""
+    if not is_enabled():
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
-    except (
-        OSError,
-        RuntimeError,
-        subprocess.SubprocessError,
-    ) as error:
+        compiled = ctypes.CDLL(str(_build()))
+        check_sizes(compiled)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _log.warning("No compiled code for the CPU (%s); PyTorch does its work, slower", error)
         return None
+    return compiled
 
 
-def cpu_rows() -> str:
-    """Who computes row passes on CPU: "native" where `library` is there, else "torch"."""
-    return "torch" if library() is None else "native"
+def is_available() -> bool:
+    """Whether there is compiled code, built at the first call."""
+    return library() is not None
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        path = shutil.which(name) if name else None
+def _compiler() -> list[str]:
+    """The command that starts the compiler: $CC may hold several words."""
+    try:
+        given = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise OSError(f"CC={os.environ['CC']!r} is not a valid command: {error}") from error
+    for command in (given, ["cc"], ["gcc"], ["clang"]):
+        path = shutil.which(command[0]) if command else None
         if path:
-            return path
+            return [path, *command[1:]]
     raise OSError("no C compiler found: looked for $CC, cc, gcc and clang")
 
 
-def _machine() -> str:
-    """What `-march=native` depends on: a cache may be shared between machines."""
+def _processor() -> str:
+    """What `-march=native` depends on: machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -83,104 +91,73 @@ def _machine() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _compiled() -> Path:
+def _build() -> Path:
+    """The path of the library, compiled if the cache has none for these sources and flags."""
+    if os.name != "posix":
+        raise OSError(f"compiled code needs a POSIX system, this one is {os.name!r}")
     compiler = _compiler()
     headers = sorted(_SOURCES[0].parent.glob("*.h"))
     source = b"".join(path.read_bytes() for path in (*_SOURCES, *headers))
-    identity = [compiler, *_FLAGS, platform.platform(), _machine()]
+    identity = [*compiler, *_FLAGS, platform.platform(), _processor()]
     digest = hashlib.sha256(source + "\0".join(identity).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("ESR_CACHE") or Path.home() / ".cache" / "esr").expanduser()
-    target = cache / "native" / f"esr-{digest}.so"
-    if _is_whole(target):
+    directory = _cache_directory()
+    target = directory / f"esr-{digest}.so"
+    if _is_intact(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        built = Path(directory) / "esr.so"
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        built = Path(scratch) / "esr.so"
         for tuning in _TUNING:
-            command = [compiler, *_FLAGS, *tuning, *map(str, _SOURCES), "-o", str(built), "-lm"]
+            command = [*compiler, *_FLAGS, *tuning, *map(str, _SOURCES), "-o", str(built), "-lm"]
             run = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if run.returncode == 0:
                 break
         else:
-            raise OSError(f"{' '.join(command)}: {run.stderr.strip()[-300:]}")
+            raise OSError(f"{shlex.join(command)}: {run.stderr.strip()[-300:]}")
         content = built.read_bytes()
         built.write_bytes(content + hashlib.sha256(content).digest())
-        os.replace(built, target)  # two processes may build at once: either file will do
+        built.chmod(0o700)
+        # Atomic: if two processes build at once, each finds one whole file or the other.
+        os.replace(built, target)
     return target
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a library is there and as it was built: its digest follows it in the file.
+def _cache_directory() -> Path:
+    cache = Path(os.environ.get("ESR_CACHE") or Path.home() / ".cache" / "esr").expanduser()
+    directory = cache / "native"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(directory, os.stat(directory))
+    return directory
 
-    Loading one that was cut short or damaged kills the process.
+
+def _check_private(path: Path, status: os.stat_result) -> None:
+    """Raise PermissionError unless only this user can change what is at `path`."""
+    user, mode = os.geteuid(), stat.S_IMODE(status.st_mode)
+    if status.st_uid != user:
+        raise PermissionError(
+            f"{path} belongs to user {status.st_uid}, not to the current user {user}: "
+            "remove it, or set ESR_CACHE to a directory of your own"
+        )
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"{path} has mode {mode:04o}, so other users can write to it: delete the libraries "
+            f"that you did not build, then run chmod go-w {shlex.quote(str(path))}"
+        )
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether the file exists and is what was built: its SHA-256 digest follows the library.
+
+    Loading a truncated library would kill the process.
     """
     try:
-        content = path.read_bytes()
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        if path.is_symlink():
+            raise PermissionError(f"{path} is a symbolic link: remove it") from error
+        raise
+    with open(file, "rb") as opened:
+        _check_private(path, os.fstat(file))
+        content = opened.read()
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
-
-
-def turn_(compiled: ctypes.CDLL, strip: Tensor, out: Tensor) -> None:
-    """out [n, m] = strip.T, fp32 on CPU; `strip` is contiguous, and so are the rows of `out`."""
-    compiled.turn(
-        ctypes.c_void_p(strip.data_ptr()),
-        ctypes.c_int64(strip.shape[0]),
-        ctypes.c_int64(strip.shape[1]),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_int64(out.stride(0)),
-    )
-
-
-def over_rows(name: str, what: ctypes.Structure, rows: int, row_elements: int) -> None:
-    """Call the compiled `name(&what, first, last)` over all rows, on PyTorch's threads.
-
-    Rows are not shared between threads, so results do not depend on how many there are.
-    """
-    compiled = library()
-    assert compiled is not None
-    function, pointer = getattr(compiled, name), ctypes.byref(what)
-    function.restype = None
-    threads = min(torch.get_num_threads(), max(1, rows * row_elements // _WORTH_A_THREAD))
-    if threads <= 1:
-        function(pointer, ctypes.c_int64(0), ctypes.c_int64(rows))
-        return
-    # Parts are handed out as threads come free: another process may have taken a core.
-    parts = min(rows, _PARTS_A_THREAD * threads)
-    start = _team(os.getpid())
-    if start is not None:
-        compiled.over_rows(
-            start,
-            function,
-            pointer,
-            ctypes.c_int64(rows),
-            ctypes.c_int64(parts),
-            ctypes.c_uint(threads),
-        )
-        return
-
-    def work(part: int) -> None:  # without the interpreter's lock: a call through ctypes
-        ends = (rows * end // parts for end in (part, part + 1))
-        function(pointer, *map(ctypes.c_int64, ends))
-
-    for _ in _pool(os.getpid(), threads).map(work, range(parts)):
-        pass
-
-
-@functools.cache
-def _team(process: int) -> ctypes._FuncPointer | None:
-    """GOMP_parallel of the OpenMP that PyTorch runs on: its threads go on spinning for a while
-    after an operation, and others would have to share the cores with them.
-
-    None where PyTorch has another library; and in a forked process, where OpenMP would wait for
-    threads that only its parent has.
-    """
-    if process != _LOADED_IN or os.name != "posix":
-        return None
-    return getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-
-
-@functools.cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads for where there is no team; those of a parent do not survive a fork."""
-    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="esr-rows")

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esr_kernels import cpu
 from esr_kernels.common import matmul
 from esr_kernels.common.fp16_range import fp16_scale
 from esr_kernels.common.rows import take_rows
-from esr_kernels.common.workspace import on_huge_pages
-from esr_kernels.cpu import rows as rows_native
-from esr_kernels.divergence import rows_torch
+from esr_kernels.divergence import rows_native, rows_torch
 from esr_kernels.divergence.plan import Plan, Problem
 from esr_kernels.divergence.planner import check_kind, make_plan, row_pass_backend
 from esr_kernels.divergence.statistics import RowSpec
@@ -206,7 +205,7 @@ def new_gradients(wanted: Wanted, x: Operands, call: Call) -> Gradients:
         # What is added to the caller's fp32 memory must not be rounded before.
         given = call.plan.problem.weight_grad_given
         weight = torch.empty_like(x.student_weight, dtype=dtype if given else None)
-        weight = on_huge_pages(weight)
+        weight = cpu.on_huge_pages(weight)
         weight[0 if x.student_ids is not None else call.classes :].zero_()
     if wanted.bias:
         bias = torch.zeros(call.classes, dtype=dtype, device=x.student_hidden.device)

@@ -21,8 +21,8 @@ from esr_kernels.common.arguments import (
     one_of,
 )
 from esr_kernels.common.workspace import default_memory_budget, row_stride
-from esr_kernels.cpu.library import cpu_rows
-from esr_kernels.divergence.losses import Divergence, kernel_form, resolve_divergence
+from esr_kernels.divergence import rows_native
+from esr_kernels.divergence.losses import Divergence, resolve_divergence
 from esr_kernels.divergence.plan import KINDS, SMALLEST_TILE, Plan, Problem
 
 
@@ -145,7 +145,7 @@ def row_pass_backend(on_gpu: bool, impl: str, dtype: torch.dtype, divergence: Di
         return "torch"
     if on_gpu:
         return "triton"
-    return "torch" if kernel_form(divergence) is None else cpu_rows()
+    return "native" if rows_native.supports(divergence) else "torch"
 
 
 def plan_linear_divergence(

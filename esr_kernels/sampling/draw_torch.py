@@ -6,9 +6,9 @@
     class      in that tile, by inverting its cumulative sum at one uniform, in fp64
 
 Rows go through in blocks that stay in the cache; a block's logits are the only copy, if any. No
-operation mixes rows, so a row's draw does not depend on the block that it is in. Tiles go through
-compiled C where there is a compiler (`sampling_native`). Elsewhere softmax() serves for exp(): its
-vectorised exponential is faster, and it treats every tile alike wherever it lies.
+operation mixes rows, so a row's draw does not depend on the block that it is in. Tiles go through C
+where there is a compiler (`cpu.tile_logsumexp`). Elsewhere softmax() stands in for exp(): its
+vectorized exponential is faster, and it treats every tile alike wherever it lies.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from esr_kernels import cpu
 from esr_kernels.common import matmul
 from esr_kernels.common.workspace import borrow
-from esr_kernels.cpu import tiles as sampling_native
 from esr_kernels.sampling.params import TILE, Classes, RowLaw, Sample
 from esr_kernels.sampling.philox import SampleKeys, gumbel, keys_of, tile_words, uniform
 
@@ -46,7 +46,7 @@ def sample_rows(raw: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys) ->
             high, low, third, fourth = tile_words(keys_of(keys, outer), tiles)
             noise, level = gumbel(high, low), uniform(third, fourth)
         # What nothing is written to, compiled code reads once: there is no block to keep at hand.
-        once = as_they_are and sampling_native.serves(raw)
+        once = as_they_are and cpu.supports_tiles(raw)
         elements = raw.numel() if once else _BLOCK_ELEMENTS
         for inner in _blocks(outer.stop - outer.start, tiles * TILE, elements):
             rows = slice(outer.start + inner.start, outer.start + inner.stop)
@@ -107,8 +107,8 @@ def _load_(z: Tensor, raw: Tensor, classes: Classes, law: RowLaw) -> None:
 
 def tile_sums(tiled: Tensor) -> tuple[Tensor, Tensor]:
     """(maxima, log of the sums of exp(z - maximum)) of tiles [..., TILE]."""
-    if sampling_native.serves(tiled):
-        return sampling_native.tile_sums(tiled)
+    if cpu.supports_tiles(tiled):
+        return cpu.tile_logsumexp(tiled)
     maxima = tiled.amax(-1)
     buffer = borrow("softmax in tiles", tiled.shape, tiled.device, tiled.dtype)
     inside = torch.softmax(tiled, -1, out=buffer)

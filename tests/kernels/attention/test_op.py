@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from esr_kernels import cpu
 from esr_kernels.attention.op import RowGroups, group_rows, shared_prefix_attention
-from esr_kernels.cpu import attention as prefix_attention_native
-from esr_kernels.cpu.library import library
 from esr_kernels.divergence import reference
 from tests.kernels.cases import DEVICE
 
@@ -25,10 +24,10 @@ IMPLS = ["compiled", "torch", "triton"]
 
 @pytest.fixture
 def impl(request, monkeypatch):
-    if request.param == "compiled" and (library() is None or DEVICE != "cpu"):
+    if request.param == "compiled" and (not cpu.is_available() or DEVICE != "cpu"):
         pytest.skip("the compiled attention is for CPUs with a C compiler")
     if request.param == "torch":
-        monkeypatch.setattr(prefix_attention_native, "serves", lambda query: False)
+        monkeypatch.setattr(cpu, "supports_attention", lambda query: False)
     return "torch" if request.param == "compiled" else request.param
 
 

@@ -1,24 +1,22 @@
-"""What the compiled attention has beyond the shapes that all implementations are tested on: heads
-that are and are no whole number of vectors, blocks of keys, groups of queries, threads."""
+"""Attention in C on shapes that matter to it alone: heads that are not a whole number of vectors,
+several blocks of keys, groups of queries, threads."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from esr_kernels import SampleKeys, sample_from_logits
+from esr_kernels import SampleKeys, cpu, sample_from_logits
 from esr_kernels.attention.op import shared_prefix_attention
-from esr_kernels.cpu import attention as prefix_attention_native
-from esr_kernels.cpu.library import library
 from esr_kernels.divergence import reference
 from tests.kernels.attention.test_op import _assert_close, _case, _in
 
-pytestmark = pytest.mark.skipif(library() is None, reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="needs a C compiler")
 
 
 def _attend(tensors, **options):
     on_cpu = [tensor.cpu() for tensor in tensors]
-    assert prefix_attention_native.serves(on_cpu[0])
+    assert cpu.supports_attention(on_cpu[0])
     return shared_prefix_attention(*on_cpu, **options)
 
 
@@ -42,7 +40,7 @@ def test_any_number_of_query_heads_share_a_key_head(repeats):
 def test_wider_heads_go_through_pytorch():
     tensors, groups = _case(dim=257)
     single = _in(torch.float32, tensors)
-    assert not prefix_attention_native.serves(single[0].cpu())
+    assert not cpu.supports_attention(single[0].cpu())
     truth = reference.shared_prefix_attention(*tensors, groups=groups)
     out = shared_prefix_attention(*single, groups=groups, impl="torch")
     _assert_close(out, truth, 1e-6)

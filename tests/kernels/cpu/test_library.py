@@ -1,144 +1,193 @@
-"""Compiled code beside PyTorch's, whatever the processor; and sharing rows out among threads:
-PyTorch's team, a pool where there is none, and after a fork."""
+"""Building, caching and loading the C, and refusing a library that is not the user's own."""
 
 from __future__ import annotations
 
 import ctypes
 import multiprocessing
 import os
+import shutil
 
 import pytest
 import torch
 
-from esr_kernels import SampleKeys, SamplingParams, sample_from_logits
+from esr_kernels import cpu, linear_divergence
 from esr_kernels.attention.op import shared_prefix_attention
-from esr_kernels.cpu import library as native
-from esr_kernels.cpu import tiles as sampling_native
-from esr_kernels.sampling import draw_torch as sampling_torch
+from esr_kernels.cpu import library, parallel_for, structures
 from tests.kernels.attention.test_op import _case
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="needs a C compiler")
 
 
-def _operands():
-    """Enough keys for three threads."""
-    tensors, _ = _case(
-        (0,) * 30, prompts=1, length=400, own=100, dim=64, heads=(6, 2), dtype=torch.float32
-    )
-    return [tensor.cpu() for tensor in tensors]
+def _forget() -> None:
+    library.library.cache_clear()
+    library.is_enabled.cache_clear()
 
 
 @pytest.fixture
-def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_pytorchs_threads_are_found():
-    """On Linux, where PyTorch is built with GNU's OpenMP: the fast path is not skipped unseen."""
-    if "libgomp" not in open("/proc/self/maps").read():
-        pytest.skip("this PyTorch has another OpenMP library")
-    assert native._team(os.getpid()) is not None
-
-
-def test_a_pool_computes_the_same(three_threads, monkeypatch):
-    tensors = _operands()
-    expected = shared_prefix_attention(*tensors)
-    monkeypatch.setattr(native, "_team", lambda process: None)
-    assert torch.equal(shared_prefix_attention(*tensors), expected)
-
-
-def test_a_team_that_is_smaller_than_asked_for_does_all_parts(three_threads, monkeypatch):
-    """As OpenMP has it inside of another parallel region."""
-    tensors = _operands()
-    expected = shared_prefix_attention(*tensors)
-    signature = ctypes.CFUNCTYPE(
-        None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
-    )
-    asked = []
-
-    @signature
-    def alone(part, shared, threads, flags):
-        asked.append(threads)
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(part)(shared)
-
-    monkeypatch.setattr(native, "_team", lambda process: alone)
-    assert torch.equal(shared_prefix_attention(*tensors), expected)
-    assert asked == [3]
-
-
-def _in_a_child(tensors, sender):
-    torch.set_num_threads(3)
-    sender.send(shared_prefix_attention(*tensors).numpy())
+def cache(tmp_path, monkeypatch):
+    """An empty cache for the library, compiled without optimization: 0.3 s instead of 2.5."""
+    monkeypatch.setenv("ESR_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_TUNING", (["-O0"],))
+    _forget()
+    yield tmp_path
+    _forget()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_does_not_wait_for_its_parents_threads(three_threads):
-    tensors = _operands()
-    expected = shared_prefix_attention(*tensors)
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_in_a_child, args=(tensors, sender))
-    child.start()
-    try:
-        assert receiver.poll(60), "the child hangs"
-        assert (receiver.recv() == expected.numpy()).all()
-    finally:
-        child.kill()
-        child.join()
+def test_two_processes_that_build_at_once_both_succeed(cache):
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=library._build) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    [built] = (cache / "native").iterdir()
+    assert built == library._build() and library._is_intact(built)
 
 
-def _without_compiled_tiles(monkeypatch):
-    monkeypatch.setattr(sampling_native, "serves", lambda logits: False)
+@pytest.mark.parametrize("why", ["no compiler", "unwritable cache", "switched off"])
+def test_without_the_library_pytorch_does_the_work(why, cache, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    environment = {
+        "no compiler": {"CC": "", "PATH": str(tmp_path)},
+        "unwritable cache": {"ESR_CACHE": str(tmp_path / "file")},
+        "switched off": {"ESR_NATIVE": "0"},
+    }[why]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    x = torch.randn(4, 8), torch.randn(30, 8), torch.randn(4, 8), torch.randn(30, 8)
+    assert not cpu.is_available()
+    assert float(linear_divergence(*x).loss) > 0
+    assert ("No compiled code for the CPU" in caplog.text) == (why != "switched off")
+    assert not list(tmp_path.glob("native/*"))
 
 
-def test_tiles_of_logits(monkeypatch):
-    inf, nan = float("inf"), float("nan")
-    tiled = 20 * torch.randn(70, 3, 256, generator=torch.Generator().manual_seed(0))
-    tiled[0, 0], tiled[0, 1, 1:], tiled[1, 0, 7] = -inf, -inf, -inf
-    tiled[2, 0, 9], tiled[2, 1], tiled[3, 0, 0] = nan, nan, inf
-    maxima, log_sums = sampling_torch.tile_sums(tiled)
-    exact = tiled.double()
-    top = exact.amax(-1)
-    torch.testing.assert_close(maxima, top.float(), rtol=0, atol=0, equal_nan=True)
-    below = torch.where(exact == -inf, -inf, exact - top[..., None]).exp().sum(-1).log()
-    below[3, 0] = nan
-    torch.testing.assert_close(log_sums.double(), below, rtol=0, atol=1e-6, equal_nan=True)
-    _without_compiled_tiles(monkeypatch)
-    for ours, theirs in zip((maxima, log_sums), sampling_torch.tile_sums(tiled), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, equal_nan=True)
+def test_a_damaged_library_is_built_again(cache):
+    path = library._build()
+    whole = path.read_bytes()
+    flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    for damaged in (whole[:9000], b"junk", b"", flipped):
+        path.write_bytes(damaged)
+        assert library._build() == path
+        assert library._is_intact(path) and path.read_bytes() != damaged
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.7, top_p=0.9)], ids=str)
-def test_draws_without_a_compiler(params, monkeypatch):
-    logits = 3 * torch.randn(200, 2048, generator=torch.Generator().manual_seed(0))
-    keys = SampleKeys(0, torch.arange(200), 0)
-    ours = sample_from_logits(logits, keys, params)
-    _without_compiled_tiles(monkeypatch)
-    theirs = sample_from_logits(logits, keys, params)
-    assert torch.equal(ours.tokens, theirs.tokens)
-    for field in ("logprob", "log_kept", "lse"):
-        torch.testing.assert_close(getattr(ours, field), getattr(theirs, field), rtol=0, atol=2e-6)
+def _not_c(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith((".c", ".h"))]
+
+
+def test_a_changed_source_is_compiled_again(cache, monkeypatch):
+    first = library._build()
+    copy = cache / "package"
+    shutil.copytree(library._SOURCES[0].parent, copy, ignore=_not_c)
+    monkeypatch.setattr(library, "_SOURCES", [copy / path.name for path in library._SOURCES])
+    assert library._build() == first
+    header = next(copy.glob("*.h"))
+    header.write_text(header.read_text() + "\n/* changed */\n")
+    assert library._build() != first and library._build().exists()
+
+
+def _refusal(caplog) -> str:
+    """The warning with which the library is not loaded."""
+    caplog.clear()
+    _forget()
+    assert not cpu.is_available()
+    [record] = caplog.records
+    return record.getMessage()
+
+
+def test_the_cache_is_private_and_refused_where_others_can_write(cache, caplog):
+    directory = library._build().parent
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_mode & 0o777 for path in directory.iterdir()] == [0o700]
+    assert cpu.is_available()
+    for mode in (0o770, 0o702):
+        directory.chmod(mode)
+        warning = _refusal(caplog)
+        assert f"mode {mode:04o}" in warning and f"chmod go-w {directory}" in warning
+    directory.chmod(0o755)  # others may read it
+    _forget()
+    assert cpu.is_available()
+
+
+def test_a_library_that_others_can_write_to_is_refused(cache, caplog):
+    path = library._build()
+    path.chmod(0o720)
+    assert f"{path} has mode 0720" in _refusal(caplog)
+
+
+def test_a_library_behind_a_symbolic_link_is_refused(cache, caplog):
+    path = library._build()
+    path.rename(cache / "elsewhere.so")
+    path.symlink_to(cache / "elsewhere.so")
+    assert f"{path} is a symbolic link" in _refusal(caplog)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to chown")
+def test_files_of_another_user_are_refused(cache, caplog):
+    path = library._build()
+    for foreign in (path, path.parent):
+        os.chown(foreign, 12345, -1)
+        warning = _refusal(caplog)
+        assert f"{foreign} belongs to user 12345" in warning and "ESR_CACHE" in warning
+        os.chown(foreign, 0, -1)
+
+
+def test_a_directory_of_another_user_is_refused(cache, caplog, monkeypatch):
+    """As above, without the rights of root."""
+    path = library._build()
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert f"{path.parent} belongs to user" in _refusal(caplog)
+
+
+def test_cc_may_have_flags(cache, monkeypatch):
+    first, compiler = library._build(), library._compiler()[0]
+    monkeypatch.setenv("CC", f"env '{compiler}' -DUNUSED='a b'")
+    assert library._compiler()[1:] == [compiler, "-DUNUSED=a b"]
+    second = library._build()
+    assert second != first and second.exists()
+
+
+@pytest.mark.parametrize("command", ["cc 'unclosed", "cc --no-such-flag"])
+def test_a_cc_that_does_not_work_is_named(command, cache, caplog, monkeypatch):
+    monkeypatch.setenv("CC", command)
+    warning = _refusal(caplog)
+    assert command in warning or "cc --no-such-flag" in warning
+
+
+def test_every_structure_is_compared_with_c():
+    declared = {
+        item
+        for item in vars(structures).values()
+        if isinstance(item, type) and issubclass(item, ctypes.Structure)
+    }
+    assert declared == set(structures.BY_NAME_IN_C.values())
+
+
+@pytest.mark.parametrize("name", structures.BY_NAME_IN_C)
+def test_a_structure_of_another_size_in_c_is_refused(name, cache, caplog, monkeypatch):
+    class Longer(structures.BY_NAME_IN_C[name]):
+        _fields_ = [("added", ctypes.c_int64)]
+
+    monkeypatch.setitem(structures.BY_NAME_IN_C, name, Longer)
+    size = ctypes.sizeof(Longer)
+    assert f"struct {name} has {size - 8} bytes" in _refusal(caplog)
 
 
 @pytest.mark.parametrize("processor", ["x86-64", "haswell"])
-def test_older_instructions_compute_the_same(processor, monkeypatch, tmp_path):
-    """Vectors of 4 and of 8 numbers, and transposing without vectors."""
-    tensors = _operands()
-    expected = shared_prefix_attention(*tensors)
-    monkeypatch.setenv("ESR_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_TUNING", ([f"-march={processor}", "-O1"],))
+def test_older_instructions_compute_the_same(processor, cache, monkeypatch):
+    """Vectors of 4 and of 8 numbers, and transposes without vectors."""
+    tensors, _ = _case((0,) * 30, prompts=1, length=400, own=100, dim=64, dtype=torch.float32)
+    tensors = [tensor.cpu() for tensor in tensors]
+    tiles = torch.randn(40, 7, 256)
+    expected = shared_prefix_attention(*tensors), *cpu.tile_logsumexp(tiles)
+    monkeypatch.setattr(library, "_TUNING", ([f"-march={processor}", "-O1"],))
     try:
-        library = ctypes.CDLL(str(native._compiled()))
+        compiled = ctypes.CDLL(str(library._build()))
     except OSError:
         pytest.skip("a compiler for another processor")
-    monkeypatch.setattr(native, "library", lambda: library)
-    out = shared_prefix_attention(*tensors)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-    logits = torch.randn(40, 7, 256)
-    sums = sampling_torch.tile_sums(logits)
-    _without_compiled_tiles(monkeypatch)
-    for ours, theirs in zip(sums, sampling_torch.tile_sums(logits), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    monkeypatch.setattr(parallel_for, "library", lambda: compiled)
+    older = shared_prefix_attention(*tensors), *cpu.tile_logsumexp(tiles)
+    for out, close_to, bound in zip(older, expected, (1e-5, 1e-6, 1e-6), strict=True):
+        torch.testing.assert_close(out, close_to, rtol=0, atol=bound)

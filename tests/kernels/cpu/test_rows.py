@@ -1,9 +1,7 @@
-"""The compiled row passes: against fp64, at their edges, and where they cannot be had."""
+"""The row passes in C: against fp64, at their edges, and on several threads."""
 
 from __future__ import annotations
 
-import multiprocessing
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,13 +15,11 @@ from esr_kernels import (
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
-    linear_divergence,
+    cpu,
 )
-from esr_kernels.common import matmul
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.cpu import library as native
-from esr_kernels.cpu import rows as rows_native
-from esr_kernels.divergence import rows_torch
+from esr_kernels.divergence import rows_native, rows_torch
+from esr_kernels.divergence.losses import KernelKind
 from esr_kernels.divergence.statistics import (
     RowSpec,
     Tile,
@@ -34,7 +30,7 @@ from esr_kernels.divergence.statistics import (
 )
 from tests.kernels.cases import relative_error
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="needs a C compiler")
 
 DIVERGENCES = [
     ForwardKL(),
@@ -77,7 +73,7 @@ def _as(tile: Tile, dtype: torch.dtype) -> Tile:
 
 
 def _all_passes(rows, tile: Tile, weight: torch.Tensor, spec: RowSpec, dtype: torch.dtype):
-    """Everything that the four passes of a module say about a tile."""
+    """The results of all four passes of a module over a tile."""
     weight, at_once = weight.to(dtype), _as(tile, dtype)
     value, stats = rows.stash_rows_(at_once, weight, spec, at_once.s)
     merged = merge_parts(rows.tile_stats(_as(tile, dtype), spec))
@@ -158,7 +154,7 @@ def test_a_tile_without_a_class_alive_has_no_mass():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=_name)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_stays_in_its_row_and_a_weight_of_zero_silences_it(bad, divergence):
+def test_nan_stays_in_its_row_and_a_weight_of_zero_removes_it(bad, divergence):
     spec = RowSpec(divergence, LogitTransform(), LogitTransform())
     tile = replace(_tile(4, 700, 1.0), labels=None, student_bias=None, teacher_bias=None)
     tile.s[2, 300] = bad
@@ -168,9 +164,9 @@ def test_nan_stays_in_its_row_and_a_weight_of_zero_silences_it(bad, divergence):
     others = torch.tensor([0, 1, 3])
     assert value[others].isfinite().all() and clean.s[others].isfinite().all()
     assert not clean.s[2].isfinite().all()
-    silenced = _as(tile, torch.float32)
-    rows_native.stash_rows_(silenced, torch.tensor([1.0, 1, 0, 1]), spec, silenced.s)
-    assert silenced.s[2].eq(0).all() and torch.equal(silenced.s[others], clean.s[others])
+    weighted = _as(tile, torch.float32)
+    rows_native.stash_rows_(weighted, torch.tensor([1.0, 1, 0, 1]), spec, weighted.s)
+    assert weighted.s[2].eq(0).all() and torch.equal(weighted.s[others], clean.s[others])
 
 
 def test_padded_rows_and_any_number_of_threads_give_the_same_bits():
@@ -198,94 +194,13 @@ def test_an_empty_tile_is_an_empty_answer():
     assert value.shape == stats.student_lse.shape == (0,)
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache for the library, compiled without optimisation: 0.3 s instead of 2.5."""
-    monkeypatch.setenv("ESR_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_TUNING", (["-O0"],))
-    return tmp_path
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_two_processes_that_build_at_once_both_succeed(cache):
-    fork = multiprocessing.get_context("fork")
-    both = [fork.Process(target=native._compiled) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-    assert [process.exitcode for process in both] == [0, 0]
-    [built] = (cache / "native").iterdir()
-    assert built == native._compiled() and native._is_whole(built)
-
-
-@pytest.mark.parametrize("why", ["no compiler", "unwritable cache", "switched off"])
-def test_without_the_compiled_passes_pytorch_serves(why, tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("")
-    environment = {
-        "no compiler": {"CC": "", "PATH": str(tmp_path), "ESR_CACHE": str(tmp_path / "new")},
-        "unwritable cache": {"ESR_CACHE": str(tmp_path / "file")},
-        "switched off": {"ESR_NATIVE": "0"},
-    }[why]
-    x = torch.randn(4, 8), torch.randn(30, 8), torch.randn(4, 8), torch.randn(30, 8)
-    with monkeypatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        native.library.cache_clear()
-        try:
-            assert native.cpu_rows() == "torch"
-            assert float(linear_divergence(*x).loss) > 0
-        finally:
-            native.library.cache_clear()
-    assert native.cpu_rows() == "native"
-    assert ("No compiled code for the CPU" in caplog.text) == (why != "switched off")
-
-
-def test_a_damaged_library_is_built_again(cache):
-    path = native._compiled()
-    whole = path.read_bytes()
-    flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
-    for damaged in (whole[:9000], b"junk", b"", flipped):
-        path.write_bytes(damaged)
-        assert native._compiled() == path
-        assert native._is_whole(path) and path.read_bytes() != damaged
-
-
-def _not_c(_: str, names: list[str]) -> list[str]:
-    return [name for name in names if not name.endswith((".c", ".h"))]
-
-
-def test_a_changed_source_is_compiled_again(cache, monkeypatch):
-    first = native._compiled()
-    copy = cache / "package"
-    shutil.copytree(native._SOURCES[0].parent, copy, ignore=_not_c)
-    monkeypatch.setattr(native, "_SOURCES", [copy / path.name for path in native._SOURCES])
-    assert native._compiled() == first
-    header = next(copy.glob("*.h"))
-    header.write_text(header.read_text() + "\n/* changed */\n")
-    assert native._compiled() != first and native._compiled().exists()
-
-
-@pytest.mark.parametrize(
-    ("tokens", "classes", "padding"),
-    [(1, 1, 1), (5, 7, 0), (8, 8, 8), (67, 1000, 1), (8, 1024, 0), (67, 1024, 8)],
-)
-def test_turned_logits_are_exact_and_stay_inside_their_rows(tokens, classes, padding):
-    strip, out = torch.randn(classes, tokens), torch.full((tokens, classes + padding), 7.0)
-    native.turn_(native.library(), strip, out[:, :classes])
-    assert torch.equal(out[:, :classes], strip.T)
-    assert (out[:, classes:] == 7).all()
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("offset", [0, 3])
-def test_projections_with_classes_in_front_are_products(compiled, offset, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(matmul, "library", lambda: None)
-    monkeypatch.setattr(matmul, "_turning_pays", lambda: True)
-    hidden, weight = torch.randn(9, 16), torch.randn(5 * matmul._TURNED_CLASSES + 13, 16)
-    out = torch.full((9, weight.shape[0] + offset + 5), torch.nan)
-    matmul.project(hidden, weight, out[:, offset : offset + weight.shape[0]])
-    exact = (hidden.double() @ weight.double().T).float()
-    torch.testing.assert_close(out[:, offset : offset + weight.shape[0]], exact)
-    assert out[:, :offset].isnan().all() and out[:, offset + weight.shape[0] :].isnan().all()
+def test_a_divergence_that_is_numbered_otherwise_in_c_is_not_supported(monkeypatch, caplog):
+    assert rows_native.supports(JSD())
+    numbers = {kind.name: int(kind) for kind in KernelKind}
+    monkeypatch.setattr(cpu, "divergence_kind", {**numbers, "JSD": 2}.get)
+    rows_native._kinds_agree.cache_clear()
+    try:
+        assert not rows_native.supports(JSD())
+    finally:
+        rows_native._kinds_agree.cache_clear()
+    assert "JSD is 1 in Python and 2 in C" in caplog.text

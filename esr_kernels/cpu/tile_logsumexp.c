@@ -1,15 +1,11 @@
-/* Maximum and log-sum of tiles of logits, compiled: the one pass that a draw makes over all classes. */
-#include "rows_native_math.h"
+/* Maximum and log-sum of tiles of 256 logits: the one pass over all classes that a draw makes. */
+#include "rows_math.h"
+#include "structures.h"
 
-#define TILE 256 /* sampling_law.py */
+#define TILE 256 /* TILE in sampling/params.py */
 
-struct tiles {
-    const float *logits;       /* [n, TILE] */
-    float *maxima, *log_sums;  /* [n]; log of the sum of exp(logit - maximum) */
-};
-
-/* A tile of -inf has -inf for both; one with a NaN, NaN; one with +inf, +inf and NaN. */
-void tile_sums(const struct tiles *x, int64_t first, int64_t last) {
+/* A tile of -inf has -inf for both; a tile with a NaN, NaN; a tile with +inf, +inf and NaN. */
+void tile_logsumexp(const struct tile_logsumexp *x, int64_t first, int64_t last) {
     for (int64_t tile = first; tile < last; tile++) {
         const float *z = x->logits + tile * TILE;
         float top = -INFINITY, sum = 0;

@@ -1,14 +1,15 @@
-/* Elementwise arithmetic in fp32: exponentials, logarithms and the divergences that are no mix of the
- * two KLs. Branch-free, so that loops over these vectorise.
+/* Elementwise fp32 arithmetic: exponentials, logarithms, and the divergences other than mixes of the
+ * two KLs. Without branches, so that loops over these functions vectorize.
  */
+#pragma once
+#include "structures.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define SIMD _Pragma("omp simd")
-
-enum { MIX, JSD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION };
 
 INLINE float bits_to_float(int32_t bits) {
     float value;
@@ -22,8 +23,8 @@ INLINE int32_t float_to_bits(float value) {
     return bits;
 }
 
-/* x = n ln 2 + r, |r| <= ln 2 / 2: returns exp(r) - 1 by its Taylor series (next term 6e-9), and
- * 2^n. x within [-87, 88]; NaN passes through. */
+/* Reduces x in [-87, 88] to n ln 2 + r with |r| <= ln 2 / 2. Returns exp(r) - 1 by its Taylor series
+ * (the next term is at most 6e-9) and stores 2^n in `scale`. NaN gives NaN. */
 INLINE float expm1_reduced(float x, float *scale) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     float n = (x * 1.44269504f + magic) - magic;
@@ -38,7 +39,7 @@ INLINE float expm1_reduced(float x, float *scale) {
     return r + r * r * tail;
 }
 
-/* exp(x) for x <= 88; 0 below -87, where fp32 has no normal numbers left. */
+/* exp(x) for x <= 88; 0 below -87, where the result would be subnormal. */
 INLINE float exp_(float x) {
     float scale, inside = x < -87.0f ? -87.0f : x;
     float value = expm1_reduced(inside, &scale);
@@ -52,10 +53,10 @@ INLINE float expm1_(float x) {
     return value * scale + (scale - 1.0f);
 }
 
-/* log(1 + y) for finite y > -1, with small relative error for small y too. */
+/* log(1 + y) for finite y > -1, accurate in relative terms for small y too. */
 INLINE float log1p_(float y) {
     float u = 1.0f + y;
-    float lost = (y - (u - 1.0f)) / u; /* what rounding 1 + y threw away */
+    float lost = (y - (u - 1.0f)) / u; /* rounding error of 1 + y */
     lost = u > 1e8f ? 0.0f : lost;
     int32_t bits = float_to_bits(u);
     int32_t k = (bits - 0x3f3504f3) >> 23; /* u = 2^k * (1 + f), sqrt(1/2) <= 1 + f < sqrt(2) */
@@ -81,29 +82,30 @@ INLINE float tanh_(float x) {
     return e / (e + 2.0f);
 }
 
-INLINE float clamp_gap(float gap) { /* divergences.py, _LARGEST_GAP */
-    gap = gap > 80.0f ? 80.0f : gap;
-    return gap < -80.0f ? -80.0f : gap;
+INLINE float clamp_log_ratio(float log_ratio) { /* the largest one in divergence/losses.py */
+    log_ratio = log_ratio > 80.0f ? 80.0f : log_ratio;
+    return log_ratio < -80.0f ? -80.0f : log_ratio;
 }
 
-/* Summand and pull of divergences.py, for a kind that is a constant where this is inlined. */
-INLINE float summand_and_pull(int kind, float a, float p, float q, float gap, float *pull) {
+/* Returns the summand and stores the pull, as divergence/losses.py defines them. `kind` is a constant
+ * at every call, so that the branches on it disappear. */
+INLINE float summand_and_pull(int kind, float a, float p, float q, float log_ratio, float *pull) {
     if (kind == TOTAL_VARIATION) {
-        float sign = (gap > 0.0f ? 1.0f : 0.0f) - (gap < 0.0f ? 1.0f : 0.0f);
+        float sign = (log_ratio > 0.0f ? 1.0f : 0.0f) - (log_ratio < 0.0f ? 1.0f : 0.0f);
         *pull = -0.5f * p * sign;
         return 0.5f * fabsf(p - q);
     }
     float teacher_share = kind == SKEW_REVERSE_KL ? 1.0f - a : a;
-    gap = clamp_gap(gap);
-    float excess = teacher_share * expm1_(gap); /* m / p - 1 */
+    log_ratio = clamp_log_ratio(log_ratio);
+    float excess = teacher_share * expm1_(log_ratio); /* m / p - 1 */
     float log_m = log1p_(excess);
     if (kind == JSD) {
         *pull = (a - 1.0f) * p * log_m;
-        return a * q * (gap - log_m) - (1.0f - a) * p * log_m;
+        return a * q * (log_ratio - log_m) - (1.0f - a) * p * log_m;
     }
     if (kind == SKEW_FORWARD_KL) {
         *pull = (a - 1.0f) * q / (1.0f + excess);
-        return q * (gap - log_m);
+        return q * (log_ratio - log_m);
     }
     *pull = -p * (log_m - a * excess / (1.0f + excess));
     return -p * log_m;

@@ -1,0 +1,17 @@
+/* Constants that structures.py reads when the library is loaded. */
+#include "structures.h"
+
+#define SIZE(name) const int64_t size_of_##name = sizeof(struct name);
+SIZE(transform)
+SIZE(row_normalizers)
+SIZE(row_pass)
+SIZE(cache)
+SIZE(attention)
+SIZE(tile_logsumexp)
+
+#define KIND(name) const int64_t kind_##name = name;
+KIND(KL_MIX)
+KIND(JSD)
+KIND(SKEW_FORWARD_KL)
+KIND(SKEW_REVERSE_KL)
+KIND(TOTAL_VARIATION)

@@ -1,0 +1,108 @@
+"""The package without this room: switched off, and deleted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import esr_kernels
+from esr_kernels.cpu import huge_pages, library, products
+
+PACKAGE = Path(esr_kernels.__file__).parent
+# Of every op that this room makes faster.
+TESTS = [
+    "attention/test_op.py",
+    "divergence/test_op.py",
+    "sampling/test_op.py",
+]
+# All that a call reaches when nothing is supported.
+STUB = """
+def is_available(): return False
+def supports_attention(query): return False
+def supports_tiles(logits): return False
+def project_transposed(hidden, weight, out, allocate): return False
+def on_huge_pages(fresh): return fresh
+"""
+CALLS = """
+import sys, torch
+import esr_kernels
+from esr_kernels import cpu, linear_divergence, sample_from_logits, shared_prefix_attention
+from esr_kernels import SampleKeys
+assert not cpu.is_available()
+made = torch.Generator().manual_seed(0)
+student, head, teacher, teacher_head, query, prefix, suffix = (
+    torch.randn(shape, generator=made)
+    for shape in ((9, 16), (5000, 16), (9, 8), (5000, 8), (4, 2, 8), (2, 1, 6, 8), (4, 1, 3, 8))
+)
+student.requires_grad_()
+loss = linear_divergence(student, head, teacher, teacher_head, divergence="jsd").loss
+loss.backward()
+drawn = sample_from_logits(student.detach() @ head.T, SampleKeys(0, torch.arange(9), 0))
+lengths = torch.tensor([6, 2]), torch.tensor([3, 1, 2, 3])
+attended = shared_prefix_attention(query, prefix, prefix, lengths[0], suffix, suffix, lengths[1])
+torch.save((esr_kernels.__file__, loss.detach(), student.grad, drawn.tokens, attended), sys.argv[1])
+"""
+
+
+def _run(command: list[str], directory: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=directory,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_tests_of_every_op_pass_with_the_room_switched_off(tmp_path):
+    root = PACKAGE.parent
+    tests = [f"tests/kernels/{name}" for name in TESTS]
+    # A broken compiler and an unwritable cache are not even noticed.
+    off = {"ESR_NATIVE": "0", "ESR_CACHE": str(tmp_path / "cache"), "CC": "false"}
+    out = _run(["-m", "pytest", "-q", "-p", "no:xdist", "-k", "not triton", *tests], root, **off)
+    assert " passed" in out
+    assert "No compiled code" not in out and not (tmp_path / "cache").exists()
+
+
+def test_the_package_works_with_the_room_deleted(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "esr_kernels", ignore=shutil.ignore_patterns("cpu"))
+    (tmp_path / "esr_kernels" / "cpu").mkdir()
+    (tmp_path / "esr_kernels" / "cpu" / "__init__.py").write_text(STUB)
+    results = []
+    for root in (tmp_path, PACKAGE.parent):
+        saved = tmp_path / "saved.pt"
+        _run(["-c", CALLS, str(saved)], root, PYTHONPATH=str(root), ESR_NATIVE="0")
+        file, *tensors = torch.load(saved)
+        assert Path(file).parent.parent == root
+        results.append(tensors)
+    for without, off in zip(*results, strict=True):
+        assert torch.equal(without, off)
+
+
+def test_nothing_happens_when_switched_off(monkeypatch):
+    monkeypatch.setenv("ESR_NATIVE", "0")
+    monkeypatch.setattr(products.Path, "read_text", lambda path: "AuthenticAMD")
+    caches = library.is_enabled, library.library, products.is_faster
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        assert not library.is_enabled() and library.library() is None
+        assert not products.is_faster()
+        monkeypatch.setattr(huge_pages.ctypes, "CDLL", None)  # calling it would raise
+        huge_pages.on_huge_pages(torch.empty(12 << 20))
+        monkeypatch.setenv("ESR_NATIVE", "yes")
+        library.is_enabled.cache_clear()
+        with pytest.raises(ValueError, match="ESR_NATIVE must be 0 or 1, got 'yes'"):
+            library.is_enabled()
+    finally:
+        for cached in caches:
+            cached.cache_clear()
