@@ -9,11 +9,11 @@ takes the maximum along; the log-sum-exp falls out as max - log(max probability)
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from esr_kernels.common.tiles import row_blocks
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.common.workspace import borrow
 from esr_kernels.divergence.statistics import (
@@ -35,9 +35,6 @@ from esr_kernels.divergence.statistics import (
     part_lse_gap,
 )
 
-# Elements of a block: its logits, softmaxes and gap share the last-level cache, and four rows of a
-# Qwen vocabulary are enough for the operations on [rows, V] to outweigh those on [rows].
-_BLOCK_ELEMENTS = 640_000
 _ARGMAX_WIDTH = 512
 
 
@@ -51,15 +48,9 @@ def _apply_transform_(z: Tensor, bias: Tensor | None, transform: LogitTransform)
         z.mul_(transform.slope)
 
 
-def _row_blocks(rows: int, classes: int) -> Iterator[slice]:
-    height = max(1, _BLOCK_ELEMENTS // max(classes, 1))
-    for start in range(0, rows, height):
-        yield slice(start, min(start + height, rows))
-
-
 def _scratch(like: Tensor, count: int) -> list[Tensor]:
     """Buffers for a block of `like`."""
-    height = next(_row_blocks(*like.shape), slice(0)).stop
+    height = next(row_blocks(*like.shape), slice(0)).stop
     shape = height, like.shape[1]
     return [borrow(f"block {i}", shape, like.device, like.dtype) for i in range(count)]
 
@@ -128,7 +119,7 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     """Statistics [n, 1, COLUMNS] of a tile of classes; overwrites the logits."""
     parts = tile.s.new_empty(tile.s.shape[0], 1, COLUMNS)
     scratch = _scratch(tile.s, 3)
-    for rows in _row_blocks(*tile.s.shape):
+    for rows in row_blocks(*tile.s.shape):
         block = tile.rows(rows)
         p, q, spare = (buffer[: block.s.shape[0]] for buffer in scratch)
         _transform_(block, spec)
@@ -148,7 +139,7 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
     sums = tile.s.new_empty(tile.s.shape[0], 3)
     scratch = _scratch(tile.s, 2)
-    for rows in _row_blocks(*tile.s.shape):
+    for rows in row_blocks(*tile.s.shape):
         block = tile.rows(rows)
         lse = stats.student_lse[rows], stats.teacher_lse[rows]
         p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
@@ -169,7 +160,7 @@ def tile_gradient_(
 ) -> None:
     """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
     scratch = _scratch(tile.s, 2)
-    for rows in _row_blocks(*tile.s.shape):
+    for rows in row_blocks(*tile.s.shape):
         block, row = tile.rows(rows), known.rows(rows)
         p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
         gap = _probabilities_(block, row.student_lse, row.teacher_lse, spec, p, q)
@@ -192,7 +183,7 @@ def stash_rows_(
     sums = tile.s.new_empty(n if mix is None else 0, 3)
     needs = (mix is not None and mix[1] > 0, mix is not None and mix[0] > 0)
     scratch = _scratch(tile.s, 3)
-    for rows in _row_blocks(*tile.s.shape):
+    for rows in row_blocks(*tile.s.shape):
         block, part = tile.rows(rows), parts[rows, 0]
         p, q, gap = (buffer[: block.s.shape[0]] for buffer in scratch)
         _transform_(block, spec)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from esr_kernels.common.tiles import row_blocks
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence.rows_torch import _row_blocks
 from esr_kernels.scoring.selected import CENTRED, COLUMNS, LOG_SUM, MAX, RestGradient
 
 # exp() of it is 0 in fp64, and unlike -inf it may be multiplied by 0.
@@ -61,7 +61,7 @@ def tile_statistics(
     which there is with a softcap, its derivative 1 - tanh^2 there.
     """
     parts = torch.empty(z.shape[0], 1, COLUMNS, dtype=z.dtype, device=z.device)
-    for rows in _row_blocks(*z.shape):
+    for rows in row_blocks(*z.shape):
         block = z[rows]
         inside, columns = _within(ids[rows], first, z.shape[1])
         _cap_(block, bias, transform)
@@ -96,7 +96,7 @@ def tile_gradient_(
 
     With `rest` None the classes that were not picked get 0 and `z` is not read.
     """
-    for rows in _row_blocks(*z.shape):
+    for rows in row_blocks(*z.shape):
         block = z[rows]
         inside, columns = _within(ids[rows], first, z.shape[1])
         if rest is None:
