@@ -10,8 +10,7 @@ import torch
 
 from esr_kernels import linear_divergence, linear_topk_divergence
 from esr_kernels.common import matmul
-from esr_kernels.divergence import reference
-from esr_kernels.scoring import selected as picked
+from esr_kernels.scoring import reference, selected
 from tests.kernels import cases, head_cases
 from tests.kernels.cases import DEVICE
 from tests.kernels.head_cases import CLASSES, HEADS, TOKENS
@@ -278,7 +277,7 @@ def test_the_suite_notices_a_wrong_gradient(damage, tail, monkeypatch):
 @pytest.mark.parametrize("how", ["dropped", "masked, as on a GPU"])
 def test_a_row_of_weight_0_is_as_if_it_were_absent_even_if_nan(how, impl, monkeypatch):
     if how != "dropped":
-        monkeypatch.setattr(picked, "values_are_at_hand", lambda rows: False)
+        monkeypatch.setattr(selected, "values_are_at_hand", lambda rows: False)
     hidden, weight, _ = HEADS["random_head"](torch.float32)
     ids, logprobs = _teacher((hidden, weight, {}))
     weights = torch.ones(TOKENS, device=DEVICE)
