@@ -221,6 +221,25 @@ def test_values_by_hand():
         assert nothing.loss.item() == 0
 
 
+def test_reductions_by_hand():
+    """The reference shares `reduce_rows` with the op, so comparing the two misses its mistakes."""
+    hidden, weight, _ = HEADS["random_head"](torch.float32)
+    teacher = _teacher((hidden, weight, {}))
+    weights = torch.arange(TOKENS, device=DEVICE) % 3
+    rows = linear_topk_divergence(hidden, weight, *teacher).per_token
+    for given, total in ((None, TOKENS), (weights, weights.sum()), (weights * 0, 1)):
+        weighted = rows if given is None else rows * given
+        for reduction, expected in (
+            ("none", weighted),
+            ("sum", weighted.sum()),
+            ("mean", weighted.sum() / total),
+        ):
+            out = linear_topk_divergence(
+                hidden, weight, *teacher, token_weights=given, reduction=reduction
+            )
+            torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_gradcheck_in_fp64(divergence, tail):
