@@ -20,7 +20,7 @@ from torch import Tensor
 from esr_kernels.common.launch import split_columns
 from esr_kernels.common.logits_triton import (
     cap_logits,
-    online_softmax,
+    online_maximum,
     scale_logits,
     softcap_derivative,
     transform_logits,
@@ -96,8 +96,11 @@ def _unselected_statistics_kernel(
         z, _ = transform_logits(raw, columns, inside, transform)
         # A softcap would make the -inf of a selected class finite.
         z = tl.where(raw == -float("inf"), -float("inf"), z)
-        state = online_softmax(z, None, tl.max(z, 0), (top, total, centred, None), TILE=False)
-        top, total, centred, _ = state
+        # `online_softmax` does the same with one register more on gfx942.
+        top, base, decay, shift = online_maximum(top, tl.max(z, 0))
+        p = tl.exp(z - base)
+        centred = (centred + shift * total) * decay + weigh(p, z - base)
+        total = total * decay + p
     row_total = tl.sum(total, 0)
     norm = tl.where(row_total == 0, 1.0, row_total)
     # MAX, LOG_SUM, CENTRED
