@@ -34,6 +34,7 @@ from esr_kernels import (
 )
 from esr_kernels.divergence import reference
 from esr_kernels.divergence.losses import resolve_divergence
+from esr_kernels.scoring import reference as scoring
 from tests.kernels.cases import ALLOWED_RATIO, RoundGradient, relative_error
 
 Result = dict[str, Any]  # errors by name, and "ok"
@@ -191,7 +192,7 @@ def _token_logprob(size: Size, dtype: torch.dtype) -> Result:
         size,
         dtype,
         lambda *head: token_logprob(*head, tokens, impl=size.impl),
-        lambda *head: reference.token_logprob(*head, tokens),
+        lambda *head: scoring.token_logprob(*head, tokens),
         ["logprob", "entropy"],
     )
 
@@ -205,7 +206,7 @@ def _topk(size: Size, dtype: torch.dtype, divergence: str, tail: str) -> Result:
         size,
         dtype,
         lambda *head: linear_topk_divergence(*head, top.indices, top.values, impl=size.impl, **how),
-        lambda *head: reference.linear_topk_divergence(*head, top.indices, top.values, **how),
+        lambda *head: scoring.linear_topk_divergence(*head, top.indices, top.values, **how),
         ["loss"],
     )
 

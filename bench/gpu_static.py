@@ -227,14 +227,14 @@ def compile_variants(arch: str, only: list[str]) -> Iterator[Compiled]:
 
 
 _HEADER = (
-    f"{'kernel':<24} {'variant':<28} {'blocks':>11} {'warps':>5} {'regs':>4} {'spill':>5} "
+    f"{'kernel':<28} {'variant':<28} {'blocks':>11} {'warps':>5} {'regs':>4} {'spill':>5} "
     f"{'shared':>7} {'resident':>8} {'occup.':>6} {'matrix':>6}"
 )
 
 
 def _line(row: Compiled) -> str:
     return (
-        f"{row.kernel:<24} {row.variant:<28} {row.blocks:>11} {row.warps:>5} {row.registers:>4} "
+        f"{row.kernel:<28} {row.variant:<28} {row.blocks:>11} {row.warps:>5} {row.registers:>4} "
         f"{row.spilled_bytes:>5} {row.shared_bytes:>7} {row.resident_warps:>8} "
         f"{row.occupancy:>6.0%} {row.matrix_instructions:>6}"
     )

@@ -32,18 +32,19 @@ from esr_kernels.sampling import draw_triton as sampling_triton
 from esr_kernels.sampling import fused_triton as sampling_fused_triton
 from esr_kernels.sampling.params import Classes, RowLaw
 from esr_kernels.sampling.philox import SampleKeys
-from esr_kernels.scoring import selected_triton as picked_triton
-from esr_kernels.scoring.selected import RestGradient
+from esr_kernels.scoring import selected_triton
+from esr_kernels.scoring.tile import Tile as HeadTile
+from esr_kernels.scoring.tile import UnselectedGradient
 
 KERNELS = (
     "row_statistics_kernel",
     "pull_sums_kernel",
     "gradient_kernel",
     "fused_statistics_kernel",
-    "take_kernel",
-    "put_kernel",
-    "rest_statistics_kernel",
-    "rest_gradient_kernel",
+    "select_kernel",
+    "unselected_statistics_kernel",
+    "unselected_gradient_kernel",
+    "scatter_kernel",
     "prefix_attention_kernel",
     "suffix_attention_kernel",
     "tile_statistics_kernel",
@@ -86,17 +87,17 @@ def _fused(dtype: torch.dtype, everything: bool, dims: tuple[int, int] = _DIMS) 
     fused_triton.fused_stats(x, RowSpec(ReverseKL(), transform, transform))
 
 
-def _picked(dtype: torch.dtype, everything: bool, ids_of_a_token: int = 32) -> None:
-    """Statistics and gradient of the classes that no id picks, and of those that one does."""
+def _selected(dtype: torch.dtype, everything: bool, ids_of_a_token: int = 32) -> None:
+    """Statistics and gradient of the classes of no id, and of those that have one."""
     bias = _empty(_CLASSES, dtype=dtype) if everything else None
     transform = _CAPPED if everything else _PLAIN
     z, ids = _empty(_TOKENS, _CLASSES), _empty(_TOKENS, ids_of_a_token, dtype=torch.int64)
-    row, picked = _empty(_TOKENS), _empty(_TOKENS, ids_of_a_token)
+    row, selected = _empty(_TOKENS), _empty(_TOKENS, ids_of_a_token)
     dz = z if dtype == torch.float32 else _empty(_TOKENS, _CLASSES, dtype=dtype)
-    chain = picked if everything else None
-    picked_triton.tile_statistics(z, bias, transform, ids, 0, picked, chain)
-    rest = RestGradient(top=row, lse=row, constant=row, linear=row if everything else None)
-    picked_triton.tile_gradient_(z, bias, transform, ids, 0, picked, rest, dz)
+    tile, slope = HeadTile(z, bias, 0), selected if everything else None
+    selected_triton.tile_statistics(tile, transform, ids, selected, slope)
+    unselected = UnselectedGradient(row, row, row, linear=row if everything else None)
+    selected_triton.tile_gradient_(tile, transform, ids, selected, unselected, dz)
 
 
 def _prefix_attention(
@@ -173,10 +174,10 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "fused: fp32, all": partial(_fused, _FP32, True),
     "fused: bf16, all, odd D": partial(_fused, _BF16, True, (1535, 3585)),
     "fused: fp32, all, odd D": partial(_fused, _FP32, True, (1535, 3585)),
-    "picked: bf16": partial(_picked, _BF16, False),
-    "picked: bf16, one id": partial(_picked, _BF16, False, 1),
-    "picked: bf16, all": partial(_picked, _BF16, True),
-    "picked: fp32, all": partial(_picked, _FP32, True),
+    "selected: bf16": partial(_selected, _BF16, False),
+    "selected: bf16, one id": partial(_selected, _BF16, False, 1),
+    "selected: bf16, all": partial(_selected, _BF16, True),
+    "selected: fp32, all": partial(_selected, _FP32, True),
     "prefix attention: bf16": partial(_prefix_attention, _BF16, False),
     "prefix attention: bf16, all": partial(_prefix_attention, _BF16, True),
     "prefix attention: bf16, 32 rows": partial(_prefix_attention, _BF16, True, samples=32),

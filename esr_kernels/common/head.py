@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from typing import NamedTuple
 
@@ -11,21 +10,11 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.arguments import (
-    IMPLEMENTATIONS,
-    check_memory_budget,
-    check_number,
-    one_of,
-)
+from esr_kernels.common.arguments import IMPLEMENTATIONS, check_number, one_of
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.common.workspace import default_memory_budget
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Below this many classes in a tile a GEMM is no longer a GEMM; tiles are multiples of it.
-_TILE_STEP = 64
-
-
-# The kernels hold scale, soft-cap and temperature in fp32, where anything larger is infinite.
+# Kernels hold scale, softcap and temperature in fp32, where anything larger is infinite.
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -44,16 +33,14 @@ def check_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
+    transform: LogitTransform,
     num_classes: int | None,
     impl: str,
 ) -> Head:
     """Raise on the first argument that cannot be used, else return the operands ready for use.
 
-    `prefix` is what the caller's signature puts before "hidden" and "weight".
+    `prefix` is what the caller's signature has before "hidden" and "weight"; `transform` is checked
+    already (`checked_transform`).
     """
     hidden_name, weight_name = f"{prefix}hidden", f"{prefix}weight"
     rows_of_head = check_operands(hidden_name, hidden, weight_name, weight)
@@ -67,14 +54,8 @@ def check_head(
             f"got {num_classes!r}"
         )
     check_impl(impl, hidden_name, hidden)
-    return Head(
-        *ready(hidden_name, hidden, weight_name, weight),
-        bias,
-        checked_transform(
-            ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)
-        ),
-        classes,
-    )
+    hidden, weight = ready(hidden_name, hidden, weight_name, weight)
+    return Head(hidden, weight, bias, transform, classes)
 
 
 def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> int:
@@ -185,8 +166,25 @@ def check_ids(name: str, ids: Tensor, shape: str, hidden: Tensor) -> None:
         )
 
 
+def checked_token_weights(token_weights: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """The weights [T] of the rows of `hidden`, on its device and in the dtype of its logits."""
+    if token_weights is None:
+        return None
+    if not isinstance(token_weights, Tensor):
+        raise TypeError(f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}")
+    tokens = hidden.shape[0]
+    if token_weights.shape != (tokens,):
+        raise ValueError(
+            f"token_weights must have shape [{tokens}], got {list(token_weights.shape)}"
+        )
+    if token_weights.is_complex() or token_weights.requires_grad:
+        raise TypeError("token_weights must be real and carry no gradient; detach them")
+    dtype = matmul.logits_dtype(hidden.dtype)
+    return token_weights.to(device=hidden.device, dtype=dtype, non_blocking=True)
+
+
 def values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether the host may look at values: a GPU would stall it, and a compiler has none."""
+    """Whether the host can read values: on a GPU it would wait, and a compiler has none."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -194,23 +192,3 @@ def _triton_runs_on_cpu() -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     return os.environ.get("TRITON_INTERPRET") == "1" or matmul.KERNELS_ON_CPU
-
-
-def vocab_tile(head: Head, element_bytes: int, memory_budget: int | None) -> int:
-    """Classes whose logits exist at once: as many as fit the budget at `element_bytes` a logit."""
-    check_memory_budget(memory_budget)
-    budget = memory_budget or default_memory_budget(head.hidden.device.type)
-    column = max(head.hidden.shape[0], 1) * element_bytes
-    if budget // column >= head.classes:
-        return head.classes
-    fitting = budget // column // _TILE_STEP * _TILE_STEP
-    if fitting == 0:
-        if memory_budget is not None:
-            smallest = column * min(_TILE_STEP, head.classes)
-            raise ValueError(
-                f"memory_budget of {memory_budget} bytes is too small: "
-                f"the smallest tile of logits needs {smallest} bytes"
-            )
-        fitting = _TILE_STEP
-    tiles = math.ceil(head.classes / fitting)
-    return math.ceil(head.classes / tiles / _TILE_STEP) * _TILE_STEP

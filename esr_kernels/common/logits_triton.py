@@ -32,6 +32,26 @@ def log1p(x):
 
 
 @triton.jit
+def scale_logits(z, classes, inside, transform):
+    """Raw logits `z` plus bias, times scale: the first half of `transform_logits`."""
+    bias_ptr, scale, _, _ = transform
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
+    return z * scale
+
+
+@triton.jit
+def cap_logits(x, transform):
+    """(transformed logits, tanh of the softcap) of `scale_logits`' result: the second half."""
+    _, _, softcap, inv_temperature = transform
+    capped = x
+    if softcap is not None:
+        capped = tanh(x / softcap)
+        x = capped * softcap
+    return x * inv_temperature, capped
+
+
+@triton.jit
 def transform_logits(z, classes, inside, transform):
     """(transformed logits, tanh of the softcap) of raw logits `z`.
 
@@ -39,15 +59,21 @@ def transform_logits(z, classes, inside, transform):
     (`LogitTransform.kernel_argument`). `inside` masks the load of the bias; what lies outside is
     for the caller to overwrite.
     """
-    bias_ptr, scale, softcap, inv_temperature = transform
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
-    z *= scale
-    capped = z
+    return cap_logits(scale_logits(z, classes, inside, transform), transform)
+
+
+@triton.jit
+def softcap_derivative(x, transform):
+    """1 - tanh^2 of the softcap at `scale_logits`' result; 1 without a softcap.
+
+    Relatively exact: the difference from 1 would lose the digits of a large |x|.
+    """
+    _, _, softcap, _ = transform
+    slope = 1.0
     if softcap is not None:
-        capped = tanh(z / softcap)
-        z = capped * softcap
-    return z * inv_temperature, capped
+        u = 2.0 / (tl.exp(2.0 * tl.abs(x / softcap)) + 1.0)  # 1 - tanh |x|
+        slope = u * (2.0 - u)
+    return slope
 
 
 @triton.jit

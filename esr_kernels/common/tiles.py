@@ -13,6 +13,9 @@ from esr_kernels.common.workspace import borrow, default_memory_budget, row_stri
 
 # Below this many classes a tile's matrix product runs far below the rate of a large one.
 _TILE_STEP = 64
+# The CPU's row passes keep two or three buffers of a block's size in the last-level cache. Four
+# rows of a Qwen vocabulary are enough for operations on [rows, V] to outweigh those on [rows].
+_BLOCK_ELEMENTS = 640_000
 
 
 def tile_width(
@@ -45,6 +48,13 @@ def class_tiles(classes: int, width: int) -> Iterator[slice]:
     """All classes in tiles of at most `width`."""
     for start in range(0, classes, width):
         yield slice(start, min(start + width, classes))
+
+
+def row_blocks(rows: int, classes: int) -> Iterator[slice]:
+    """All rows in blocks of logits that stay in the cache of a CPU."""
+    height = max(1, _BLOCK_ELEMENTS // max(classes, 1))
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
 
 
 class TileBuffer:

@@ -9,11 +9,11 @@ log-sum-exp follows as max - log(max probability).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from esr_kernels.common.tiles import row_blocks
 from esr_kernels.common.transform import transform_
 from esr_kernels.common.workspace import borrow
 from esr_kernels.divergence.statistics import (
@@ -35,21 +35,12 @@ from esr_kernels.divergence.statistics import (
     part_lse_difference,
 )
 
-# Elements of a block: logits, softmaxes and differences share the last-level cache, and four rows
-# of a Qwen vocabulary are enough for the operations on [rows, V] to outweigh those on [rows].
-_BLOCK_ELEMENTS = 640_000
 _ARGMAX_WIDTH = 512
-
-
-def _row_blocks(rows: int, classes: int) -> Iterator[slice]:
-    height = max(1, _BLOCK_ELEMENTS // max(classes, 1))
-    for start in range(0, rows, height):
-        yield slice(start, min(start + height, rows))
 
 
 def _scratch(like: Tensor, count: int) -> list[Tensor]:
     """Buffers for a block of `like`."""
-    height = next(_row_blocks(*like.shape), slice(0)).stop
+    height = next(row_blocks(*like.shape), slice(0)).stop
     shape = height, like.shape[1]
     return [borrow(f"block {i}", shape, like.device, like.dtype) for i in range(count)]
 
@@ -118,7 +109,7 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     """Statistics [n, 1, COLUMNS] of a tile of classes; overwrites the logits."""
     parts = tile.s.new_empty(tile.s.shape[0], 1, COLUMNS)
     scratch = _scratch(tile.s, 3)
-    for rows in _row_blocks(*tile.s.shape):
+    for rows in row_blocks(*tile.s.shape):
         block = tile.rows(rows)
         p, q, spare = (buffer[: block.s.shape[0]] for buffer in scratch)
         _transform_(block, spec)
@@ -138,7 +129,7 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
     sums = tile.s.new_empty(tile.s.shape[0], 3)
     scratch = _scratch(tile.s, 2)
-    for rows in _row_blocks(*tile.s.shape):
+    for rows in row_blocks(*tile.s.shape):
         block = tile.rows(rows)
         lse = stats.student_lse[rows], stats.teacher_lse[rows]
         p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
@@ -159,7 +150,7 @@ def tile_gradient_(
 ) -> None:
     """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
     scratch = _scratch(tile.s, 2)
-    for rows in _row_blocks(*tile.s.shape):
+    for rows in row_blocks(*tile.s.shape):
         block, row = tile.rows(rows), normalizers.rows(rows)
         p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
         difference = _probabilities_(block, row.student_lse, row.teacher_lse, spec, p, q)
@@ -182,7 +173,7 @@ def stash_rows_(
     sums = tile.s.new_empty(n if mix is None else 0, 3)
     needs = (mix is not None and mix[1] > 0, mix is not None and mix[0] > 0)
     scratch = _scratch(tile.s, 3)
-    for rows in _row_blocks(*tile.s.shape):
+    for rows in row_blocks(*tile.s.shape):
         block, part = tile.rows(rows), parts[rows, 0]
         p, q, difference = (buffer[: block.s.shape[0]] for buffer in scratch)
         _transform_(block, spec)

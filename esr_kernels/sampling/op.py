@@ -161,17 +161,10 @@ def sample_from_hidden(
     Gradients: none.
     Reference: `esr_kernels.sampling.reference.sample_from_logits` of the product in fp64.
     """
-    head = check_head(
-        "",
-        hidden,
-        weight,
-        bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=1.0,
-        num_classes=num_classes,
-        impl=impl,
+    transform = checked_transform(
+        ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", 1.0)
     )
+    head = check_head("", hidden, weight, bias, transform, num_classes, impl)
     keys = check_keys(keys, hidden)
     check_rows(params, hidden)
     rows, dtype = hidden.shape[0], matmul.logits_dtype(head.hidden.dtype)

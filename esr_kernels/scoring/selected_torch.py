@@ -1,7 +1,6 @@
-"""Row passes of `picked` in PyTorch: the CPU path.
+"""Row passes of `selected` in PyTorch: the CPU path.
 
-`z` [n, V] holds a tile's raw logits in fp32 or fp64 and is overwritten; rows go through in blocks
-that stay in the cache.
+They overwrite the raw logits of a tile, in blocks of rows that stay in the cache.
 """
 
 from __future__ import annotations
@@ -9,71 +8,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence.rows_torch import _row_blocks
-from esr_kernels.scoring.selected import CENTRED, COLUMNS, LOG_SUM, MAX, RestGradient
+from esr_kernels.common.tiles import row_blocks
+from esr_kernels.common.transform import LogitTransform, cap_, uncap_
+from esr_kernels.scoring.tile import CENTRED, COLUMNS, LOG_SUM, MAX, Tile, UnselectedGradient
 
-# exp() of it is 0 in fp64, and unlike -inf it may be multiplied by 0.
-_NOTHING = -1000.0
-
-
-def _cap_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
-    """Raw logits -> tanh of the softcap, or transformed logits where there is none."""
-    if bias is not None:
-        z.add_(bias)
-    if transform.softcap is not None:
-        z.mul_(transform.scale / transform.softcap).tanh_()
-    elif transform.slope != 1.0:
-        z.mul_(transform.slope)
-
-
-def _uncap_(z: Tensor, transform: LogitTransform) -> None:
-    """What _cap_ leaves -> transformed logits."""
-    if transform.softcap is not None:
-        z.mul_(transform.softcap / transform.temperature)
-
-
-def _within(ids: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """(whether an id lies in the tile, its column there or some column if not), each [n, K]."""
-    columns = ids - first
-    inside = (columns >= 0) & (columns < width)
-    return inside, columns.clamp(0, width - 1)
-
-
-def _drop_(z: Tensor, inside: Tensor, columns: Tensor) -> None:
-    """-inf over the picked logits. A minimum, so that ids of other tiles change nothing."""
-    lowest = torch.where(inside, -torch.inf, torch.inf).to(z.dtype)
-    z.scatter_reduce_(1, columns, lowest, "amin")
+# The least log-probability: its exponential is 0 in fp64, and unlike -inf it times 0 is 0.
+_LEAST = -1000.0
 
 
 def tile_statistics(
-    z: Tensor,
-    bias: Tensor | None,
+    tile: Tile,
     transform: LogitTransform,
     ids: Tensor,
-    first: int,
-    picked: Tensor,
-    chain: Tensor | None,
+    selected: Tensor,
+    softcap_slope: Tensor | None,
 ) -> Tensor:
-    """Statistics [n, 1, COLUMNS] of the classes of a tile that `ids` [n, K] do not pick.
+    """Statistics [T, 1, COLUMNS] of the classes of a tile that are not in `ids` [T, K].
 
-    Writes the transformed logits of those that they do to `picked` [n, K], and to `chain` [n, K],
-    which there is with a softcap, its derivative 1 - tanh^2 there.
+    Writes the transformed logits of those that are to `selected` [T, K] and, with a softcap, its
+    derivative 1 - tanh^2 there to `softcap_slope` [T, K].
     """
+    z = tile.z
     parts = torch.empty(z.shape[0], 1, COLUMNS, dtype=z.dtype, device=z.device)
-    for rows in _row_blocks(*z.shape):
+    for rows in row_blocks(*z.shape):
         block = z[rows]
-        inside, columns = _within(ids[rows], first, z.shape[1])
-        _cap_(block, bias, transform)
-        if chain is not None:
-            capped = block.gather(1, columns)
-            chain[rows] = torch.where(inside, 1 - capped.square(), chain[rows])
-        _uncap_(block, transform)
-        picked[rows] = torch.where(inside, block.gather(1, columns), picked[rows])
-        _drop_(block, inside, columns)
+        inside, columns = _columns(ids[rows], tile)
+        cap_(block, tile.bias, transform)
+        if softcap_slope is not None:
+            slope = 1 - block.gather(1, columns).square()
+            softcap_slope[rows] = torch.where(inside, slope, softcap_slope[rows])
+        uncap_(block, transform)
+        selected[rows] = torch.where(inside, block.gather(1, columns), selected[rows])
+        _remove_(block, inside, columns)
         top = block.amax(1)
         empty = top == -torch.inf
-        block.sub_(torch.where(empty, 0.0, top)[:, None]).clamp_(min=_NOTHING)
+        block.sub_(torch.where(empty, 0.0, top)[:, None]).clamp_(min=_LEAST)
         pi = block.softmax(1)
         part = parts[rows, 0]
         part[:, MAX] = top
@@ -83,57 +52,65 @@ def tile_statistics(
 
 
 def tile_gradient_(
-    z: Tensor,
-    bias: Tensor | None,
+    tile: Tile,
     transform: LogitTransform,
     ids: Tensor,
-    first: int,
-    picked_dz: Tensor,
-    rest: RestGradient | None,
+    selected_dz: Tensor,
+    unselected: UnselectedGradient | None,
     dz: Tensor,
 ) -> None:
-    """Write the gradient of a tile's raw logits to `dz` [n, V], which may be `z`.
+    """Write the gradient of a tile's raw logits to `dz` [T, w], which may be `tile.z`.
 
-    With `rest` None the classes that were not picked get 0 and `z` is not read.
+    With `unselected` None the unselected classes get 0, and the logits are not read.
     """
-    for rows in _row_blocks(*z.shape):
+    z = tile.z
+    for rows in row_blocks(*z.shape):
         block = z[rows]
-        inside, columns = _within(ids[rows], first, z.shape[1])
-        if rest is None:
+        inside, columns = _columns(ids[rows], tile)
+        if unselected is None:
             block.zero_()
         else:
-            _rest_rows_(block, bias, transform, inside, columns, rest, rows)
-        # Onto zeros, and zeros for the ids of other tiles: exact in any order.
-        block.scatter_add_(1, columns, torch.where(inside, picked_dz[rows], 0))
+            cap_(block, tile.bias, transform)
+            slope = None if transform.softcap is None else block.square().neg_().add_(1.0)
+            uncap_(block, transform)
+            _remove_(block, inside, columns)
+            _unselected_gradient_(block, unselected, slope, rows)
+        # Adds to 0, and ids of other tiles add 0: exact in any order.
+        block.scatter_add_(1, columns, torch.where(inside, selected_dz[rows], 0))
         if dz is not z:
             dz[rows] = block
 
 
-def _rest_rows_(
-    block: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    inside: Tensor,
-    columns: Tensor,
-    rest: RestGradient,
-    rows: slice,
+def _columns(ids: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(whether the id lies in the tile, its column there or any column if not), each [n, K]."""
+    width = tile.z.shape[1]
+    columns = ids - tile.first
+    inside = (columns >= 0) & (columns < width)
+    return inside, columns.clamp(0, width - 1)
+
+
+def _remove_(block: Tensor, inside: Tensor, columns: Tensor) -> None:
+    """-inf over the selected logits: a minimum, so that ids of other tiles change nothing."""
+    lowest = torch.where(inside, -torch.inf, torch.inf).to(block.dtype)
+    block.scatter_reduce_(1, columns, lowest, "amin")
+
+
+def _unselected_gradient_(
+    block: Tensor, unselected: UnselectedGradient, softcap_slope: Tensor | None, rows: slice
 ) -> None:
-    """block <- pi (constant + linear * log pi), 0 for the picked classes."""
-    _cap_(block, bias, transform)
-    chain = None if transform.softcap is None else block.square().neg_().add_(1.0)
-    _uncap_(block, transform)
-    _drop_(block, inside, columns)
-    log_pi = block.sub_(rest.top[rows, None]).sub_(rest.lse[rows, None]).clamp_(min=_NOTHING)
+    """Transformed logits -> pi (constant + linear * log pi), times the softcap's derivative."""
+    log_pi = block.sub_(unselected.top[rows, None]).sub_(unselected.lse[rows, None])
+    log_pi.clamp_(min=_LEAST)
     pi = log_pi.exp()
-    constant = rest.constant[rows, None]
+    constant = unselected.constant[rows, None]
     idle = constant == 0
-    if rest.linear is None:
+    if unselected.linear is None:
         torch.mul(pi, constant, out=block)
     else:
-        linear = rest.linear[rows, None]
+        linear = unselected.linear[rows, None]
         idle = idle & (linear == 0)
         log_pi.mul_(linear).add_(constant).mul_(pi)
-    if chain is not None:
-        block.mul_(chain)
-    # A row that asks for nothing gets nothing, even of a NaN.
+    if softcap_slope is not None:
+        block.mul_(softcap_slope)
+    # A row without a gradient gets 0, even if its logits are NaN.
     block.masked_fill_(idle, 0.0)

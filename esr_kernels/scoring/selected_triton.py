@@ -1,13 +1,13 @@
-"""Row passes of `picked` in Triton: the GPU path, with the signatures of `picked_torch`.
+"""Row passes of `selected` in Triton: the GPU path, with the signatures of `selected_torch`.
 
-take        One lane per picked id: copies its transformed logit out and leaves -inf behind.
-statistics  One program per (token, split of the row) folds blocks of logits into maximum, sum and
-            weighted sum; a logit of -inf was taken out, or lies beyond the classes. Reads 4 bytes
-            an element.
+select      One lane per id: copies its transformed logit out and leaves a raw logit of -inf.
+statistics  One program per (token, split of the row) reduces blocks of logits to maximum, sum and
+            weighted sum. Reads 4 bytes an element.
 gradient    One program per (token, block): reads 4 bytes an element, writes dz in its dtype.
-put         One lane per picked id: overwrites its dz, so that no 16-bit value is ever updated.
+scatter     One lane per id: overwrites its dz. Adding to it would round a 16-bit value twice.
 
-Parts of a row merge in a fixed order (`picked._merge`). Offsets of rows are 64-bit.
+The parts of a row are merged in a fixed order (`selected._merge`), so a launch repeats bit for bit.
+Offsets of rows are 64-bit.
 """
 
 from __future__ import annotations
@@ -18,106 +18,66 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.common.launch import split_columns
-from esr_kernels.common.logits_triton import tanh
+from esr_kernels.common.logits_triton import (
+    cap_logits,
+    online_maximum,
+    scale_logits,
+    softcap_derivative,
+    transform_logits,
+    weigh,
+)
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.scoring.selected import COLUMNS, RestGradient
+from esr_kernels.scoring.tile import COLUMNS, Tile, UnselectedGradient
 
-# (columns in a block, warps): as in rows_triton, with half its accumulators.
+# (columns in a block, warps), from bench/gpu_static.py: three accumulators leave registers for 8
+# columns a thread.
 STATISTICS_BLOCK = (1024, 4)
 GRADIENT_BLOCK = (1024, 4)
-# Picked ids in a program.
+# Ids in a program.
 _ID_BLOCK = 256
 
 
 @triton.jit
-def _transformed(
-    z,
-    bias_ptr,
-    columns,
-    inside,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """Transformed logits of raw ones, and the softcap's derivative there."""
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    z *= scale
-    chain = z
-    if HAS_SOFTCAP:
-        x = z / softcap
-        # 1 - tanh^2 without the difference: with u = 1 - tanh |x|, it is u (2 - u).
-        u = 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-        chain = u * (2.0 - u)
-        z = tanh(x) * softcap
-    return z * inv_temperature, chain
-
-
-@triton.jit
-def _tile_ids(ids_ptr, first, n_cols, n_ids, n_picked, BLOCK: tl.constexpr):
-    """(flat index, row, column, whether the id lies in the tile) of a block of [n, K] ids."""
+def _tile_ids(ids_ptr, first, n_cols, n_ids, ids_of_row, BLOCK: tl.constexpr):
+    """(flat index, row, column, whether the id lies in the tile) of a block of [T, K] ids."""
     flat = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = flat < n_ids
     column = tl.load(ids_ptr + flat, mask=exists, other=-1) - first
-    return flat, flat // n_picked, column, exists & (column >= 0) & (column < n_cols)
+    return flat, flat // ids_of_row, column, exists & (column >= 0) & (column < n_cols)
 
 
 @triton.jit
-def _take_kernel(
+def _select_kernel(
     z_ptr,
     z_stride,
-    bias_ptr,
     ids_ptr,
-    picked_ptr,
-    chain_ptr,
+    selected_ptr,
+    slope_ptr,
     first,
     n_cols,
     n_ids,
-    n_picked,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    ids_of_row,
+    transform,
     BLOCK: tl.constexpr,
 ):
-    flat, row, column, inside = _tile_ids(ids_ptr, first, n_cols, n_ids, n_picked, BLOCK)
+    flat, row, column, inside = _tile_ids(ids_ptr, first, n_cols, n_ids, ids_of_row, BLOCK)
     where = z_ptr + row * z_stride + column
-    z = tl.load(where, mask=inside, other=0.0)
-    logit, chain = _transformed(
-        z, bias_ptr, column, inside, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP
-    )
-    tl.store(picked_ptr + flat, logit, mask=inside)
-    if HAS_SOFTCAP:
-        tl.store(chain_ptr + flat, chain, mask=inside)
+    x = scale_logits(tl.load(where, mask=inside, other=0.0), column, inside, transform)
+    z, _ = cap_logits(x, transform)
+    tl.store(selected_ptr + flat, z, mask=inside)
+    if slope_ptr is not None:
+        tl.store(slope_ptr + flat, softcap_derivative(x, transform), mask=inside)
     tl.store(where, tl.full([BLOCK], -float("inf"), tl.float32), mask=inside)
 
 
 @triton.jit
-def _put_kernel(
-    dz_ptr, dz_stride, ids_ptr, picked_dz_ptr, first, n_cols, n_ids, n_picked, BLOCK: tl.constexpr
-):
-    flat, row, column, inside = _tile_ids(ids_ptr, first, n_cols, n_ids, n_picked, BLOCK)
-    value = tl.load(picked_dz_ptr + flat, mask=inside, other=0.0)
-    where = dz_ptr + row * dz_stride + column
-    tl.store(where, value.to(dz_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _rest_statistics_kernel(
+def _unselected_statistics_kernel(
     z_ptr,
     z_stride,
-    bias_ptr,
     parts_ptr,
     n_cols,
     split_cols,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    transform,
     BLOCK: tl.constexpr,
     N_STATS: tl.constexpr,
 ):
@@ -133,24 +93,17 @@ def _rest_statistics_kernel(
         columns = block + lane
         inside = columns < stop
         raw = tl.load(z_ptr + row * z_stride + columns, mask=inside, other=-float("inf"))
-        z, _ = _transformed(
-            raw, bias_ptr, columns, inside, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP
-        )
+        z, _ = transform_logits(raw, columns, inside, transform)
+        # A softcap would make the -inf of a selected class finite.
         z = tl.where(raw == -float("inf"), -float("inf"), z)
-        new = tl.maximum(top, tl.max(z, 0))
-        # A block of -inf only must not turn into exp(-inf + inf).
-        base = tl.where(new == -float("inf"), 0.0, new)
-        decay = tl.exp(top - base)
-        # What the sum of p * (z - top) owes for the maximum that moved.
-        shift = tl.where(top == -float("inf"), 0.0, top - base)
-        top = new
+        # `online_softmax` does the same with one register more on gfx942.
+        top, base, decay, shift = online_maximum(top, tl.max(z, 0))
         p = tl.exp(z - base)
-        # 0 * inf: a class of probability 0 weighs nothing whatever its logit.
-        centred = (centred + shift * total) * decay + tl.where(p == 0, 0.0, p * (z - base))
+        centred = (centred + shift * total) * decay + weigh(p, z - base)
         total = total * decay + p
     row_total = tl.sum(total, 0)
     norm = tl.where(row_total == 0, 1.0, row_total)
-    # The order of picked's columns.
+    # MAX, LOG_SUM, CENTRED
     out = parts_ptr + (row * tl.num_programs(1) + split) * N_STATS
     tl.store(out + 0, top)
     tl.store(out + 1, tl.log(row_total))
@@ -158,151 +111,149 @@ def _rest_statistics_kernel(
 
 
 @triton.jit
-def _rest_gradient_kernel(
+def _unselected_gradient_kernel(
     z_ptr,
     dz_ptr,
     z_stride,
     dz_stride,
-    bias_ptr,
     top_ptr,
     lse_ptr,
     constant_ptr,
     linear_ptr,
     n_cols,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_LINEAR: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    transform,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_cols
     raw = tl.load(z_ptr + row * z_stride + columns, mask=inside, other=-float("inf"))
-    z, chain = _transformed(
-        raw, bias_ptr, columns, inside, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP
-    )
+    x = scale_logits(raw, columns, inside, transform)
+    softcap_slope = softcap_derivative(x, transform)
+    z, _ = cap_logits(x, transform)
     log_pi = z - tl.load(top_ptr + row) - tl.load(lse_ptr + row)
     pi = tl.exp(log_pi)
-    factor = tl.load(constant_ptr + row)
-    idle = factor == 0
-    dz = pi * factor
-    if HAS_LINEAR:
+    constant = tl.load(constant_ptr + row)
+    idle = constant == 0
+    dz = pi * constant
+    if linear_ptr is not None:
         linear = tl.load(linear_ptr + row)
         idle = idle & (linear == 0)
-        dz = tl.where(pi == 0, 0.0, pi * (factor + linear * log_pi))
-    if HAS_SOFTCAP:
-        dz *= chain
-    # A row that asks for nothing gets nothing, even of a NaN.
+        dz = weigh(pi, constant + linear * log_pi)
+    dz *= softcap_slope
+    # A row without a gradient gets 0, even if its logits are NaN.
     dz = tl.where(idle, 0.0, dz)
     out = dz_ptr + row * dz_stride + columns
     tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
-def _transform_arguments(transform: LogitTransform, bias: Tensor | None) -> dict[str, object]:
-    return {
-        "scale": float(transform.scale),
-        "softcap": float(transform.softcap or 1.0),
-        "inv_temperature": 1.0 / transform.temperature,
-        "bias_ptr": bias,
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": transform.softcap is not None,
-    }
+@triton.jit
+def _scatter_kernel(
+    dz_ptr,
+    dz_stride,
+    ids_ptr,
+    selected_dz_ptr,
+    first,
+    n_cols,
+    n_ids,
+    ids_of_row,
+    BLOCK: tl.constexpr,
+):
+    flat, row, column, inside = _tile_ids(ids_ptr, first, n_cols, n_ids, ids_of_row, BLOCK)
+    value = tl.load(selected_dz_ptr + flat, mask=inside, other=0.0)
+    where = dz_ptr + row * dz_stride + column
+    tl.store(where, value.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
 def tile_statistics(
-    z: Tensor,
-    bias: Tensor | None,
+    tile: Tile,
     transform: LogitTransform,
     ids: Tensor,
-    first: int,
-    picked: Tensor,
-    chain: Tensor | None,
+    selected: Tensor,
+    softcap_slope: Tensor | None,
 ) -> Tensor:
-    """Statistics [n, splits, COLUMNS] of the classes of a tile that `ids` [n, K] do not pick.
+    """Statistics [T, splits, COLUMNS] of the classes of a tile that are not in `ids` [T, K].
 
-    Writes the transformed logits of those that they do to `picked` [n, K], and to `chain` [n, K],
-    which there is with a softcap, its derivative 1 - tanh^2 there; leaves -inf over them in `z`.
+    Writes the transformed logits of those that are to `selected` [T, K] and, with a softcap, its
+    derivative 1 - tanh^2 there to `softcap_slope` [T, K]; leaves -inf over them in the tile.
     """
-    n, classes = z.shape
+    z, bias, first = tile
+    tokens, classes = z.shape
     block, warps = STATISTICS_BLOCK
-    splits, columns = split_columns(n, classes, block)
-    parts = torch.empty(n, splits, COLUMNS, dtype=torch.float32, device=z.device)
-    if n:
-        arguments = _transform_arguments(transform, bias)
-        _take_kernel[(triton.cdiv(ids.numel(), _ID_BLOCK),)](
-            z,
-            z.stride(0),
-            ids_ptr=ids,
-            picked_ptr=picked,
-            chain_ptr=chain,
-            first=first,
-            n_cols=classes,
-            n_ids=ids.numel(),
-            n_picked=ids.shape[1],
-            BLOCK=_ID_BLOCK,
-            **arguments,
-        )
-        _rest_statistics_kernel[(n, splits)](
-            z,
-            z.stride(0),
-            parts_ptr=parts,
-            n_cols=classes,
-            split_cols=columns,
-            BLOCK=block,
-            N_STATS=COLUMNS,
-            num_warps=warps,
-            **arguments,
-        )
+    splits, columns = split_columns(tokens, classes, block)
+    parts = torch.empty(tokens, splits, COLUMNS, dtype=torch.float32, device=z.device)
+    if tokens == 0:
+        return parts
+    _select_kernel[(triton.cdiv(ids.numel(), _ID_BLOCK),)](
+        z,
+        z.stride(0),
+        ids_ptr=ids,
+        selected_ptr=selected,
+        slope_ptr=softcap_slope,
+        first=first,
+        n_cols=classes,
+        n_ids=ids.numel(),
+        ids_of_row=ids.shape[1],
+        transform=transform.kernel_argument(bias),
+        BLOCK=_ID_BLOCK,
+    )
+    _unselected_statistics_kernel[(tokens, splits)](
+        z,
+        z.stride(0),
+        parts_ptr=parts,
+        n_cols=classes,
+        split_cols=columns,
+        transform=transform.kernel_argument(bias),
+        BLOCK=block,
+        N_STATS=COLUMNS,
+        num_warps=warps,
+    )
     return parts
 
 
 def tile_gradient_(
-    z: Tensor,
-    bias: Tensor | None,
+    tile: Tile,
     transform: LogitTransform,
     ids: Tensor,
-    first: int,
-    picked_dz: Tensor,
-    rest: RestGradient | None,
+    selected_dz: Tensor,
+    unselected: UnselectedGradient | None,
     dz: Tensor,
 ) -> None:
-    """Write the gradient of a tile's raw logits to `dz` [n, V], which may be `z`.
+    """Write the gradient of a tile's raw logits to `dz` [T, w], which may be `tile.z`.
 
-    With `rest` None the classes that were not picked get 0 and `z` is not read.
+    With `unselected` None the unselected classes get 0, and the logits are not read.
     """
-    n, classes = z.shape
-    if n == 0:
+    z, bias, first = tile
+    tokens, classes = z.shape
+    if tokens == 0:
         return
-    if rest is None:
+    if unselected is None:
         dz.zero_()
     else:
         block, warps = GRADIENT_BLOCK
-        _rest_gradient_kernel[(n, triton.cdiv(classes, block))](
+        linear = unselected.linear
+        _unselected_gradient_kernel[(tokens, triton.cdiv(classes, block))](
             z,
             dz,
             z.stride(0),
             dz.stride(0),
-            top_ptr=rest.top.contiguous(),
-            lse_ptr=rest.lse.contiguous(),
-            constant_ptr=rest.constant.contiguous(),
-            linear_ptr=None if rest.linear is None else rest.linear.contiguous(),
+            top_ptr=unselected.top.contiguous(),
+            lse_ptr=unselected.lse.contiguous(),
+            constant_ptr=unselected.constant.contiguous(),
+            linear_ptr=None if linear is None else linear.contiguous(),
             n_cols=classes,
-            HAS_LINEAR=rest.linear is not None,
+            transform=transform.kernel_argument(bias),
             BLOCK=block,
             num_warps=warps,
-            **_transform_arguments(transform, bias),
         )
-    _put_kernel[(triton.cdiv(ids.numel(), _ID_BLOCK),)](
+    _scatter_kernel[(triton.cdiv(ids.numel(), _ID_BLOCK),)](
         dz,
         dz.stride(0),
         ids_ptr=ids,
-        picked_dz_ptr=picked_dz.contiguous(),
+        selected_dz_ptr=selected_dz.contiguous(),
         first=first,
         n_cols=classes,
         n_ids=ids.numel(),
-        n_picked=ids.shape[1],
+        ids_of_row=ids.shape[1],
         BLOCK=_ID_BLOCK,
     )

@@ -10,13 +10,19 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from esr_kernels.common import matmul
-from esr_kernels.common.head import Head, check_head, check_ids, values_are_at_hand
-from esr_kernels.divergence import reference
-from esr_kernels.scoring.selected import NO_CLASS, pick
+from esr_kernels.common.head import (
+    Head,
+    check_head,
+    check_ids,
+    checked_transform,
+    values_are_at_hand,
+)
+from esr_kernels.scoring import reference
+from esr_kernels.scoring.selected import NO_CLASS, select_classes
 
 # The token id of positions to leave out, as in torch.nn.functional.cross_entropy.
 IGNORE = -100
-# Odds beyond e**1000 are certainty in every dtype, and finite where infinite ones would give NaN.
+# Log-odds are clamped to it: the probability is 0 or 1 in every dtype, and 0 * inf does not arise.
 _CERTAIN = 1000.0
 
 
@@ -26,19 +32,6 @@ class TokenLogprob(NamedTuple):
     logprob: Tensor  # log p(token), nats
     entropy: Tensor  # of the whole distribution, nats
     lse: Tensor  # log-sum-exp of the transformed logits
-
-
-def _check_tokens(tokens: Tensor, head: Head) -> None:
-    check_ids("tokens", tokens, f"[{head.hidden.shape[0]}]", head.hidden)
-    if not values_are_at_hand(tokens):  # looking would stall a GPU
-        return
-    bad = (tokens != IGNORE) & ((tokens < 0) | (tokens >= head.classes))
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"tokens must be from 0 to {head.classes - 1}, or {IGNORE} to leave a position out, "
-            f"got {int(tokens[at])} at position {at}"
-        )
 
 
 def token_logprob(
@@ -79,7 +72,8 @@ def token_logprob(
 
     Raises:
         ValueError or TypeError naming the argument, what it was and what is allowed. Ids are
-        checked on CPU only; on GPU, where looking would stall, an id out of range gives NaN.
+        checked on CPU only; on GPU, where reading them would synchronise, an id out of range gives
+        NaN.
 
     Exactness: logits and reductions are fp32 whatever the operands' dtype; a probability near 1
         keeps the digits of its distance from 1. On GPU dz is rounded to the operands' dtype for
@@ -88,23 +82,16 @@ def token_logprob(
     Memory: a tile of logits [T, tile] and a few floats a token; in the backward an fp32 gradient of
         `hidden` besides.
     Gradients: the backward projects again; any number of backwards, no double backward.
-    Reference: `esr_kernels.divergence.reference.token_logprob`.
+    Reference: `esr_kernels.scoring.reference.token_logprob`.
 
     Example:
         >>> scored = token_logprob(hidden, lm_head.weight, sampled)
         >>> (-(advantage * scored.logprob) - 0.01 * scored.entropy).mean().backward()
     """
-    head = check_head(
-        "",
-        hidden,
-        weight,
-        bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        num_classes=num_classes,
-        impl=impl,
+    transform = checked_transform(
+        ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)
     )
+    head = check_head("", hidden, weight, bias, transform, num_classes, impl)
     _check_tokens(tokens, head)
     if impl == "reference":
         with matmul.plain_precision(head.hidden):
@@ -122,22 +109,37 @@ def token_logprob(
         return TokenLogprob(**fields)
     live = tokens != IGNORE
     ids = torch.where(live, tokens, NO_CLASS)[:, None]
-    picked = pick(head, ids, live, op="token_logprob", impl=impl, memory_budget=memory_budget)
-    # A few numbers a token: fp64 costs nothing here, and the gradient starts out exact.
-    logit, others, entropy_of_others, top = (field.double() for field in picked)
+    selected = select_classes(
+        head, ids, live, op="token_logprob", impl=impl, memory_budget=memory_budget
+    )
+    # fp64 costs little for a few numbers a token, and rounds nothing off the gradient.
+    logit, lse, entropy, top = (field.double() for field in selected)
     logit = logit[:, 0]
-    # Two classes, the token and the rest: log p = -log(1 + e**-odds) is exact at both ends, and so
-    # is its derivative, unlike p (1 - p). The entropy is that of the two plus, by the chain rule,
-    # the rest's own.
-    odds = logit - others
+    # Two classes, the token and all others: log p = -log(1 + e**-odds) is exact at both ends, and
+    # so is its derivative, unlike p (1 - p). The entropy is that of the two classes plus, by the
+    # chain rule, that among the others.
+    odds = logit - lse
     finite = odds.clamp(-_CERTAIN, _CERTAIN)
-    log_p, log_rest = logsigmoid(finite), logsigmoid(-finite)
-    rest = log_rest.exp()
-    of_two = -(log_p.exp() * log_p + rest * log_rest)
+    log_p, log_others = logsigmoid(finite), logsigmoid(-finite)
+    others = log_others.exp()
+    of_two = -(log_p.exp() * log_p + others * log_others)
     outputs = (
         logsigmoid(odds),
-        of_two + rest * entropy_of_others,
-        top + torch.logaddexp(logit, others),
+        of_two + others * entropy,
+        top + torch.logaddexp(logit, lse),
     )
-    dtype = picked.top.dtype
+    dtype = selected.top.dtype
     return TokenLogprob(*(torch.where(live, output, 0.0).to(dtype) for output in outputs))
+
+
+def _check_tokens(tokens: Tensor, head: Head) -> None:
+    check_ids("tokens", tokens, f"[{head.hidden.shape[0]}]", head.hidden)
+    if not values_are_at_hand(tokens):
+        return
+    bad = (tokens != IGNORE) & ((tokens < 0) | (tokens >= head.classes))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"tokens must be from 0 to {head.classes - 1}, or {IGNORE} to leave a position out, "
+            f"got {int(tokens[at])} at position {at}"
+        )

@@ -10,9 +10,17 @@ from torch import Tensor
 
 from esr_kernels.common import matmul
 from esr_kernels.common.arguments import REDUCTIONS, one_of
-from esr_kernels.common.head import Head, check_head, check_ids, values_are_at_hand
-from esr_kernels.divergence import reference
-from esr_kernels.scoring.selected import NO_CLASS, pick
+from esr_kernels.common.head import (
+    Head,
+    check_head,
+    check_ids,
+    checked_token_weights,
+    checked_transform,
+    values_are_at_hand,
+)
+from esr_kernels.common.reduction import reduce_rows
+from esr_kernels.scoring import reference
+from esr_kernels.scoring.selected import NO_CLASS, select_classes
 
 DIVERGENCES = ("forward_kl", "reverse_kl")
 TAILS = ("bucket", "renormalise")
@@ -28,98 +36,6 @@ class TopkDivergence(NamedTuple):
     per_token: Tensor  # the divergence of each token, unweighted, in nats
     student_mass: Tensor  # the student's probability of the teacher's top-k
     student_lse: Tensor  # log-sum-exp of the transformed logits
-
-
-def _check_teacher(
-    ids: Tensor, logprobs: Tensor, weights: Tensor | None, tail: str, head: Head
-) -> None:
-    tokens = head.hidden.shape[0]
-    check_ids("teacher_ids", ids, f"[{tokens}, K]", head.hidden)
-    if ids.shape[1] == 0:
-        raise ValueError("teacher_ids must have at least one column, got K = 0")
-    if not isinstance(logprobs, Tensor) or not logprobs.is_floating_point():
-        kind = logprobs.dtype if isinstance(logprobs, Tensor) else type(logprobs).__name__
-        raise TypeError(f"teacher_logprobs must be a floating point tensor, got {kind}")
-    if logprobs.shape != ids.shape or logprobs.device != ids.device:
-        raise ValueError(
-            f"teacher_logprobs must have shape {list(ids.shape)} on {ids.device} as teacher_ids "
-            f"has, got {list(logprobs.shape)} on {logprobs.device}"
-        )
-    if weights is not None:
-        if not isinstance(weights, Tensor):
-            raise TypeError(f"token_weights must be a torch.Tensor, got {type(weights).__name__}")
-        if weights.shape != (tokens,):
-            raise ValueError(f"token_weights must have shape [{tokens}], got {list(weights.shape)}")
-        if weights.is_complex() or weights.requires_grad:
-            raise TypeError("token_weights must be real and carry no gradient; detach them")
-    if values_are_at_hand(ids):
-        _check_values(ids, logprobs, tail, head.classes)
-
-
-def _check_values(ids: Tensor, logprobs: Tensor, tail: str, classes: int) -> None:
-    """Raise on the first bad value; of tensors on the CPU, where looking stalls nothing."""
-    bad = (ids < NO_CLASS) | (ids >= classes)
-    if bool(bad.any()):
-        row, column = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"teacher_ids must be from 0 to {classes - 1}, or {NO_CLASS} where a row has fewer "
-            f"than K, got {int(ids[row, column])} in row {row}"
-        )
-    ordered = ids.sort(dim=1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_CLASS)
-    if bool(twice.any()):
-        row, column = (int(i) for i in twice.nonzero()[0])
-        raise ValueError(
-            f"teacher_ids must not repeat an id in a row, got {int(ordered[row, column])} twice "
-            f"in row {row}"
-        )
-    if tail == "bucket":
-        mass = torch.where(ids >= 0, logprobs.detach().double(), -torch.inf).exp().sum(1)
-        allowed = 1 + max(1e-3, 8 * torch.finfo(logprobs.dtype).eps)
-        if bool((mass > allowed).any()):
-            row = int((mass > allowed).nonzero()[0, 0])
-            raise ValueError(
-                "teacher_logprobs must be log-probabilities, whose exponentials sum to at most 1 "
-                f"in a row, got {float(mass[row]):.4g} in row {row}; scores need tail='renormalise'"
-            )
-
-
-def _rounding(known: Tensor, dtype: torch.dtype) -> Tensor:
-    """How well the mass [T, 1] of log-probabilities given in `dtype` is known.
-
-    They were rounded to `dtype`, which a probability feels in proportion to its logarithm, after a
-    log-softmax in at least fp32, whose own rounding shows where that logarithm is near 0.
-    """
-    q = known.exp()
-    spread = -torch.where(q > 0, q * known, 0.0).sum(1, keepdim=True)
-    computed_in = torch.promote_types(dtype, torch.float32)
-    return 2 * (torch.finfo(dtype).eps * spread + torch.finfo(computed_in).eps)
-
-
-def _with_tail(known: Tensor, doubt: Tensor, others_alive: Tensor) -> Tensor:
-    """Log-probabilities [T, K + 1] of the K ids and of all other classes as one; sums to 1.
-
-    Where less than their `doubt` is missing from the K, the tail's mass is set to that: with 0 a
-    reverse KL would be infinite. But 0 it is where the student has no other class either.
-    """
-    mass = known.exp().sum(1, keepdim=True)
-    missing = 1 - mass
-    tail = torch.where(missing > doubt, missing, torch.where(others_alive, doubt, 0.0))
-    return torch.cat([known, tail.log()], dim=1) - (mass + tail).log()
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) of each row, for log-probabilities that each sum to 1.
-
-    sum(b - a) is 0 but for the rounding of both normalisers, and adding it takes their first-order
-    error out of the divergence.
-    """
-    a, b = log_a.exp(), log_b.exp()
-    live = a != 0  # NaN is, and reaches the gradient
-    gap = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
-    value = (a * gap + (b - a)).sum(1)
-    # What is left of rounding below 0 is reported as 0; the gradient does not notice.
-    return torch.where(value < 0, value - value.detach(), value)
 
 
 def linear_topk_divergence(
@@ -152,7 +68,7 @@ def linear_topk_divergence(
         reverse_kl   sum_c p_c G_c, G_c = log p_c - log q_c   p_k (G_k - KL)   p_v (G_t - KL)
 
     With tail="renormalise" both are restricted to the K ids and scaled to sum 1: the same without
-    a tail. It says nothing about how much the student puts on other classes.
+    a tail. This ignores how much probability the student gives to other classes.
 
     Args:
         student_hidden: [T, Ds] and `student_weight` [V, Ds], of the same dtype (or autocast to it).
@@ -179,8 +95,9 @@ def linear_topk_divergence(
 
     Raises:
         ValueError or TypeError naming the argument, what it was and what is allowed. Values of ids
-        and log-probabilities are checked on CPU only. On GPU, where looking would stall, an id out
-        of range gives NaN in its row, and a repeated id an undefined divergence of its row.
+        and log-probabilities are checked on CPU only. On GPU, where reading them would synchronise,
+        an id out of range gives NaN in its row, and a repeated id an undefined divergence of its
+        row.
 
     Exactness: fp32 logits and reductions; the student's tail is summed over its classes, not taken
         from 1. On GPU dz is rounded to the operands' dtype for the gradient GEMMs. Repeated calls
@@ -191,7 +108,7 @@ def linear_topk_divergence(
         `student_hidden` besides.
     Gradients: the backward projects again ("renormalise" does not need to); any number of
         backwards, no double backward.
-    Reference: `esr_kernels.divergence.reference.linear_topk_divergence`.
+    Reference: `esr_kernels.scoring.reference.linear_topk_divergence`.
 
     Example:
         >>> out = linear_topk_divergence(hidden, lm_head.weight, top.indices, top.values)
@@ -200,22 +117,15 @@ def linear_topk_divergence(
     one_of("divergence", divergence, DIVERGENCES)
     one_of("tail", tail, TAILS)
     one_of("reduction", reduction, REDUCTIONS)
-    head = check_head(
-        "student_",
-        student_hidden,
-        student_weight,
-        bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        num_classes=num_classes,
-        impl=impl,
+    transform = checked_transform(
+        ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)
     )
-    _check_teacher(teacher_ids, teacher_logprobs, token_weights, tail, head)
+    head = check_head(
+        "student_", student_hidden, student_weight, bias, transform, num_classes, impl
+    )
+    _check_teacher(teacher_ids, teacher_logprobs, tail, head)
+    weights = checked_token_weights(token_weights, head.hidden)
     dtype = matmul.logits_dtype(head.hidden.dtype)
-    weights = None
-    if token_weights is not None:
-        weights = token_weights.to(device=head.hidden.device, dtype=dtype, non_blocking=True)
     if impl == "reference":
         with matmul.plain_precision(head.hidden):
             fields = reference.linear_topk_divergence(
@@ -236,7 +146,7 @@ def linear_topk_divergence(
             )
         return TopkDivergence(**fields)
     live = None if weights is None else weights != 0
-    picked = pick(
+    selected = select_classes(
         head,
         teacher_ids,
         live,
@@ -244,9 +154,12 @@ def linear_topk_divergence(
         impl=impl,
         memory_budget=memory_budget,
     )
-    # From here on [T, K] numbers only: in fp64, so that the gradient starts out exact.
+    # fp64 costs little for [T, K] numbers, and rounds nothing off the gradient.
+    listed, others = selected.logits.double(), selected.unselected_lse.double()[:, None]
+    with torch.no_grad():
+        lse = torch.cat([listed, others], dim=1).logsumexp(dim=1)
+        mass = (listed - lse[:, None]).exp().sum(dim=1)
     known = torch.where(teacher_ids == NO_CLASS, -torch.inf, teacher_logprobs.detach().double())
-    listed, others = picked.logits.double(), picked.rest_lse.double()[:, None]
     if tail == "bucket":
         log_p = torch.cat([listed, others], dim=1).log_softmax(dim=1)
         doubt = _rounding(known, teacher_logprobs.dtype)
@@ -256,23 +169,90 @@ def linear_topk_divergence(
         log_p = torch.where(empty, 0.0, listed).log_softmax(dim=1)
         log_q = torch.where(empty, 0.0, known).log_softmax(dim=1)
     values = (_kl(log_q, log_p) if divergence == "forward_kl" else _kl(log_p, log_q)).to(dtype)
-
-    with torch.no_grad():
-        lse = torch.cat([listed, others], dim=1).logsumexp(dim=1)
-        mass = (listed - lse[:, None]).exp().sum(dim=1)
-        detached = values.detach().clone(), mass.to(dtype), (picked.top + lse).to(dtype)
-    if live is None or weights is None:
-        return TopkDivergence(_reduce(values, None, reduction), *detached)
-    loss = _reduce(torch.where(live, weights * values, 0.0), weights.sum(), reduction)
-    return TopkDivergence(loss, *(torch.where(live, field, 0.0) for field in detached))
+    statistics = [values.detach().clone(), mass.to(dtype), (selected.top + lse).to(dtype)]
+    if live is not None:
+        statistics = [torch.where(live, field, 0.0) for field in statistics]
+    return TopkDivergence(reduce_rows(values, weights, reduction), *statistics)
 
 
-def _reduce(weighted: Tensor, total: Tensor | None, reduction: str) -> Tensor:
-    """`total` is the sum of the weights, None for all 1."""
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    if total is None:
-        return weighted.sum() / max(weighted.shape[0], 1)
-    return weighted.sum() / torch.where(total == 0, 1.0, total)
+def _rounding(known: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounding error [T, 1] of the total mass of log-probabilities given in `dtype`.
+
+    Rounding log q to `dtype` changes q in proportion to |log q|. The log-softmax before it, in at
+    least fp32, has an absolute error, which is all that is left where log q is near 0.
+    """
+    q = known.exp()
+    spread = -torch.where(q > 0, q * known, 0.0).sum(1, keepdim=True)
+    computed_in = torch.promote_types(dtype, torch.float32)
+    return 2 * (torch.finfo(dtype).eps * spread + torch.finfo(computed_in).eps)
+
+
+def _with_tail(known: Tensor, doubt: Tensor, others_alive: Tensor) -> Tensor:
+    """Log-probabilities [T, K + 1] of the K ids and of all other classes as one, normalised.
+
+    If the K ids lack less than `doubt`, their rounding error, the tail gets a mass of `doubt`: 0
+    would make a reverse KL infinite. If the student has no other class, the tail gets 0.
+    """
+    mass = known.exp().sum(1, keepdim=True)
+    missing = 1 - mass
+    tail = torch.where(missing > doubt, missing, torch.where(others_alive, doubt, 0.0))
+    return torch.cat([known, tail.log()], dim=1) - (mass + tail).log()
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) of each row, for log-probabilities that each sum to 1.
+
+    sum(b - a) is 0 but for the rounding of both normalisers; adding it removes their first-order
+    error.
+    """
+    a, b = log_a.exp(), log_b.exp()
+    live = a != 0  # NaN is, and reaches the gradient
+    gap = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
+    value = (a * gap + (b - a)).sum(1)
+    # A value that rounding makes negative is returned as 0, with its gradient.
+    return torch.where(value < 0, value - value.detach(), value)
+
+
+def _check_teacher(ids: Tensor, logprobs: Tensor, tail: str, head: Head) -> None:
+    tokens = head.hidden.shape[0]
+    check_ids("teacher_ids", ids, f"[{tokens}, K]", head.hidden)
+    if ids.shape[1] == 0:
+        raise ValueError("teacher_ids must have at least one column, got K = 0")
+    if not isinstance(logprobs, Tensor) or not logprobs.is_floating_point():
+        kind = logprobs.dtype if isinstance(logprobs, Tensor) else type(logprobs).__name__
+        raise TypeError(f"teacher_logprobs must be a floating point tensor, got {kind}")
+    if logprobs.shape != ids.shape or logprobs.device != ids.device:
+        raise ValueError(
+            f"teacher_logprobs must have shape {list(ids.shape)} on {ids.device} as teacher_ids "
+            f"has, got {list(logprobs.shape)} on {logprobs.device}"
+        )
+    if values_are_at_hand(ids):
+        _check_values(ids, logprobs, tail, head.classes)
+
+
+def _check_values(ids: Tensor, logprobs: Tensor, tail: str, classes: int) -> None:
+    """Raise on the first bad value; for CPU tensors, whose values need no synchronisation."""
+    bad = (ids < NO_CLASS) | (ids >= classes)
+    if bool(bad.any()):
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"teacher_ids must be from 0 to {classes - 1}, or {NO_CLASS} where a row has fewer "
+            f"than K, got {int(ids[row, column])} in row {row}"
+        )
+    ordered = ids.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_CLASS)
+    if bool(twice.any()):
+        row, column = (int(i) for i in twice.nonzero()[0])
+        raise ValueError(
+            f"teacher_ids must not repeat an id in a row, got {int(ordered[row, column])} twice "
+            f"in row {row}"
+        )
+    if tail == "bucket":
+        mass = torch.where(ids >= 0, logprobs.detach().double(), -torch.inf).exp().sum(1)
+        allowed = 1 + max(1e-3, 8 * torch.finfo(logprobs.dtype).eps)
+        if bool((mass > allowed).any()):
+            row = int((mass > allowed).nonzero()[0, 0])
+            raise ValueError(
+                "teacher_logprobs must be log-probabilities, whose exponentials sum to at most 1 "
+                f"in a row, got {float(mass[row]):.4g} in row {row}; scores need tail='renormalise'"
+            )

@@ -23,8 +23,7 @@ from esr_kernels import (
 )
 from esr_kernels.divergence import arguments as checks
 from esr_kernels.divergence import autograd
-from esr_kernels.scoring import selected as picked
-from esr_kernels.scoring import topk
+from esr_kernels.scoring import selected, topk
 from tests.kernels import cases, head_cases
 from tests.kernels.cases import DEVICE, TOKENS
 
@@ -61,7 +60,7 @@ class _NoWaiting(TorchDispatchMode):
 def _as_on_a_gpu(monkeypatch):
     """What the package does with values where they are at hand, it leaves out on a GPU."""
     # The last is hidden behind the function of its name.
-    modules = autograd, checks, picked, topk, sys.modules["esr_kernels.scoring.token_logprob"]
+    modules = autograd, checks, selected, topk, sys.modules["esr_kernels.scoring.token_logprob"]
     for module in modules:
         monkeypatch.setattr(module, "values_are_at_hand", lambda tensor: False)
     if not triton.knobs.runtime.interpret:

@@ -13,8 +13,9 @@ from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import rows_triton
 from esr_kernels.divergence.losses import JSD, KLMix
 from esr_kernels.divergence.statistics import RowSpec, Tile
-from esr_kernels.scoring.selected import RestGradient
-from esr_kernels.scoring.selected_triton import tile_gradient_, tile_statistics
+from esr_kernels.scoring import selected_triton
+from esr_kernels.scoring.tile import Tile as HeadTile
+from esr_kernels.scoring.tile import UnselectedGradient
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret,
@@ -61,13 +62,14 @@ def test_passes_over_one_head(far_apart):
     z = _logits(2)
     ids = torch.tensor([[3, 1099], [700, -1], [0, 511]])
     row = torch.full((ROWS,), 0.3)
-    rest = RestGradient(top=z.amax(1), lse=row, constant=row, linear=row)
+    unselected = UnselectedGradient(top=z.amax(1), lse=row, constant=row, linear=row)
+    transform = LogitTransform()
     results = []
     for logits in (z.clone(), far_apart(z)):
-        picked = torch.zeros(ROWS, 2)
-        parts = tile_statistics(logits, None, LogitTransform(), ids, 0, picked, None)
-        dz = logits
-        tile_gradient_(logits, None, LogitTransform(), ids, 0, torch.ones(ROWS, 2), rest, dz)
-        results.append((parts, picked, dz.contiguous()))
+        tile, selected = HeadTile(logits, None, 0), torch.zeros(ROWS, 2)
+        parts = selected_triton.tile_statistics(tile, transform, ids, selected, None)
+        selected_dz = torch.ones(ROWS, 2)
+        selected_triton.tile_gradient_(tile, transform, ids, selected_dz, unselected, logits)
+        results.append((parts, selected, logits.contiguous()))
     for near, far in zip(*results, strict=True):
         assert torch.equal(near, far) and near.abs().max() > 0

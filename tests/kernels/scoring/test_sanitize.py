@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from esr_kernels import linear_topk_divergence, token_logprob
-from esr_kernels.divergence import reference
+from esr_kernels.scoring import reference
 from tests.kernels import cases, head_cases
 from tests.kernels.cases import DEVICE
 

@@ -10,9 +10,9 @@ import torch
 from esr_kernels import token_logprob
 from esr_kernels.common import matmul
 from esr_kernels.common.head import check_head
-from esr_kernels.divergence import reference
-from esr_kernels.scoring import selected as picked
-from esr_kernels.scoring.selected import pick
+from esr_kernels.common.transform import LogitTransform
+from esr_kernels.scoring import reference, selected
+from esr_kernels.scoring.selected import select_classes
 from tests.kernels import cases, head_cases
 from tests.kernels.cases import DEVICE
 from tests.kernels.head_cases import HEADS, TOKENS
@@ -163,7 +163,7 @@ def test_positions_left_out_are_masked_where_counting_them_would_stall(impl, mon
     """As on a GPU: the rows are computed, and their outputs and gradients replaced by 0."""
     case = HEADS["odd_options"](torch.float32)
     dropped = head_cases.run(token_logprob, case, (_tokens(case),), _backward, impl=impl)
-    monkeypatch.setattr(picked, "values_are_at_hand", lambda rows: False)
+    monkeypatch.setattr(selected, "values_are_at_hand", lambda rows: False)
     masked = head_cases.run(token_logprob, case, (_tokens(case),), _backward, impl=impl)
     for name, value in dropped.items():
         torch.testing.assert_close(masked[name], value, rtol=1e-5, atol=1e-6)
@@ -285,7 +285,7 @@ _BAD = {
     ),
     "scale": ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and not 0, got 0.0"),
     "impl": ({"impl": "cuda"}, ValueError, "impl must be one of.*'cuda'"),
-    "budget": ({"memory_budget": 10}, ValueError, "memory_budget of 10 bytes is too small.*84"),
+    "budget": ({"memory_budget": 10}, ValueError, "memory_budget of 10 bytes is too small.*384"),
     "no budget": (
         {"memory_budget": 0},
         ValueError,
@@ -321,11 +321,10 @@ def test_an_id_out_of_range_that_no_check_saw_gives_nan_in_its_row(impl):
         hidden,
         weight,
         None,
-        softcap=None,
-        logit_scale=1.0,
-        temperature=1.0,
-        num_classes=None,
-        impl=impl,
+        LogitTransform(),
+        None,
+        impl,
     )
-    logits = pick(head, ids, None, op="pick", impl=impl, memory_budget=None).logits[:, 0]
+    selected = select_classes(head, ids, None, op="test", impl=impl, memory_budget=None)
+    logits = selected.logits[:, 0]
     assert logits.isnan().nonzero()[:, 0].tolist() == [2, 5]

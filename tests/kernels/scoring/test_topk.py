@@ -10,8 +10,7 @@ import torch
 
 from esr_kernels import linear_divergence, linear_topk_divergence
 from esr_kernels.common import matmul
-from esr_kernels.divergence import reference
-from esr_kernels.scoring import selected as picked
+from esr_kernels.scoring import reference, selected
 from tests.kernels import cases, head_cases
 from tests.kernels.cases import DEVICE
 from tests.kernels.head_cases import CLASSES, HEADS, TOKENS
@@ -215,6 +214,25 @@ def test_values_by_hand():
         assert nothing.loss.item() == 0
 
 
+def test_reductions_by_hand():
+    """The reference shares `reduce_rows` with the op, so comparing the two misses its mistakes."""
+    hidden, weight, _ = HEADS["random_head"](torch.float32)
+    teacher = _teacher((hidden, weight, {}))
+    weights = torch.arange(TOKENS, device=DEVICE) % 3
+    rows = linear_topk_divergence(hidden, weight, *teacher).per_token
+    for given, total in ((None, TOKENS), (weights, weights.sum()), (weights * 0, 1)):
+        weighted = rows if given is None else rows * given
+        for reduction, expected in (
+            ("none", weighted),
+            ("sum", weighted.sum()),
+            ("mean", weighted.sum() / total),
+        ):
+            out = linear_topk_divergence(
+                hidden, weight, *teacher, token_weights=given, reduction=reduction
+            )
+            torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_gradcheck_in_fp64(divergence, tail):
@@ -271,7 +289,7 @@ def test_the_suite_notices_a_wrong_gradient(damage, tail, monkeypatch):
 @pytest.mark.parametrize("how", ["dropped", "masked, as on a GPU"])
 def test_a_row_of_weight_0_is_as_if_it_were_absent_even_if_nan(how, impl, monkeypatch):
     if how != "dropped":
-        monkeypatch.setattr(picked, "values_are_at_hand", lambda rows: False)
+        monkeypatch.setattr(selected, "values_are_at_hand", lambda rows: False)
     hidden, weight, _ = HEADS["random_head"](torch.float32)
     ids, logprobs = _teacher((hidden, weight, {}))
     weights = torch.ones(TOKENS, device=DEVICE)

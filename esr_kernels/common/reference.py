@@ -1,0 +1,39 @@
+"""What several specifications in plain PyTorch share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def transformed_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    classes: slice | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """softcap * tanh(scale * (h W^T + b) / softcap) / temperature, over `classes`."""
+    logits = hidden.to(dtype) @ weight[classes].to(dtype).T
+    if bias is not None:
+        logits = logits + bias[classes].to(dtype)
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) of each row; classes of probability 0 in `a` contribute 0 and no gradient."""
+    live = log_a != -torch.inf  # NaN is
+    gap = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
+    return (torch.where(live, log_a, -torch.inf).exp() * gap).sum(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Entropy of each row; classes of probability 0 contribute 0 and no gradient."""
+    return -(log_p.exp() * torch.where(log_p != -torch.inf, log_p, 0.0)).sum(-1)
