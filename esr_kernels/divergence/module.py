@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,82 +11,52 @@ from torch import Tensor, nn
 from esr_kernels.divergence.arguments import Options, check_options, checked_transforms
 from esr_kernels.divergence.losses import Divergence, resolve_divergence
 from esr_kernels.divergence.op import LinearDivergence, linear_divergence
-from esr_kernels.divergence.plan import Plan
+
+_TENSORS = {"student_bias", "teacher_bias", "student_ids", "teacher_ids"}
+_TENSORS |= {"token_weights", "labels", "weight_grad"}
+# Name -> default of the arguments that are no tensors.
+_OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(linear_divergence).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in _TENSORS
+}
+_TRANSFORMS = "temperature teacher_temperature student_softcap teacher_softcap "
+_TRANSFORMS += "student_logit_scale teacher_logit_scale"
 
 
 class LinearDivergenceLoss(nn.Module):
-    """`linear_divergence` with the options that do not change between steps kept.
+    """`linear_divergence` with fixed options.
 
-    It has no parameters: both heads are arguments of `forward`, so that the head which a model ties
-    to its embedding, or an FSDP wrapper gathers, stays where it is.
+    It has no parameters: both heads are arguments of `forward`, because a head may be tied to the
+    model's embedding, or be gathered by an FSDP wrapper.
 
     Args:
-        divergence: as in `linear_divergence`, and so are all options.
+        divergence: as in `linear_divergence`.
+        options: its other keyword arguments, but for the tensors, which go to `forward`:
+            temperature, teacher_temperature, student_softcap, teacher_softcap,
+            student_logit_scale, teacher_logit_scale, num_classes, label_weight, reduction, plan,
+            memory_budget, compact, group, impl.
 
     Raises:
-        ValueError or TypeError for an option that no call could use; `forward` raises what
-        `linear_divergence` does.
+        TypeError or ValueError for an option that is unknown or that no call could use; `forward`
+        raises what `linear_divergence` does.
 
     Example:
         >>> loss = LinearDivergenceLoss("forward_kl", temperature=2.0, reduction="mean")
         >>> loss(hidden, lm_head.weight, teacher_hidden, teacher_head.weight).loss.backward()
     """
 
-    def __init__(
-        self,
-        divergence: Divergence | str = "reverse_kl",
-        *,
-        temperature: float = 1.0,
-        teacher_temperature: float | None = None,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        student_logit_scale: float = 1.0,
-        teacher_logit_scale: float = 1.0,
-        num_classes: int | None = None,
-        label_weight: float = 0.0,
-        reduction: str = "sum",
-        plan: str | Plan = "auto",
-        memory_budget: int | None = None,
-        compact: bool | None = None,
-        group: Any = None,
-        impl: str = "auto",
-    ) -> None:
+    def __init__(self, divergence: Divergence | str = "reverse_kl", **options: Any) -> None:
         super().__init__()
-        check_options(
-            Options(
-                num_classes=num_classes,
-                label_weight=label_weight,
-                reduction=reduction,
-                plan=plan,
-                memory_budget=memory_budget,
-                compact=compact,
-                group=group,
-                impl=impl,
-            )
-        )
-        checked_transforms(
-            temperature,
-            teacher_temperature,
-            student_softcap,
-            teacher_softcap,
-            student_logit_scale,
-            teacher_logit_scale,
-        )
-        self.divergence = resolve_divergence(divergence)
-        self.temperature = temperature
-        self.teacher_temperature = teacher_temperature
-        self.student_softcap = student_softcap
-        self.teacher_softcap = teacher_softcap
-        self.student_logit_scale = student_logit_scale
-        self.teacher_logit_scale = teacher_logit_scale
-        self.num_classes = num_classes
-        self.label_weight = label_weight
-        self.reduction = reduction
-        self.plan = plan
-        self.memory_budget = memory_budget
-        self.compact = compact
-        self.group = group
-        self.impl = impl
+        for name in options:
+            if name not in _OPTIONS:
+                where = "is a tensor: pass it to forward" if name in _TENSORS else "is unknown"
+                raise TypeError(f"option {name!r} {where}; options are {', '.join(_OPTIONS)}")
+        values = {**_OPTIONS, **options}
+        fields = {field.name for field in dataclasses.fields(Options)} & set(values)
+        check_options(Options(**{name: values[name] for name in fields}))
+        checked_transforms(*(values[name] for name in _TRANSFORMS.split()))
+        self.divergence, self.options = resolve_divergence(divergence), options
 
     def forward(
         self,
@@ -92,60 +64,20 @@ class LinearDivergenceLoss(nn.Module):
         student_weight: Tensor,
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
-        *,
-        token_weights: Tensor | None = None,
-        labels: Tensor | None = None,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        student_ids: Tensor | None = None,
-        teacher_ids: Tensor | None = None,
-        weight_grad: Tensor | None = None,
+        **tensors: Tensor | None,
     ) -> LinearDivergence:
-        """What `linear_divergence` returns for these tensors and the module's options.
+        """`linear_divergence` of these tensors: token_weights, labels, student_bias, teacher_bias,
+        student_ids, teacher_ids and weight_grad by keyword.
 
-        Without `labels` the module's `label_weight` plays no part.
+        Without `labels` the module's `label_weight` is not used.
         """
-        return linear_divergence(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            self.divergence,
-            token_weights=token_weights,
-            temperature=self.temperature,
-            teacher_temperature=self.teacher_temperature,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            student_softcap=self.student_softcap,
-            teacher_softcap=self.teacher_softcap,
-            student_logit_scale=self.student_logit_scale,
-            teacher_logit_scale=self.teacher_logit_scale,
-            num_classes=self.num_classes,
-            student_ids=student_ids,
-            teacher_ids=teacher_ids,
-            labels=labels,
-            label_weight=self.label_weight if labels is not None else 0.0,
-            weight_grad=weight_grad,
-            reduction=self.reduction,
-            plan=self.plan,
-            memory_budget=self.memory_budget,
-            compact=self.compact,
-            group=self.group,
-            impl=self.impl,
-        )
+        options: dict[str, Any] = {**self.options, **tensors}
+        if tensors.get("labels") is None:
+            options["label_weight"] = 0.0
+        models = student_hidden, student_weight, teacher_hidden, teacher_weight
+        return linear_divergence(*models, self.divergence, **options)
 
     def extra_repr(self) -> str:
         """The divergence, and the options that are not at their defaults."""
-        parts = [str(self.divergence)]
-        for name, default in _DEFAULTS.items():
-            value = getattr(self, name)
-            if value != default:
-                parts.append(f"{name}={value!r}")
-        return ", ".join(parts)
-
-
-_DEFAULTS = {
-    name: value
-    for name, value in (LinearDivergenceLoss.__init__.__kwdefaults__ or {}).items()
-    if name != "group"
-}
+        changed = {n: v for n, v in self.options.items() if n != "group" and v != _OPTIONS[n]}
+        return ", ".join([str(self.divergence), *(f"{n}={v!r}" for n, v in changed.items())])

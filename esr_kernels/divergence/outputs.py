@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from esr_kernels.common.reduction import reduce_rows
 from esr_kernels.common.rows import spread_rows
 from esr_kernels.common.transform import transform_
 from esr_kernels.divergence.call import Call, Operands, Outputs
@@ -27,9 +28,10 @@ def outputs(
     rows = values
     if call.spec.label_weight:  # 0 times an infinite cross-entropy would be NaN
         rows = values + call.spec.label_weight * cross_entropy
-    if row_weight is not None:
-        rows = torch.where(row_weight != 0, row_weight * rows, 0)
-    loss = rows if call.reduction == "none" else rows.sum() * factor
+    reduction = "none" if call.reduction == "none" else "sum"  # the weights of a mean sum to 1
+    loss = reduce_rows(rows, row_weight, reduction)
+    if reduction == "sum":
+        loss = loss * factor
     fields: Outputs = (
         values,
         cross_entropy,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
 import torch
 
 from esr_kernels import JSD, LinearDivergenceLoss, linear_divergence
@@ -54,11 +55,16 @@ def test_mapped_vocabularies_and_no_labels():
 
 
 def test_it_has_every_option_of_the_function():
-    function = set(inspect.signature(linear_divergence).parameters)
-    module = set(inspect.signature(LinearDivergenceLoss.__init__).parameters) - {"self"}
-    forward = set(inspect.signature(LinearDivergenceLoss.forward).parameters) - {"self"}
-    assert module | forward == function
-    assert not module & forward
+    every = {name for name, parameter in inspect.signature(linear_divergence).parameters.items()}
+    documented = LinearDivergenceLoss.__doc__ + LinearDivergenceLoss.forward.__doc__
+    for name in every - {"student_hidden", "student_weight", "teacher_hidden", "teacher_weight"}:
+        assert name in documented
+
+
+@pytest.mark.parametrize("name, why", [("temprature", "is unknown"), ("labels", "pass it to")])
+def test_an_option_that_it_does_not_have(name, why):
+    with pytest.raises(TypeError, match=f"option '{name}' .*{why}"):
+        LinearDivergenceLoss(**{name: None})
 
 
 def test_its_repr_shows_what_was_chosen():
