@@ -23,6 +23,7 @@ from esr_kernels.common.head import (
     check_bias,
     check_impl,
     check_operands,
+    checked_token_weights,
     checked_transform,
     ready,
     values_are_at_hand,
@@ -186,24 +187,8 @@ def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Opti
         teacher_ids,
         labels,
     )
-    row_weight = None
-    if options.token_weights is not None:
-        _check_token_weights(options.token_weights, tokens)
-        row_weight = options.token_weights.to(
-            device=device, dtype=matmul.logits_dtype(student_hidden.dtype), non_blocking=True
-        )
+    row_weight = checked_token_weights(options.token_weights, student_hidden)
     return Inputs(operands, row_weight, classes)
-
-
-def _check_token_weights(token_weights: Tensor, tokens: int) -> None:
-    if not isinstance(token_weights, Tensor):
-        raise TypeError(f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}")
-    if token_weights.shape != (tokens,):
-        raise ValueError(
-            f"token_weights must have shape [{tokens}], got {list(token_weights.shape)}"
-        )
-    if token_weights.is_complex() or token_weights.requires_grad:
-        raise TypeError("token_weights must be real and carry no gradient; detach them")
 
 
 def _check_weight_grad(weight_grad: Tensor, student_weight: Tensor, impl: str) -> None:
