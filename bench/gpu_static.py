@@ -190,7 +190,9 @@ def _measure(arch: str, variant: str, function: JITFunction, kernel) -> Compiled
         most = 64
     constants = {function.arg_names[at[0]]: value for at, value in kernel.src.constants.items()}
     blocks = [str(constants[name]) for name in function.arg_names if name.startswith("BLOCK")]
-    pointers = [kind for kind in kernel.src.signature.values() if kind.startswith("*")]
+    # The type of a tuple is a tuple of types.
+    kinds = [kind for kind in kernel.src.signature.values() if isinstance(kind, str)]
+    pointers = [kind for kind in kinds if kind.startswith("*")]
     return Compiled(
         arch=arch,
         kernel=function.fn.__name__.lstrip("_"),
