@@ -27,9 +27,9 @@ from esr_kernels.divergence.losses import (
     TotalVariation,
 )
 from esr_kernels.divergence.statistics import RowSpec, Tile
-from esr_kernels.sampling import draw_triton as sampling_triton
+from esr_kernels.sampling import draw_triton
 from esr_kernels.sampling import fused_triton as sampling_fused_triton
-from esr_kernels.sampling.params import Classes, RowLaw
+from esr_kernels.sampling.params import Classes, RowParams
 from esr_kernels.sampling.philox import SampleKeys
 from esr_kernels.scoring import selected_triton as picked_triton
 from esr_kernels.scoring.selected import RestGradient
@@ -137,7 +137,7 @@ def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None
         _empty(_CLASSES, dtype=torch.bool) if everything else None,
     )
     filters = everything and fused_dim is None
-    law = RowLaw(
+    params = RowParams(
         row if everything else None,
         _empty(rows, dtype=torch.bool) if everything else None,
         False,
@@ -147,10 +147,10 @@ def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None
     )
     keys = SampleKeys(1 << 40, _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.int64))
     if fused_dim is None:
-        sampling_triton.sample_rows(_empty(rows, _CLASSES, dtype=dtype), classes, law, keys)
+        draw_triton.sample_rows(_empty(rows, _CLASSES, dtype=dtype), classes, params, keys)
     else:
         hidden, weight = (_empty(n, fused_dim, dtype=dtype) for n in (rows, _CLASSES))
-        sampling_fused_triton.sample(hidden, weight, classes, law, keys)
+        sampling_fused_triton.sample(hidden, weight, classes, params, keys)
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32

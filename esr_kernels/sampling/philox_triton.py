@@ -1,9 +1,9 @@
-"""`philox` for Triton kernels: the same words bit for bit, and variates of the same formulas."""
+"""`philox` in Triton: the same words bit for bit, and variates by the same formulas."""
 
 import triton
 import triton.language as tl
 
-from esr_kernels.divergence.row_kernels_triton import _log1p
+from esr_kernels.common.logits_triton import log1p
 
 
 @triton.jit
@@ -22,8 +22,12 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def tile_words(tiles, rows_ptr, step_ptr, step_stride, row, seed_low, seed_high):
-    """The four words of a row's tiles; see `philox.tile_words`."""
+def tile_words(tiles, row, keys):
+    """The four words of a row's tiles; see `philox.tile_words`.
+
+    `keys` is (rows_ptr, step_ptr, step_stride, seed_low, seed_high).
+    """
+    rows_ptr, step_ptr, step_stride, seed_low, seed_high = keys
     name = tl.load(rows_ptr + row)
     step = tl.load(step_ptr + row * step_stride)
     c0 = tiles.to(tl.uint32)
@@ -45,7 +49,7 @@ def gumbel(high, low):
     high = tl.where(upper, high ^ 0xFFFFFFFF, high).to(tl.float32)
     low = tl.where(upper, low ^ 0xFFFFFFFF, low).to(tl.float32)
     distance = high * 2.3283064365386963e-10 + (low + 0.5) * 5.421010862427522e-20
-    return -tl.log(-tl.where(upper, tl.log(distance), _log1p(-distance)))
+    return -tl.log(-tl.where(upper, tl.log(distance), log1p(-distance)))
 
 
 @triton.jit

@@ -1,22 +1,16 @@
-"""The sampler in plain PyTorch: what `esr_kernels.sampling.op` draws, written from its definition.
+"""The specification of the sampler in plain PyTorch, fp64, with a full sort of every row.
 
-fp64 and a full sort of every row. The keys' noise (`philox`) is part of the definition, so the
-tokens are those of the other implementations but where rounding decides.
+The noise that the keys stand for (`philox`) is part of the specification, so tokens are equal to
+those of the other implementations except where rounding decides.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from esr_kernels.sampling.params import TILE, SamplingParams
 from esr_kernels.sampling.philox import SampleKeys, gumbel, tile_words, uniform
-
-if TYPE_CHECKING:
-    from esr_kernels.sampling.op import SamplingParams
-
-_TILE = 256
 
 
 def kept_classes(log_p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -44,22 +38,21 @@ def sample_from_logits(
     logit_scale: float = 1.0,
     num_classes: int | None = None,
     invalid: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """The fields of `esr_kernels.Sample` by name, computed the obvious way."""
+    """The fields of `esr_kernels.Sample` by name, fp64."""
     batch, device = logits.shape[0], logits.device
 
     def per_row(value: float | Tensor) -> Tensor:
         return torch.as_tensor(value, device=device).expand(batch)
 
     classes = num_classes or logits.shape[1]
-    z = logits[:, :classes].to(dtype)
+    z = logits[:, :classes].double()
     if bias is not None:
-        z = z + bias[:classes].to(dtype)
+        z = z + bias[:classes].double()
     z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    temperature = per_row(params.temperature).to(dtype)
+    temperature = per_row(params.temperature).double()
     greedy = temperature == 0
     z = z / torch.where(greedy, 1.0, temperature)[:, None]
     if invalid is not None:
@@ -73,14 +66,14 @@ def sample_from_logits(
     )
     log_kept = torch.where(keep, log_p, -torch.inf).logsumexp(1)
     kept_z = torch.where(keep, z, -torch.inf)
-    tiles = -(-classes // _TILE)
-    tiled = torch.nn.functional.pad(kept_z, (0, tiles * _TILE - classes), value=-torch.inf)
-    tiled = tiled.unflatten(1, (tiles, _TILE))
+    tiles = -(-classes // TILE)
+    tiled = torch.nn.functional.pad(kept_z, (0, tiles * TILE - classes), value=-torch.inf)
+    tiled = tiled.unflatten(1, (tiles, TILE))
     words = tile_words(keys, tiles)
     tile = (tiled.logsumexp(2) + gumbel(*words[:2])).argmax(1)
     inside = tiled[torch.arange(batch, device=device), tile].softmax(1)
     level = uniform(*words[2:]).gather(1, tile[:, None])
-    drawn = tile * _TILE + (inside.cumsum(1) <= level).sum(1).clamp(max=_TILE - 1)
+    drawn = tile * TILE + (inside.cumsum(1) <= level).sum(1).clamp(max=TILE - 1)
     largest = torch.where(z.isnan(), -torch.inf, z).argmax(1)
     proper = lse.isfinite()
     tokens = torch.where(greedy | ~proper, largest, drawn)

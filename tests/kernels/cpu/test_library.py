@@ -14,7 +14,7 @@ from esr_kernels import SampleKeys, SamplingParams, sample_from_logits
 from esr_kernels.attention.op import shared_prefix_attention
 from esr_kernels.cpu import library as native
 from esr_kernels.cpu import tiles as sampling_native
-from esr_kernels.sampling import draw_torch as sampling_torch
+from esr_kernels.sampling import draw_torch
 from tests.kernels.attention.test_op import _case
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
@@ -99,7 +99,7 @@ def test_tiles_of_logits(monkeypatch):
     tiled = 20 * torch.randn(70, 3, 256, generator=torch.Generator().manual_seed(0))
     tiled[0, 0], tiled[0, 1, 1:], tiled[1, 0, 7] = -inf, -inf, -inf
     tiled[2, 0, 9], tiled[2, 1], tiled[3, 0, 0] = nan, nan, inf
-    maxima, log_sums = sampling_torch.tile_sums(tiled)
+    maxima, log_sums = draw_torch.tile_sums(tiled)
     exact = tiled.double()
     top = exact.amax(-1)
     torch.testing.assert_close(maxima, top.float(), rtol=0, atol=0, equal_nan=True)
@@ -107,7 +107,7 @@ def test_tiles_of_logits(monkeypatch):
     below[3, 0] = nan
     torch.testing.assert_close(log_sums.double(), below, rtol=0, atol=1e-6, equal_nan=True)
     _without_compiled_tiles(monkeypatch)
-    for ours, theirs in zip((maxima, log_sums), sampling_torch.tile_sums(tiled), strict=True):
+    for ours, theirs in zip((maxima, log_sums), draw_torch.tile_sums(tiled), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, equal_nan=True)
 
 
@@ -138,7 +138,7 @@ def test_older_instructions_compute_the_same(processor, monkeypatch, tmp_path):
     out = shared_prefix_attention(*tensors)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
     logits = torch.randn(40, 7, 256)
-    sums = sampling_torch.tile_sums(logits)
+    sums = draw_torch.tile_sums(logits)
     _without_compiled_tiles(monkeypatch)
-    for ours, theirs in zip(sums, sampling_torch.tile_sums(logits), strict=True):
+    for ours, theirs in zip(sums, draw_torch.tile_sums(logits), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
