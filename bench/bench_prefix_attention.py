@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from bench.measure import interleaved, median_ratio, record
-from esr_kernels.attention import prefix_torch as prefix_attention_torch
-from esr_kernels.cpu import attention as prefix_attention_native
+from esr_kernels.attention import prefix_torch
+from esr_kernels.attention.arguments import AttentionOptions, Cache
+from esr_kernels.cpu import attention as native_attention
 from esr_kernels.cpu import library as native
 
 PROMPTS, SAMPLES, PROMPT_LENGTH, CAPACITY = 8, 8, 128, 63
@@ -51,16 +52,19 @@ def test_milliseconds_a_step() -> None:
     layers = [_layer() for _ in range(LAYERS)]
     query = torch.randn(PROMPTS * SAMPLES, HEADS, DIM)
     lengths = torch.full((PROMPTS,), PROMPT_LENGTH)
+    options = AttentionOptions(DIM**-0.5, None, None)
     table: dict[str, dict[str, float]] = {}
     for own in (1, 32, CAPACITY):
         suffixes = torch.full((PROMPTS * SAMPLES,), own)
 
-        def ours(module, layer: Layer, own=suffixes) -> Tensor:  # type: ignore[no-untyped-def]
-            how = {"scale": DIM**-0.5, "softcap": None, "window": None}
-            out: Tensor = module.attend(
-                query, *layer.prefix, lengths, *layer.suffix, own, None, **how
-            )
-            return out
+        def caches(layer: Layer, own=suffixes) -> tuple[Cache, Cache]:  # type: ignore[no-untyped-def]
+            return Cache(*layer.prefix, lengths), Cache(*layer.suffix, own)
+
+        def compiled(layer: Layer, caches=caches) -> Tensor:  # type: ignore[no-untyped-def]
+            return native_attention.attend(query, *caches(layer), None, **options._asdict())
+
+        def in_pytorch(layer: Layer, caches=caches) -> Tensor:  # type: ignore[no-untyped-def]
+            return prefix_torch.attend(query, *caches(layer), None, options)
 
         def whole(layer: Layer, end=PROMPT_LENGTH + own) -> Tensor:  # type: ignore[no-untyped-def]
             key, value = (states[:, :, :end] for states in layer.whole)
@@ -70,8 +74,8 @@ def test_milliseconds_a_step() -> None:
             return out[:, :, 0]
 
         calls = {
-            "compiled": lambda layer, f=ours: f(prefix_attention_native, layer),
-            "PyTorch": lambda layer, f=ours: f(prefix_attention_torch, layer),
+            "compiled": compiled,
+            "PyTorch": in_pytorch,
             "whole sequences": whole,
         }
         results = [call(layers[0]) for call in calls.values()]

@@ -269,5 +269,9 @@ def _attention(size: Size, dtype: torch.dtype) -> Result:
         lengths(rows, own),
     )
     ours = esr_kernels.shared_prefix_attention(*tensors, impl=size.impl)
-    error = _error(ours, reference.shared_prefix_attention(*tensors))
+    truth = esr_kernels.shared_prefix_attention(
+        *(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors),
+        impl="reference",
+    )
+    error = _error(ours, truth)
     return {"out": error, "ok": error <= _GRADIENT[dtype]}

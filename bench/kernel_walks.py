@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from esr_kernels.attention import prefix_triton as prefix_attention_triton
-from esr_kernels.attention.op import RowGroups
+from esr_kernels.attention import prefix_triton
+from esr_kernels.attention.arguments import AttentionOptions, Cache
+from esr_kernels.attention.groups import RowGroups
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import fused_triton, rows_triton
 from esr_kernels.divergence.losses import (
@@ -111,18 +112,12 @@ def _prefix_attention(
     )
     prefix = _empty(prompts, heads[1], prompt_length, dim, dtype=dtype)
     suffix = _empty(batch, heads[1], length, dim, dtype=dtype)
-    prefix_attention_triton.attend(
+    prefix_triton.attend(
         _empty(batch, heads[0], dim, dtype=dtype),
-        prefix,
-        prefix,
-        _empty(prompts, dtype=torch.int64),
-        suffix,
-        suffix,
-        _empty(batch, dtype=torch.int64),
+        Cache(prefix, prefix, _empty(prompts, dtype=torch.int64)),
+        Cache(suffix, suffix, _empty(batch, dtype=torch.int64)),
         groups if everything else None,
-        scale=dim**-0.5,
-        softcap=50.0 if everything else None,
-        window=128 if everything else None,
+        AttentionOptions(dim**-0.5, *((50.0, 128) if everything else (None, None))),
     )
 
 

@@ -6,15 +6,11 @@ Rows and heads are computed apart, so a row's result depends on nothing but the 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from esr_kernels.cpu.library import library, over_rows
-
-if TYPE_CHECKING:
-    from esr_kernels.attention.op import RowGroups
 
 _WIDEST = 256
 
@@ -55,13 +51,9 @@ def serves(query: Tensor) -> bool:
 
 def attend(
     query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    prefix_lengths: Tensor,
-    suffix_key: Tensor,
-    suffix_value: Tensor,
-    suffix_lengths: Tensor,
-    groups: RowGroups | None,
+    prefix: tuple[Tensor, Tensor, Tensor],
+    suffix: tuple[Tensor, Tensor, Tensor],
+    group_rows: Tensor | None,
     *,
     scale: float,
     softcap: float | None,
@@ -69,8 +61,8 @@ def attend(
 ) -> Tensor:
     """Checked operands -> [B, Hq, D]."""
     batch, heads, dim = query.shape
-    prompts, kv_heads = prefix_key.shape[:2]
-    width = batch // prompts if groups is None else groups.rows.shape[1]
+    prompts, kv_heads = prefix[0].shape[:2]
+    width = batch // prompts if group_rows is None else group_rows.shape[1]
     out = torch.empty(batch, heads, dim, dtype=torch.float32, device="cpu")
     # Copies, if any, live in this list as long as the calls that read them.
     kept: list[Tensor] = []
@@ -90,9 +82,9 @@ def attend(
         pointer(query),
         out.data_ptr(),
         heads * dim,
-        cache(prefix_key, prefix_value, prefix_lengths),
-        cache(suffix_key, suffix_value, suffix_lengths),
-        None if groups is None else pointer(groups.rows),
+        cache(*prefix),
+        cache(*suffix),
+        None if group_rows is None else pointer(group_rows),
         width,
         kv_heads,
         heads // kv_heads,
@@ -101,6 +93,6 @@ def attend(
         softcap or 0.0,
         window or 0,
     )
-    row_elements = (prefix_key.shape[2] + suffix_key.shape[2]) * dim
+    row_elements = (prefix[0].shape[2] + suffix[0].shape[2]) * dim
     over_rows("attend", what, prompts * kv_heads * width, row_elements)
     return out

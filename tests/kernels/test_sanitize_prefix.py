@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from esr_kernels.attention.op import shared_prefix_attention
-from esr_kernels.divergence import reference
-from tests.kernels.attention.test_op import _assert_close, _case, _plain
+from tests.kernels.attention.test_op import _assert_close, _case, _plain, _truth
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 3.0}], ids=["plain", "all"])
 @pytest.mark.parametrize("length", [37, 300], ids=["one split", "splits"])
 def test_prefix_attention_on_the_gpu_path(length, options):
     tensors, groups = _case(length=length, own=70, dtype=torch.float16)
-    truth = reference.shared_prefix_attention(*tensors, groups=groups, **options)
+    truth = _truth(tensors, groups, **options)
     plain = (_plain(tensors, groups, **options) - truth).norm() / truth.norm()
     views = list(tensors)
     for at in (4, 5):
@@ -26,6 +25,6 @@ def test_prefix_attention_on_the_gpu_path(length, options):
 
 def test_no_suffix_and_no_groups():
     tensors, _ = _case((0, 0, 1, 1), prompts=2, own=0, dtype=torch.float16)
-    truth = reference.shared_prefix_attention(*tensors)
+    truth = _truth(tensors)
     out = shared_prefix_attention(*tensors, impl="triton")
     _assert_close(out, truth, 0.01)
