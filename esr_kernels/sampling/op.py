@@ -11,7 +11,6 @@ from esr_kernels.common.head import check_bias, check_head, check_impl, checked_
 from esr_kernels.common.workspace import borrow_rows, default_memory_budget
 from esr_kernels.sampling import draw_torch, reference
 from esr_kernels.sampling.arguments import (
-    check_invalid,
     check_keys,
     check_logits,
     check_rows,
@@ -80,7 +79,7 @@ def sample_from_logits(
         which the next call uses again (`release_workspace`); on GPU 8 bytes a row and tile, and
         with filters twice that and 64 KiB a row.
     Gradients: none; operands are read without autograd.
-    Reference: `esr_kernels.sampling.reference.sample_from_logits`.
+    Reference: `esr_kernels.sampling.reference.sample_rows`.
 
     Example:
         >>> keys = SampleKeys(seed=0, rows=torch.arange(len(logits)), step=3)
@@ -101,25 +100,14 @@ def sample_from_logits(
     )
     keys = check_keys(keys, logits)
     check_rows(params, logits)
-    if impl == "reference":
-        return _as_sample(
-            reference.sample_from_logits(
-                logits,
-                keys,
-                params,
-                bias=bias,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                num_classes=num_classes,
-                invalid=check_invalid(invalid, logits, logits.shape[1]),
-            )
-        )
     count = num_classes or logits.shape[1]
     on_triton = _on_triton(impl, logits)
     classes = checked_classes(
         count, logits, logits.shape[1], bias, transform, invalid, mask=on_triton
     )
     with torch.no_grad():
+        if impl == "reference":
+            return reference.sample_rows(logits, classes, params, keys)
         per_row = row_params(params, logits.shape[0], count, logits.device)
         return _sample_rows(logits, classes, per_row, keys, on_triton)
 
@@ -158,7 +146,7 @@ def sample_from_hidden(
     Memory: a chunk of fp32 logits within the budget. On GPU few rows without filters
         (`fused_triton.FUSED_ROWS`) are drawn without any logits in memory.
     Gradients: none.
-    Reference: `esr_kernels.sampling.reference.sample_from_logits` of the product in fp64.
+    Reference: `esr_kernels.sampling.reference.sample_rows` of the product in fp64.
     """
     head = check_head(
         "",
@@ -175,30 +163,14 @@ def sample_from_hidden(
     check_rows(params, hidden)
     rows, dtype = hidden.shape[0], matmul.logits_dtype(head.hidden.dtype)
     chunk = _rows_at_once(head.classes * dtype.itemsize, memory_budget, hidden.device.type)
+    on_triton = _on_triton(impl, hidden)
+    classes = checked_classes(
+        head.classes, hidden, weight.shape[0], head.bias, head.transform, invalid, mask=on_triton
+    )
     with torch.no_grad():
         if impl == "reference":
-            return _as_sample(
-                reference.sample_from_logits(
-                    head.hidden.double() @ head.weight.double().T,
-                    keys,
-                    params,
-                    bias=bias,
-                    softcap=softcap,
-                    logit_scale=logit_scale,
-                    num_classes=num_classes,
-                    invalid=check_invalid(invalid, hidden, weight.shape[0]),
-                )
-            )
-        on_triton = _on_triton(impl, hidden)
-        classes = checked_classes(
-            head.classes,
-            hidden,
-            weight.shape[0],
-            head.bias,
-            head.transform,
-            invalid,
-            mask=on_triton,
-        )
+            logits = head.hidden.double() @ head.weight.double().T
+            return reference.sample_rows(logits, classes, params, keys)
         per_row = row_params(params, rows, head.classes, hidden.device)
         if on_triton and not per_row.filtered:
             from esr_kernels.sampling import fused_triton
@@ -245,8 +217,3 @@ def _rows_at_once(row_bytes: int, memory_budget: int | None, device: str) -> int
             f"got {memory_budget}"
         )
     return max(1, (memory_budget or default_memory_budget(device)) // row_bytes)
-
-
-def _as_sample(fields: dict[str, Tensor]) -> Sample:
-    tokens = fields.pop("tokens")
-    return Sample(tokens, **{name: value.float() for name, value in fields.items()})

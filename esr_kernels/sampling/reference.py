@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esr_kernels.sampling.params import TILE, SamplingParams
+from esr_kernels.sampling.params import TILE, Classes, Sample, SamplingParams
 from esr_kernels.sampling.philox import SampleKeys, gumbel, tile_words, uniform
 
 
@@ -28,37 +28,25 @@ def kept_classes(log_p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> 
     return torch.zeros_like(keep).scatter(1, order, keep)
 
 
-def sample_from_logits(
-    logits: Tensor,
-    keys: SampleKeys,
-    params: SamplingParams,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    num_classes: int | None = None,
-    invalid: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The fields of `esr_kernels.Sample` by name, fp64."""
-    batch, device = logits.shape[0], logits.device
+def sample_rows(raw: Tensor, classes: Classes, params: SamplingParams, keys: SampleKeys) -> Sample:
+    """Draw from raw logits [B, >= count] in fp64; the results are rounded to fp32 at the end."""
+    batch, device = raw.shape[0], raw.device
 
     def per_row(value: float | Tensor) -> Tensor:
         return torch.as_tensor(value, device=device).expand(batch)
 
-    classes = num_classes or logits.shape[1]
-    z = logits[:, :classes].double()
-    if bias is not None:
-        z = z + bias[:classes].double()
-    z = z * logit_scale
+    z = raw[:, : classes.count].double()
+    if classes.bias is not None:
+        z = z + classes.bias.double()
+    z = z * classes.transform.scale
+    softcap = classes.transform.softcap
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     temperature = per_row(params.temperature).double()
     greedy = temperature == 0
     z = z / torch.where(greedy, 1.0, temperature)[:, None]
-    if invalid is not None:
-        mask = torch.zeros(logits.shape[1], dtype=torch.bool, device=device)
-        mask[invalid] = True
-        z = z.masked_fill(mask[:classes], -torch.inf)
+    if classes.invalid is not None:
+        z[:, classes.invalid] = -torch.inf
     lse = z.logsumexp(1)
     log_p = z.log_softmax(1)  # not z - lse, which loses the digits of large logits
     keep = kept_classes(
@@ -66,8 +54,8 @@ def sample_from_logits(
     )
     log_kept = torch.where(keep, log_p, -torch.inf).logsumexp(1)
     kept_z = torch.where(keep, z, -torch.inf)
-    tiles = -(-classes // TILE)
-    tiled = torch.nn.functional.pad(kept_z, (0, tiles * TILE - classes), value=-torch.inf)
+    tiles = -(-classes.count // TILE)
+    tiled = torch.nn.functional.pad(kept_z, (0, -classes.count % TILE), value=-torch.inf)
     tiled = tiled.unflatten(1, (tiles, TILE))
     words = tile_words(keys, tiles)
     tile = (tiled.logsumexp(2) + gumbel(*words[:2])).argmax(1)
@@ -78,9 +66,10 @@ def sample_from_logits(
     proper = lse.isfinite()
     tokens = torch.where(greedy | ~proper, largest, drawn)
     logprob = log_p.gather(1, tokens[:, None])[:, 0]
-    return {
-        "tokens": tokens,
-        "logprob": torch.where(proper, logprob, torch.nan),
-        "log_kept": torch.where(proper, torch.where(greedy, 0.0, log_kept), torch.nan),
-        "lse": lse,
-    }
+    log_kept = torch.where(greedy, 0.0, log_kept)
+    return Sample(
+        tokens,
+        torch.where(proper, logprob, torch.nan).float(),
+        torch.where(proper, log_kept, torch.nan).float(),
+        lse.float(),
+    )
