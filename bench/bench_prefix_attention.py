@@ -11,7 +11,7 @@ over rounds. Written to bench/results/ as JSON lines.
 from __future__ import annotations
 
 import statistics
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bench.measure import interleaved, median_ratio, record
 from esr_kernels import cpu
-from esr_kernels.attention import prefix_torch as prefix_attention_torch
+from esr_kernels.attention import prefix_torch
+from esr_kernels.attention.arguments import AttentionOptions, Cache
 
 PROMPTS, SAMPLES, PROMPT_LENGTH, CAPACITY = 8, 8, 128, 63
 LAYERS, HEADS, KV_HEADS, DIM = 30, 9, 3, 64
@@ -50,20 +51,19 @@ def test_milliseconds_a_step() -> None:
     layers = [_layer() for _ in range(LAYERS)]
     query = torch.randn(PROMPTS * SAMPLES, HEADS, DIM)
     lengths = torch.full((PROMPTS,), PROMPT_LENGTH)
-    options: dict[str, Any] = {"scale": DIM**-0.5, "softcap": None, "window": None}
+    options = AttentionOptions(DIM**-0.5, None, None)
     table: dict[str, dict[str, float]] = {}
     for own in (1, 32, CAPACITY):
         suffixes = torch.full((PROMPTS * SAMPLES,), own)
 
-        def compiled(layer: Layer, own=suffixes) -> Tensor:  # type: ignore[no-untyped-def]
-            return cpu.attend(
-                query, (*layer.prefix, lengths), (*layer.suffix, own), None, **options
-            )
+        def caches(layer: Layer, own=suffixes) -> tuple[Cache, Cache]:  # type: ignore[no-untyped-def]
+            return Cache(*layer.prefix, lengths), Cache(*layer.suffix, own)
 
-        def in_pytorch(layer: Layer, own=suffixes) -> Tensor:  # type: ignore[no-untyped-def]
-            return prefix_attention_torch.attend(
-                query, *layer.prefix, lengths, *layer.suffix, own, None, **options
-            )
+        def compiled(layer: Layer, caches=caches) -> Tensor:  # type: ignore[no-untyped-def]
+            return cpu.attend(query, *caches(layer), None, **options._asdict())
+
+        def in_pytorch(layer: Layer, caches=caches) -> Tensor:  # type: ignore[no-untyped-def]
+            return prefix_torch.attend(query, *caches(layer), None, options)
 
         def whole(layer: Layer, end=PROMPT_LENGTH + own) -> Tensor:  # type: ignore[no-untyped-def]
             key, value = (states[:, :, :end] for states in layer.whole)

@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from esr_kernels.attention import prefix_triton as prefix_attention_triton
-from esr_kernels.attention.op import RowGroups
+from esr_kernels.attention import prefix_triton
+from esr_kernels.attention.arguments import AttentionOptions, Cache
+from esr_kernels.attention.groups import RowGroups
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import fused_triton, rows_triton
 from esr_kernels.divergence.call import Operands
@@ -28,9 +29,9 @@ from esr_kernels.divergence.losses import (
     TotalVariation,
 )
 from esr_kernels.divergence.statistics import RowSpec, Tile
-from esr_kernels.sampling import draw_triton as sampling_triton
+from esr_kernels.sampling import draw_triton
 from esr_kernels.sampling import fused_triton as sampling_fused_triton
-from esr_kernels.sampling.params import Classes, RowLaw
+from esr_kernels.sampling.params import Classes, RowParams
 from esr_kernels.sampling.philox import SampleKeys
 from esr_kernels.scoring import selected_triton
 from esr_kernels.scoring.tile import Tile as HeadTile
@@ -115,18 +116,12 @@ def _prefix_attention(
     )
     prefix = _empty(prompts, heads[1], prompt_length, dim, dtype=dtype)
     suffix = _empty(batch, heads[1], length, dim, dtype=dtype)
-    prefix_attention_triton.attend(
+    prefix_triton.attend(
         _empty(batch, heads[0], dim, dtype=dtype),
-        prefix,
-        prefix,
-        _empty(prompts, dtype=torch.int64),
-        suffix,
-        suffix,
-        _empty(batch, dtype=torch.int64),
+        Cache(prefix, prefix, _empty(prompts, dtype=torch.int64)),
+        Cache(suffix, suffix, _empty(batch, dtype=torch.int64)),
         groups if everything else None,
-        scale=dim**-0.5,
-        softcap=50.0 if everything else None,
-        window=128 if everything else None,
+        AttentionOptions(dim**-0.5, *((50.0, 128) if everything else (None, None))),
     )
 
 
@@ -141,7 +136,7 @@ def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None
         _empty(_CLASSES, dtype=torch.bool) if everything else None,
     )
     filters = everything and fused_dim is None
-    law = RowLaw(
+    params = RowParams(
         row if everything else None,
         _empty(rows, dtype=torch.bool) if everything else None,
         False,
@@ -151,10 +146,10 @@ def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None
     )
     keys = SampleKeys(1 << 40, _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.int64))
     if fused_dim is None:
-        sampling_triton.sample_rows(_empty(rows, _CLASSES, dtype=dtype), classes, law, keys)
+        draw_triton.sample_rows(_empty(rows, _CLASSES, dtype=dtype), classes, params, keys)
     else:
         hidden, weight = (_empty(n, fused_dim, dtype=dtype) for n in (rows, _CLASSES))
-        sampling_fused_triton.sample(hidden, weight, classes, law, keys)
+        sampling_fused_triton.sample(hidden, weight, classes, params, keys)
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -2,45 +2,38 @@
 
 The queries of a prompt's rows are the rows of one matrix, so that the prefix is a product
 [G * rep, D] x [D, L] for each prompt and key head and is read once; the suffix is a batched product
-[rep, D] x [D, N]. Each part gives its mean of values and its log-sum-exp, in which the two merge.
+[rep, D] x [D, N]. Each part returns its mean of values and its log-sum-exp, by which they merge.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from esr_kernels.attention.op import RowGroups
+from esr_kernels.attention.arguments import AttentionOptions, Cache
+from esr_kernels.attention.groups import RowGroups
 
 
 class _Part(NamedTuple):
-    mean: Tensor  # [..., D]: softmax-weighted mean of values, 0 where no key was seen
-    lse: Tensor  # [..., 1]: log-sum-exp of scores, the lowest finite number where no key was seen
+    mean: Tensor  # [..., D]: softmax-weighted mean of values, 0 where no key is seen
+    lse: Tensor  # [..., 1]: log-sum-exp of scores, the lowest finite number where no key is seen
 
 
 def attend(
     query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    prefix_lengths: Tensor,
-    suffix_key: Tensor,
-    suffix_value: Tensor,
-    suffix_lengths: Tensor,
+    prefix: Cache,
+    suffix: Cache,
     groups: RowGroups | None,
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """Checked operands -> [B, Hq, D]."""
     batch, heads, dim = query.shape
-    prompts, kv_heads = prefix_key.shape[:2]
+    prompts, kv_heads = prefix.key.shape[:2]
     repeats = heads // kv_heads
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scaled = query.to(dtype) * scale
+    scaled = query.to(dtype) * options.scale
     by_row = scaled.view(batch, kv_heads, repeats, dim)
 
     if groups is None:
@@ -52,59 +45,33 @@ def attend(
         rows = groups.rows.clamp(min=0)
         grouped = by_row[rows]
     by_prompt = grouped.transpose(1, 2).reshape(prompts, kv_heads, width * repeats, dim)
-    first = None
-    if window is not None:
-        lengths = suffix_lengths.view(prompts, width) if rows is None else suffix_lengths[rows]
-        # Of a row's positions, the first that its query sees.
-        first = prefix_lengths[:, None] + lengths - window
-        first = first.repeat_interleave(repeats, dim=1)[:, None, :, None]
+    first_of_prefix, first_of_suffix = None, None
+    if options.window is not None:
+        own = suffix.lengths.view(prompts, width) if rows is None else suffix.lengths[rows]
+        # The first position that a row's query sees; those of the suffix follow the whole prefix.
+        first_of_prefix = prefix.lengths[:, None] + own - options.window
+        first_of_prefix = first_of_prefix.repeat_interleave(repeats, dim=1)[:, None, :, None]
+        first_of_suffix = (suffix.lengths - options.window)[:, None, None, None]
     parts = []
-    if prefix_key.shape[2]:
-        part = _part(
-            by_prompt,
-            prefix_key,
-            prefix_value,
-            prefix_lengths,
-            first=first,
-            softcap=softcap,
-            dtype=dtype,
-        )
+    if prefix.key.shape[2]:
+        part = _part(by_prompt, prefix, first_of_prefix, options.softcap)
         parts.append(_Part(*(_to_rows(field, width, batch, groups) for field in part)))
-    if suffix_key.shape[2]:
-        # Seen from the suffix, whose position 0 comes after the whole prefix.
-        first = None if window is None else (suffix_lengths - window)[:, None, None, None]
-        parts.append(
-            _part(
-                by_row,
-                suffix_key,
-                suffix_value,
-                suffix_lengths,
-                first=first,
-                softcap=softcap,
-                dtype=dtype,
-            )
-        )
+    if suffix.key.shape[2]:
+        parts.append(_part(by_row, suffix, first_of_suffix, options.softcap))
     if not parts:
         return torch.zeros_like(query)
     return _merged(parts).reshape(batch, heads, dim).to(query.dtype)
 
 
-def _part(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    *,
-    first: Tensor | None,
-    softcap: float | None,
-    dtype: torch.dtype,
-) -> _Part:
-    """Attention of [X, Hkv, M, D] queries over the first `lengths` [X] of [X, Hkv, L, D] keys.
+def _part(query: Tensor, cache: Cache, first: Tensor | None, softcap: float | None) -> _Part:
+    """Attention of scaled queries [X, Hkv, M, D] over a cache, in the dtype of the queries.
 
     Keys before position `first`, which broadcasts to the scores, are not seen.
     """
+    key, value, lengths = cache
+    dtype = query.dtype
     shortest, longest = 0, key.shape[2]
-    if lengths.device.type == "cpu":  # where looking costs nothing
+    if lengths.device.type == "cpu":  # where reading values costs nothing
         shortest, longest = (int(end) for end in lengths.aminmax())
         key, value = key[:, :, :longest], value[:, :, :longest]
     scores = query @ key.to(dtype).transpose(2, 3)

@@ -1,4 +1,4 @@
-"""The public boundary of the sampler: what is accepted, and the error for what is not."""
+"""Checks of the sampler's arguments; each error names the argument."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def check_rows(params: SamplingParams, like: Tensor) -> None:
             )
 
 
-def check_invalid(invalid: Tensor | None, like: Tensor, rows_of_head: int) -> Tensor | None:
-    """Checked: None, a [V] bool mask or int64 ids."""
+def _checked_invalid(invalid: Tensor | None, like: Tensor, rows_of_head: int) -> Tensor | None:
+    """None, a bool mask [V] or int64 ids, checked."""
     if invalid is None:
         return None
     if not isinstance(invalid, Tensor):
@@ -110,14 +110,14 @@ def checked_classes(
     *,
     mask: bool,
 ) -> Classes:
-    """The classes that exist, less the invalid ones, as a mask or as ids."""
-    removed = check_invalid(invalid, like, rows_of_head)
+    """The first `count` classes, the invalid ones as a mask if `mask`, else as ids on CPU."""
+    removed = _checked_invalid(invalid, like, rows_of_head)
     if removed is not None:
         if removed.dtype != torch.bool:
             ids = removed
             removed = torch.zeros(rows_of_head, dtype=torch.bool, device=like.device)
             removed.index_fill_(0, ids, True)
         removed = removed[:count]
-        if like.device.type == "cpu" and not mask:  # a few columns, and counting stalls nothing
+        if like.device.type == "cpu" and not mask:  # ids of a few columns are faster to fill
             removed = removed.nonzero()[:, 0]
     return Classes(count, None if bias is None else bias[:count].detach(), transform, removed)

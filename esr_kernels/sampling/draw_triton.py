@@ -1,203 +1,229 @@
-"""Draws from rows of logits in Triton: the GPU path of the sampler, as `sampling_torch` draws them.
+"""Draws from rows of logits in Triton: the GPU path of the sampler, as `draw_torch` draws them.
 
-statistics  One program per (row, 8 tiles): maximum and log-sum of each tile of 256 classes. Reads
-            the logits once, writes 8 bytes a tile.
-cutoff      With filters, two launches of one program per row: `sampling_cutoff_triton`. Then the
-            statistics once more, over the kept classes.
+statistics  `tiles_triton`: maximum and log-sum of each tile of 256 classes.
+cutoff      With filters, `filters_triton`: a threshold for each row. Then the statistics once more,
+            over the kept classes.
 draw        One program per row: a Gumbel variate for each tile (594 of a Qwen vocabulary, not
             151,936), the best tile, and in it a class by inverting its cumulative sum. Reads the
             tiles' statistics and 256 logits.
 
-Nothing of the size of the logits is written. Every launch is independent of values on the device.
+Nothing of the size of the logits is written, and no launch depends on values on the device.
 """
 
 from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.sampling.candidates_triton import _candidates_kernel
-from esr_kernels.sampling.cutoff_triton import _cutoff_kernel
-from esr_kernels.sampling.kernels_triton import _draw_kernel, _tile_statistics_kernel
-from esr_kernels.sampling.params import TILE, Classes, RowLaw, Sample
+from esr_kernels.sampling.filters_triton import cutoffs
+from esr_kernels.sampling.params import TILE, Classes, RowParams, Sample
 from esr_kernels.sampling.philox import SampleKeys, key_words, step_tensor
+from esr_kernels.sampling.philox_triton import gumbel, tile_words, uniform
+from esr_kernels.sampling.tiles_triton import (
+    empties,
+    keep,
+    kernel_transform,
+    nan_to_neg_inf,
+    tile_statistics,
+    transform_of_row,
+    transform_valid,
+)
 
-# (tiles in a program, warps): 16 logits a thread.
-STATISTICS_BLOCK = (8, 4)
-# (logits of a row at a time, warps). One program has a multiprocessor for itself where rows are
-# few, so the pass over a row takes many warps to keep loads in flight; the passes over its list
-# take few, to be short.
-CANDIDATES_BLOCK = (4096, 16)
-CUTOFF_BLOCK = (2048, 8)
-# Candidates of a row that are listed; rows with more are read whole. 64 KiB a row.
-CAPACITY = 8192
-# Maxima of tiles at a time there.
-_MAXIMA = 1024
-# Tiles of a row at a time in the draw; columns of the head where it recomputes a tile; warps.
+# Tiles of a row at a time; columns of the head where a tile's logits are recomputed; warps.
 DRAW_BLOCK = (512, 32, 8)
-# The place of -inf in the order of the fp32 numbers.
-_LOWEST = -0x7F800001
 
 
-def sample_rows(raw: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys) -> Sample:
-    """Draw from raw logits [B, >= count] of bf16, fp16 or fp32, which are only read."""
-    raw = raw if raw.stride(1) == 1 else raw.contiguous()
-    statistics = tile_statistics(raw, classes, law)
-    cutoff, kept = None, None
-    if law.filtered:
-        cutoff = cutoffs(raw, classes, law, statistics)
-        kept = tile_statistics(raw, classes, law, cutoff)
-    return draw(raw, None, classes, law, keys, statistics, cutoff, kept)
+@triton.jit
+def _dot_tile(hidden_ptr, head, classes, inside, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Logits of one row and a tile of classes from the row's hidden state.
+
+    `head` is (weight_ptr, weight_stride, depth).
+    """
+    weight_ptr, weight_stride, depth = head
+    lane = tl.arange(0, BLOCK_D)
+    weight = weight_ptr + classes.to(tl.int64)[:, None] * weight_stride + lane[None, :]
+    total = tl.zeros([TILE, BLOCK_D], tl.float32)
+    for start in range(0, depth, BLOCK_D):
+        exists = lane < depth - start
+        h = tl.load(hidden_ptr + start + lane, mask=exists, other=0.0).to(tl.float32)
+        w = tl.load(weight + start, mask=inside[:, None] & exists[None, :], other=0.0)
+        total += h[None, :] * w.to(tl.float32)
+    return tl.sum(total, 1)
 
 
-def _shared_arguments(classes: Classes, law: RowLaw) -> dict[str, object]:
-    invalid, softcap = classes.invalid, classes.transform.softcap
-    return {
-        "bias_ptr": None if classes.bias is None else classes.bias.contiguous(),
-        "invalid_ptr": None if invalid is None else invalid.contiguous().view(torch.uint8),
-        "inv_temperature_ptr": law.inv_temperature,
-        "n_classes": classes.count,
-        "n_tiles": triton.cdiv(classes.count, TILE),
-        "scale": float(classes.transform.scale),
-        "softcap": None if softcap is None else float(softcap),
-    }
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def _draw_kernel(
+    source_ptr,
+    source_stride,
+    head,
+    transform,
+    greedy_ptr,
+    statistics,
+    cutoff,
+    kept_statistics,
+    keys,
+    seed_low,
+    seed_high,
+    sample,
+    n_classes,
+    n_tiles,
+    ALL_GREEDY: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Choose a tile of a row by its statistics, then a class in it by its logits.
 
+    The source is logits, or with a `head` hidden states. `cutoff` and `kept_statistics` are None
+    without filters.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_TILES)
+    first_of_row = row * n_tiles
+    maxima_ptr, log_sums_ptr = statistics
+    rows_ptr, step_ptr, step_stride = keys
+    keys_and_seed = (rows_ptr, step_ptr, step_stride, seed_low, seed_high)
 
-def tile_statistics(
-    raw: Tensor, classes: Classes, law: RowLaw, cutoff: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Maxima and log-sums [B, tiles] fp32, of the classes that `cutoff` keeps."""
-    rows, tiles = raw.shape[0], triton.cdiv(classes.count, TILE)
-    maxima, log_sums = _empties(2, rows, tiles, like=raw)
-    threshold, last = cutoff or (None, None)
-    block, warps = STATISTICS_BLOCK
-    if rows:
-        _tile_statistics_kernel[(rows, triton.cdiv(tiles, block))](
-            raw,
-            raw.stride(0),
-            threshold_ptr=threshold,
-            last_ptr=last,
-            maxima_ptr=maxima,
-            log_sums_ptr=log_sums,
-            TILE=TILE,
-            BLOCK_TILES=block,
-            num_warps=warps,
-            **_shared_arguments(classes, law),
-        )
-    return maxima, log_sums
+    top = -float("inf")
+    for start in range(0, n_tiles, BLOCK_TILES):
+        exists = start + lane < n_tiles
+        at = first_of_row + start + lane
+        top = tl.maximum(top, tl.max(tl.load(maxima_ptr + at, mask=exists, other=-float("inf")), 0))
+    base = tl.where(top == -float("inf"), 0.0, top)
 
+    total = tl.zeros([BLOCK_TILES], tl.float32)
+    kept = tl.zeros([BLOCK_TILES], tl.float32)
+    largest_tile = n_tiles
+    drawn_tile = n_tiles
+    best = -float("inf")
+    for start in range(0, n_tiles, BLOCK_TILES):
+        tiles = start + lane
+        exists = tiles < n_tiles
+        at = first_of_row + tiles
+        maxima = tl.load(maxima_ptr + at, mask=exists, other=-float("inf"))
+        log_sums = tl.load(log_sums_ptr + at, mask=exists, other=-float("inf"))
+        largest = tl.min(tl.where((maxima == top) & exists, tiles, n_tiles), 0)
+        largest_tile = tl.minimum(largest_tile, largest)
+        total += tl.exp(maxima - base + log_sums)
+        if not ALL_GREEDY:
+            if kept_statistics is not None:
+                kept_maxima_ptr, kept_log_sums_ptr = kept_statistics
+                maxima = tl.load(kept_maxima_ptr + at, mask=exists, other=-float("inf"))
+                log_sums = tl.load(kept_log_sums_ptr + at, mask=exists, other=-float("inf"))
+                kept += tl.exp(maxima - base + log_sums)
+            high, low, _, _ = tile_words(tiles, row, keys_and_seed)
+            score = nan_to_neg_inf(maxima - base + log_sums + gumbel(high, low))
+            score = tl.where(exists, score, -float("inf"))
+            block_best = tl.max(score, 0)
+            block_tile = tl.min(tl.where(score == block_best, tiles, n_tiles), 0)
+            drawn_tile = tl.where(block_best > best, block_tile, drawn_tile)
+            best = tl.maximum(best, block_best)
+    lse_above = tl.log(tl.sum(total, 0))
+    lse = base + lse_above
+    # A row of NaN, of +inf or of nothing but -inf has no distribution to draw from.
+    proper = (lse == lse) & (lse > -float("inf")) & (lse < float("inf"))
+    by_size = lse != lse
+    if ALL_GREEDY:
+        by_size = top == top
+    else:
+        by_size = (proper == 0) | (drawn_tile >= n_tiles)
+        if greedy_ptr is not None:
+            by_size = by_size | (tl.load(greedy_ptr + row) != 0)
+    tile = tl.where(by_size, largest_tile, drawn_tile)
 
-def cutoffs(
-    raw: Tensor, classes: Classes, law: RowLaw, statistics: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """(threshold fp32, last class kept at it int32), each [B]."""
-    rows, tiles = statistics[0].shape
-    threshold, tops, totals, bounds = _empties(4, rows, like=raw)
-    last, counts = _empties(2, rows, like=raw, dtype=torch.int32)
-    ranked = law.top_k is not None or law.top_p is not None
-    capacity = min(CAPACITY, triton.next_power_of_2(classes.count)) if ranked else 1
-    (values,) = _empties(1, rows, capacity, like=raw)
-    (ids,) = _empties(1, rows, capacity, like=raw, dtype=torch.int32)
-    if not rows:
-        return threshold, last
-    arguments = {
-        **_shared_arguments(classes, law),
-        "top_k_ptr": law.top_k,
-        "top_p_ptr": law.top_p,
-        "values_ptr": values,
-        "ids_ptr": ids,
-        "counts_ptr": counts,
-        "tops_ptr": tops,
-        "totals_ptr": totals,
-        "bounds_ptr": bounds,
-        "RANKED": ranked,
-        "CAPACITY": capacity,
-    }
-    widest = triton.next_power_of_2(classes.count)
-    _candidates_kernel[(rows,)](
-        raw,
-        raw.stride(0),
-        maxima_ptr=statistics[0],
-        log_sums_ptr=statistics[1],
-        LOWEST=_LOWEST,
-        BLOCK_TILES=min(_MAXIMA, triton.next_power_of_2(tiles)),
-        BLOCK=min(CANDIDATES_BLOCK[0], widest),
-        num_warps=CANDIDATES_BLOCK[1],
-        **arguments,
-    )
-    _cutoff_kernel[(rows,)](
-        raw,
-        raw.stride(0),
-        min_p_ptr=law.min_p,
-        threshold_ptr=threshold,
-        last_ptr=last,
-        BLOCK=min(CUTOFF_BLOCK[0], widest),
-        num_warps=CUTOFF_BLOCK[1],
-        **arguments,
-    )
-    return threshold, last
+    lane = tl.arange(0, TILE)
+    classes = tile * TILE + lane
+    inside = classes < n_classes
+    source_ptr += row * source_stride
+    if head is not None:
+        raw = _dot_tile(source_ptr, head, classes, inside, TILE, BLOCK_D)
+    else:
+        raw = tl.load(source_ptr + classes, mask=inside, other=0.0)
+    z = transform_valid(raw.to(tl.float32), classes, inside, transform_of_row(transform, row))
+    z = nan_to_neg_inf(z)
+    tile_top = tl.max(z, 0)
+    token = tl.min(tl.where(z == tile_top, lane, TILE), 0)
+    if not ALL_GREEDY:
+        tile_of_lane = tl.zeros([TILE], tl.int32) + tile
+        _, _, third, fourth = tile_words(tile_of_lane, row, keys_and_seed)
+        kept_z = z
+        if cutoff is not None:
+            kept_z = keep(z, classes, row, cutoff)
+        kept_top = tl.max(kept_z, 0)
+        p = tl.exp(kept_z - tl.where(kept_top == -float("inf"), 0.0, kept_top)).to(tl.float64)
+        cumulative = tl.cumsum(p, 0)
+        whole = tl.max(cumulative, 0)
+        # Below the whole sum, and at a class of positive mass, however the products are rounded.
+        reached = (cumulative > uniform(third, fourth) * whole) & (p > 0)
+        drawn = tl.min(tl.where(reached, lane, TILE), 0)
+        final = tl.max(tl.where(p > 0, lane, 0), 0)
+        drawn = tl.minimum(drawn, final)
+        token = tl.where(by_size, token, drawn)
+    chosen = tl.max(tl.where(lane == token, z, -float("inf")), 0)
+    log_kept = 0.0
+    if cutoff is not None:
+        log_kept = tl.where(by_size, 0.0, tl.log(tl.sum(kept, 0)) - lse_above)
+    tokens_ptr, logprob_ptr, log_kept_ptr, lse_ptr = sample
+    tl.store(tokens_ptr + row, (tile * TILE + token).to(tl.int64))
+    tl.store(logprob_ptr + row, tl.where(proper, chosen - base - lse_above, float("nan")))
+    tl.store(log_kept_ptr + row, tl.where(proper, log_kept, float("nan")))
+    tl.store(lse_ptr + row, lse)
 
 
 def draw(
     source: Tensor,
     weight: Tensor | None,
     classes: Classes,
-    law: RowLaw,
+    params: RowParams,
     keys: SampleKeys,
     statistics: tuple[Tensor, Tensor],
     cutoff: tuple[Tensor, Tensor] | None = None,
-    kept: tuple[Tensor, Tensor] | None = None,
+    kept_statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Sample:
     """Draw by the statistics of tiles; `source` is logits, or hidden states with `weight`."""
     rows = source.shape[0]
-    (tokens,) = _empties(1, rows, like=source, dtype=torch.int64)
-    fields = _empties(3, rows, like=source)
-    if not rows:
-        return Sample(tokens, *fields)
-    step = step_tensor(keys)
-    threshold, last = cutoff or (None, None)
-    kept_maxima, kept_log_sums = kept or (None, None)
-    low, high = key_words(keys.seed)
-    tiles, depth, warps = DRAW_BLOCK
-    _draw_kernel[(rows,)](
-        source,
-        source.stride(0),
-        weight,
-        0 if weight is None else weight.stride(0),
-        0 if weight is None else weight.shape[1],
-        greedy_ptr=None if law.greedy is None else law.greedy.view(torch.uint8),
-        threshold_ptr=threshold,
-        last_ptr=last,
-        maxima_ptr=statistics[0],
-        log_sums_ptr=statistics[1],
-        kept_maxima_ptr=kept_maxima,
-        kept_log_sums_ptr=kept_log_sums,
-        rows_ptr=keys.rows.contiguous(),
-        step_ptr=step,
-        step_stride=0 if step.numel() == 1 else step.stride(0),
-        seed_low=_signed(low),
-        seed_high=_signed(high),
-        tokens_ptr=tokens,
-        logprob_ptr=fields[0],
-        log_kept_ptr=fields[1],
-        lse_ptr=fields[2],
-        FROM_HIDDEN=weight is not None,
-        ALL_GREEDY=law.all_greedy,
-        TILE=TILE,
-        BLOCK_TILES=min(tiles, triton.next_power_of_2(statistics[0].shape[1])),
-        BLOCK_D=depth,
-        num_warps=warps,
-        **_shared_arguments(classes, law),
-    )
+    (tokens,) = empties(1, rows, like=source, dtype=torch.int64)
+    fields = empties(3, rows, like=source)
+    if rows:
+        step = step_tensor(keys)
+        step_stride = 0 if step.numel() == 1 else step.stride(0)
+        low, high = key_words(keys.seed)
+        tiles, depth, warps = DRAW_BLOCK
+        _draw_kernel[(rows,)](
+            source,
+            source.stride(0),
+            head=None if weight is None else (weight, weight.stride(0), weight.shape[1]),
+            transform=kernel_transform(classes, params),
+            greedy_ptr=None if params.greedy is None else params.greedy.view(torch.uint8),
+            statistics=statistics,
+            cutoff=cutoff,
+            kept_statistics=kept_statistics,
+            keys=(keys.rows.contiguous(), step, step_stride),
+            seed_low=_signed(low),
+            seed_high=_signed(high),
+            sample=(tokens, *fields),
+            n_classes=classes.count,
+            n_tiles=statistics[0].shape[1],
+            ALL_GREEDY=params.all_greedy,
+            TILE=TILE,
+            BLOCK_TILES=min(tiles, triton.next_power_of_2(statistics[0].shape[1])),
+            BLOCK_D=depth,
+            num_warps=warps,
+        )
     return Sample(tokens, *fields)
 
 
-def _empties(
-    count: int, *shape: int, like: Tensor, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    """Tensors apart, so that each is aligned: for others Triton compiles another kernel."""
-    return [torch.empty(shape, dtype=dtype, device=like.device) for _ in range(count)]
+def sample_rows(raw: Tensor, classes: Classes, params: RowParams, keys: SampleKeys) -> Sample:
+    """Draw from raw logits [B, >= count] of bf16, fp16 or fp32, which are only read."""
+    raw = raw if raw.stride(1) == 1 else raw.contiguous()
+    statistics = tile_statistics(raw, classes, params)
+    cutoff, kept_statistics = None, None
+    if params.filtered:
+        cutoff = cutoffs(raw, classes, params, statistics)
+        kept_statistics = tile_statistics(raw, classes, params, cutoff)
+    return draw(raw, None, classes, params, keys, statistics, cutoff, kept_statistics)
 
 
 def _signed(word: int) -> int:

@@ -1,10 +1,10 @@
-"""Sampling fused into the head's projection: no logit is ever in memory.
+"""Sampling fused into the head's projection, in Triton: no logits are in memory.
 
-One program owns a tile of 256 classes and a block of rows. The matrix product over D accumulates
-the tile's logits in registers, fp32, classes along the long side (64 rows fill a matrix
-instruction's short side, and one row costs what 64 do: the head's bytes). The epilogue folds them
-into maximum and log-sum. The draw (`sampling_triton.draw`) picks a tile from those and computes the
-256 logits of that tile again, for the one row that asks.
+One program computes a tile of 256 classes for a block of rows. The matrix product over D
+accumulates the tile's logits in registers, fp32, classes along the long side (64 rows fill a matrix
+instruction's short side, and one row costs what 64 do: the head's bytes). The epilogue reduces them
+to their maximum and log-sum. The draw (`draw_triton.draw`) chooses a tile for each row from those
+and computes its 256 logits again, for that row alone.
 
 Bytes  The head once for every block of rows, from memory where the programs of a tile, which are
        neighbours, share it in the cache; 8 bytes a row and tile written and read. The draw reads
@@ -28,10 +28,16 @@ from esr_kernels.common.projection_triton import (
     operand_kind,
     project,
 )
-from esr_kernels.sampling.draw_triton import _empties, _shared_arguments, draw
-from esr_kernels.sampling.kernels_triton import numbers, transformed
-from esr_kernels.sampling.params import TILE, Classes, RowLaw, Sample
+from esr_kernels.sampling.draw_triton import draw
+from esr_kernels.sampling.params import TILE, Classes, RowParams, Sample
 from esr_kernels.sampling.philox import SampleKeys
+from esr_kernels.sampling.tiles_triton import (
+    empties,
+    kernel_transform,
+    tile_logsumexp,
+    transform_of_row,
+    transform_valid,
+)
 
 
 class Blocks(NamedTuple):
@@ -73,7 +79,7 @@ BLOCKS: dict[tuple[str, str], Blocks] = {
 FUSED_ROWS = ((2048, 128), (math.inf, 64))
 
 
-def pays(rows: int, depth: int) -> bool:
+def is_faster(rows: int, depth: int) -> bool:
     """Whether fusing is chosen over a projection and passes over its logits."""
     return rows <= next(most for up_to, most in FUSED_ROWS if depth <= up_to)
 
@@ -84,17 +90,12 @@ def _fused_tiles_kernel(
     weight_ptr,
     hidden_stride,
     weight_stride,
-    bias_ptr,
-    invalid_ptr,
-    inv_temperature_ptr,
-    maxima_ptr,
-    log_sums_ptr,
+    transform,
+    statistics,
     n_rows,
     n_classes,
     n_tiles,
     depth,
-    scale,
-    softcap,
     TILE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,27 +120,26 @@ def _fused_tiles_kernel(
         BLOCK_B,
         BLOCK_D,
     )
-    inv_temperature = tl.full([1, BLOCK_B], 1.0, tl.float32)
-    if inv_temperature_ptr is not None:
-        inv_temperature = tl.load(inv_temperature_ptr + live_rows)[None, :]
-    chain = (bias_ptr, invalid_ptr, scale, softcap, inv_temperature)
-    z = transformed(z, classes[:, None], (classes < n_classes)[:, None], chain)
-    top = tl.max(numbers(z), 0)
-    # A tile of -inf only must not turn into exp(-inf + inf). NaN and +inf make the sum NaN.
-    base = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(tl.exp(z - base[None, :]), 0)
+    transform = transform_of_row(transform, live_rows[None, :])
+    z = transform_valid(z, classes[:, None], (classes < n_classes)[:, None], transform)
+    maxima, log_sums = tile_logsumexp(z, 0)
+    maxima_ptr, log_sums_ptr = statistics
     out = rows.to(tl.int64) * n_tiles + tile
-    tl.store(maxima_ptr + out, top, mask=rows < n_rows)
-    tl.store(log_sums_ptr + out, tl.log(total), mask=rows < n_rows)
+    tl.store(maxima_ptr + out, maxima, mask=rows < n_rows)
+    tl.store(log_sums_ptr + out, log_sums, mask=rows < n_rows)
 
 
 def tile_statistics(
-    hidden: Tensor, weight: Tensor, classes: Classes, law: RowLaw, blocks: Blocks | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    classes: Classes,
+    params: RowParams,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Maxima and log-sums [B, tiles] fp32 of the logits hidden @ weight.T, without those logits.
 
     hidden [B, D] and weight [V, D] of one dtype, bf16, fp16 or fp32; `blocks` None takes the
-    committed one of the operands' dtype and the GPU.
+    committed ones of the operands' dtype and the GPU.
     """
     if hidden.dtype != weight.dtype or hidden.dtype not in FUSED_DTYPES:
         raise TypeError(
@@ -148,35 +148,31 @@ def tile_statistics(
         )
     blocks = blocks or BLOCKS[operand_kind(weight), current_arch()]
     rows, tiles = hidden.shape[0], triton.cdiv(classes.count, TILE)
-    maxima, log_sums = _empties(2, rows, tiles, like=hidden)
+    maxima, log_sums = empties(2, rows, tiles, like=hidden)
     if rows:
         _fused_tiles_kernel[(triton.cdiv(rows, blocks.rows), tiles)](
             hidden,
             weight,
             hidden.stride(0),
             weight.stride(0),
-            maxima_ptr=maxima,
-            log_sums_ptr=log_sums,
+            transform=kernel_transform(classes, params),
+            statistics=(maxima, log_sums),
             n_rows=rows,
+            n_classes=classes.count,
+            n_tiles=tiles,
             depth=hidden.shape[1],
             TILE=TILE,
             BLOCK_B=blocks.rows,
             BLOCK_D=blocks.depth,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
-            **_shared_arguments(classes, law),
         )
     return maxima, log_sums
 
 
 def sample(
-    hidden: Tensor,
-    weight: Tensor,
-    classes: Classes,
-    law: RowLaw,
-    keys: SampleKeys,
-    blocks: Blocks | None = None,
+    hidden: Tensor, weight: Tensor, classes: Classes, params: RowParams, keys: SampleKeys
 ) -> Sample:
-    """Draw from hidden @ weight.T without filters, as `sampling_triton.sample_rows` draws."""
-    statistics = tile_statistics(hidden, weight, classes, law, blocks)
-    return draw(hidden, weight, classes, law, keys, statistics)
+    """Draw from hidden @ weight.T without filters, as `draw_triton.sample_rows` draws."""
+    statistics = tile_statistics(hidden, weight, classes, params)
+    return draw(hidden, weight, classes, params, keys, statistics)

@@ -1,4 +1,4 @@
-"""One token a row from its distribution: temperature, top-k, top-p, min-p, exact in law."""
+"""One token a row, drawn from its exact distribution: temperature, top-k, top-p, min-p."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from esr_kernels.common import matmul
 from esr_kernels.common.arguments import check_memory_budget, check_size
 from esr_kernels.common.head import check_bias, check_head, check_impl, checked_transform
 from esr_kernels.common.workspace import borrow_rows, default_memory_budget
-from esr_kernels.sampling import draw_torch as sampling_torch
-from esr_kernels.sampling import reference as reference_sampling
+from esr_kernels.sampling import draw_torch, reference
 from esr_kernels.sampling.arguments import (
-    check_invalid,
     check_keys,
     check_logits,
     check_rows,
     checked_classes,
 )
-from esr_kernels.sampling.params import Classes, RowLaw, Sample, SamplingParams, row_law
+from esr_kernels.sampling.params import Classes, RowParams, Sample, SamplingParams, row_params
 from esr_kernels.sampling.philox import SampleKeys, keys_of
 
 __all__ = ["Sample", "SampleKeys", "SamplingParams", "sample_from_hidden", "sample_from_logits"]
@@ -41,7 +39,7 @@ def sample_from_logits(
     """Draw one token a row from logits.
 
     z = softcap * tanh(scale * (logits + b) / softcap) / temperature; -inf for invalid classes.
-    Unfiltered, the token has the law softmax(z). It is drawn in two stages, over tiles of 256
+    Unfiltered, the token is drawn from softmax(z), in two stages, over tiles of 256
     classes, with random words that depend on (seed, row id, step, tile) only:
 
         tile  = argmax_t  log sum_{i in t} exp z_i + g_t         g_t standard Gumbel
@@ -52,8 +50,8 @@ def sample_from_logits(
     Args:
         logits: [B, V] bf16, fp16, fp32 or fp64, raw; read only.
         keys: `SampleKeys`. A row's token is a function of its logits, its id, the seed and the
-            step: batch order, neighbours and launch configuration play no part. Two draws with the
-            same key and different logits are coupled, so a step that is drawn twice repeats.
+            step, and of nothing else: not of the batch order, other rows or the launch. A draw
+            with the same key repeats; with the same key and different logits, draws are correlated.
         params: `SamplingParams`.
         bias: [V], added to the logits. softcap, logit_scale: the transform above.
         num_classes: classes that exist, from 0; columns beyond it are padding.
@@ -73,7 +71,7 @@ def sample_from_logits(
     Raises:
         ValueError or TypeError naming the argument, what it was and what is allowed.
 
-    Exactness: exact in law up to the rounding of fp32 logits and tile sums, 1e-6 of a
+    Exactness: the distribution is exact up to the rounding of fp32 logits and tile sums, 1e-6 of a
         probability; no tail is cut: Gumbel noise has 64 random bits, the level in a tile 52.
         Repeated calls agree bit for bit. PyTorch and Triton use the same words; as their sums round
         differently, about one draw in a million differs.
@@ -81,7 +79,7 @@ def sample_from_logits(
         which the next call uses again (`release_workspace`); on GPU 8 bytes a row and tile, and
         with filters twice that and 64 KiB a row.
     Gradients: none; operands are read without autograd.
-    Reference: `esr_kernels.sampling.reference.sample_from_logits`.
+    Reference: `esr_kernels.sampling.reference.sample_rows`.
 
     Example:
         >>> keys = SampleKeys(seed=0, rows=torch.arange(len(logits)), step=3)
@@ -102,27 +100,16 @@ def sample_from_logits(
     )
     keys = check_keys(keys, logits)
     check_rows(params, logits)
-    if impl == "reference":
-        return _as_sample(
-            reference_sampling.sample_from_logits(
-                logits,
-                keys,
-                params,
-                bias=bias,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                num_classes=num_classes,
-                invalid=check_invalid(invalid, logits, logits.shape[1]),
-            )
-        )
     count = num_classes or logits.shape[1]
     on_triton = _on_triton(impl, logits)
     classes = checked_classes(
         count, logits, logits.shape[1], bias, transform, invalid, mask=on_triton
     )
     with torch.no_grad():
-        law = row_law(params, logits.shape[0], count, logits.device)
-        return _sample_rows(logits, classes, law, keys, on_triton)
+        if impl == "reference":
+            return reference.sample_rows(logits, classes, params, keys)
+        per_row = row_params(params, logits.shape[0], count, logits.device)
+        return _sample_rows(logits, classes, per_row, keys, on_triton)
 
 
 def sample_from_hidden(
@@ -157,9 +144,9 @@ def sample_from_hidden(
         batch, which moves a token's probability by about 1e-6 and, with the same key, the token in
         as many draws.
     Memory: a chunk of fp32 logits within the budget. On GPU few rows without filters
-        (`sampling_fused_triton.FUSED_ROWS`) are drawn without any logits in memory.
+        (`fused_triton.FUSED_ROWS`) are drawn without any logits in memory.
     Gradients: none.
-    Reference: `esr_kernels.sampling.reference.sample_from_logits` of the product in fp64.
+    Reference: `esr_kernels.sampling.reference.sample_rows` of the product in fp64.
     """
     transform = checked_transform(
         ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", 1.0)
@@ -169,42 +156,28 @@ def sample_from_hidden(
     check_rows(params, hidden)
     rows, dtype = hidden.shape[0], matmul.logits_dtype(head.hidden.dtype)
     chunk = _rows_at_once(head.classes * dtype.itemsize, memory_budget, hidden.device.type)
+    on_triton = _on_triton(impl, hidden)
+    classes = checked_classes(
+        head.classes, hidden, weight.shape[0], head.bias, head.transform, invalid, mask=on_triton
+    )
     with torch.no_grad():
         if impl == "reference":
-            return _as_sample(
-                reference_sampling.sample_from_logits(
-                    head.hidden.double() @ head.weight.double().T,
-                    keys,
-                    params,
-                    bias=bias,
-                    softcap=softcap,
-                    logit_scale=logit_scale,
-                    num_classes=num_classes,
-                    invalid=check_invalid(invalid, hidden, weight.shape[0]),
-                )
-            )
-        on_triton = _on_triton(impl, hidden)
-        classes = checked_classes(
-            head.classes,
-            hidden,
-            weight.shape[0],
-            head.bias,
-            head.transform,
-            invalid,
-            mask=on_triton,
-        )
-        law = row_law(params, rows, head.classes, hidden.device)
-        if on_triton and not law.filtered:
-            from esr_kernels.sampling import fused_triton as sampling_fused_triton
+            logits = head.hidden.double() @ head.weight.double().T
+            return reference.sample_rows(logits, classes, params, keys)
+        per_row = row_params(params, rows, head.classes, hidden.device)
+        if on_triton and not per_row.filtered:
+            from esr_kernels.sampling import fused_triton
 
-            if sampling_fused_triton.pays(rows, hidden.shape[1]):
-                return sampling_fused_triton.sample(head.hidden, head.weight, classes, law, keys)
+            if fused_triton.is_faster(rows, hidden.shape[1]):
+                return fused_triton.sample(head.hidden, head.weight, classes, per_row, keys)
 
         def sample(some: slice) -> Sample:
             count = some.stop - some.start
             logits = borrow_rows("logits to sample", (count, head.classes), hidden.device, dtype)
             matmul.project(head.hidden[some], head.weight[: head.classes], logits)
-            return _sample_rows(logits, classes, law.rows(some), keys_of(keys, some), on_triton)
+            return _sample_rows(
+                logits, classes, per_row.of_rows(some), keys_of(keys, some), on_triton
+            )
 
         parts = [
             sample(slice(start, min(start + chunk, rows)))
@@ -220,13 +193,13 @@ def _on_triton(impl: str, operand: Tensor) -> bool:
 
 
 def _sample_rows(
-    logits: Tensor, classes: Classes, law: RowLaw, keys: SampleKeys, on_triton: bool
+    logits: Tensor, classes: Classes, params: RowParams, keys: SampleKeys, on_triton: bool
 ) -> Sample:
     if on_triton:
-        from esr_kernels.sampling import draw_triton as sampling_triton
+        from esr_kernels.sampling import draw_triton
 
-        return sampling_triton.sample_rows(logits, classes, law, keys)
-    return sampling_torch.sample_rows(logits, classes, law, keys)
+        return draw_triton.sample_rows(logits, classes, params, keys)
+    return draw_torch.sample_rows(logits, classes, params, keys)
 
 
 def _rows_at_once(row_bytes: int, memory_budget: int | None, device: str) -> int:
@@ -237,8 +210,3 @@ def _rows_at_once(row_bytes: int, memory_budget: int | None, device: str) -> int
             f"got {memory_budget}"
         )
     return max(1, (memory_budget or default_memory_budget(device)) // row_bytes)
-
-
-def _as_sample(fields: dict[str, Tensor]) -> Sample:
-    tokens = fields.pop("tokens")
-    return Sample(tokens, **{name: value.float() for name, value in fields.items()})

@@ -1,10 +1,10 @@
-"""What a draw is: the parameters that a caller gives, what they mean for each row, the result."""
+"""What a draw takes and returns: the caller's parameters, their values for each row, the result."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ _COLDEST = 1e-6
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a row's distribution is sharpened and cut, in this order.
+    """Temperature and filters of a row's distribution, applied in this order.
 
     Order the classes of a row by logit, largest first, equal ones by id, lowest first. Each filter
     keeps a first part of that order, so together they keep the shortest:
@@ -72,7 +72,7 @@ def _check_range(
         raise TypeError(f"{name} must be int64, got {value.dtype}")
     if not integral and not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    # Elsewhere looking at the values would stall.
+    # On a GPU, reading the values would wait for it.
     if value.device.type == "cpu" and not bool(allowed(value).all()):
         bad = int((~allowed(value)).flatten().to(torch.int8).argmax())
         raise ValueError(f"{name} must be {meaning}, got {value.flatten()[bad]} at row {bad}")
@@ -88,8 +88,8 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RowLaw:
-    """Per-row parameters, each [B] or None where off for every row."""
+class RowParams:
+    """`SamplingParams` with one value a row: each [B], or None where off for every row."""
 
     inv_temperature: Tensor | None  # fp32; 1 in greedy rows
     greedy: Tensor | None  # bool
@@ -102,36 +102,30 @@ class RowLaw:
     def filtered(self) -> bool:
         return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
 
-    def rows(self, rows: slice | Tensor) -> RowLaw:
-        def cut(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[rows]
-
-        return RowLaw(
-            cut(self.inv_temperature),
-            cut(self.greedy),
-            self.all_greedy,
-            cut(self.top_k),
-            cut(self.top_p),
-            cut(self.min_p),
-        )
+    def of_rows(self, rows: slice) -> RowParams:
+        """The parameters of some of the rows."""
+        tensors: dict[str, Any] = {
+            name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Which classes there are and how their logits come about."""
+    """Which classes there are, and the transform of their logits."""
 
-    count: int  # the first so many
+    count: int  # classes 0 to count - 1 exist
     bias: Tensor | None  # [count]
-    transform: LogitTransform  # temperature 1: that of the rows comes on top
-    invalid: Tensor | None  # [count] bool, or int64 ids in any number
+    transform: LogitTransform  # temperature 1: that of each row is applied after it
+    invalid: Tensor | None  # [count] bool, or int64 ids; Triton takes the former
 
 
-def row_law(params: SamplingParams, rows: int, classes: int, device: torch.device) -> RowLaw:
-    """The parameters of `rows` rows over `classes` classes, one value a row."""
+def row_params(params: SamplingParams, rows: int, classes: int, device: torch.device) -> RowParams:
+    """The parameters of each of `rows` rows over `classes` classes."""
 
     def each(value: float | Tensor, off: float, dtype: torch.dtype) -> Tensor | None:
         if isinstance(value, Tensor):
-            return value.to(dtype).contiguous()  # kernels read them side by side
+            return value.to(dtype).contiguous()  # kernels read them without a stride
         if value == off:
             return None
         return torch.full((rows,), value, dtype=dtype, device=device)
@@ -146,11 +140,11 @@ def row_law(params: SamplingParams, rows: int, classes: int, device: torch.devic
         greedy, all_greedy = None, temperature == 0
         inverse = each(1.0 / (temperature or 1.0), 1.0, torch.float32)
     if all_greedy:
-        return RowLaw(None, None, True, None, None, None)
+        return RowParams(None, None, True, None, None, None)
     top_k = params.top_k
     if isinstance(top_k, int) and top_k >= classes:
         top_k = 0
-    return RowLaw(
+    return RowParams(
         inverse,
         greedy,
         False,

@@ -1,4 +1,4 @@
-"""`philox` for Triton kernels: the same words bit for bit, and variates of the same formulas."""
+"""`philox` in Triton: the same words bit for bit, and variates by the same formulas."""
 
 import triton
 import triton.language as tl
@@ -22,8 +22,12 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def tile_words(tiles, rows_ptr, step_ptr, step_stride, row, seed_low, seed_high):
-    """The four words of a row's tiles; see `philox.tile_words`."""
+def tile_words(tiles, row, keys):
+    """The four words of a row's tiles; see `philox.tile_words`.
+
+    `keys` is (rows_ptr, step_ptr, step_stride, seed_low, seed_high).
+    """
+    rows_ptr, step_ptr, step_stride, seed_low, seed_high = keys
     name = tl.load(rows_ptr + row)
     step = tl.load(step_ptr + row * step_stride)
     c0 = tiles.to(tl.uint32)

@@ -1,22 +1,16 @@
-"""The sampler in plain PyTorch: what `esr_kernels.sampling.op` draws, written from its definition.
+"""The specification of the sampler in plain PyTorch, fp64, with a full sort of every row.
 
-fp64 and a full sort of every row. The keys' noise (`philox`) is part of the definition, so the
-tokens are those of the other implementations but where rounding decides.
+The noise that the keys stand for (`philox`) is part of the specification, so tokens are equal to
+those of the other implementations except where rounding decides.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from esr_kernels.sampling.params import TILE, Classes, Sample, SamplingParams
 from esr_kernels.sampling.philox import SampleKeys, gumbel, tile_words, uniform
-
-if TYPE_CHECKING:
-    from esr_kernels.sampling.op import SamplingParams
-
-_TILE = 256
 
 
 def kept_classes(log_p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -34,38 +28,25 @@ def kept_classes(log_p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> 
     return torch.zeros_like(keep).scatter(1, order, keep)
 
 
-def sample_from_logits(
-    logits: Tensor,
-    keys: SampleKeys,
-    params: SamplingParams,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    num_classes: int | None = None,
-    invalid: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor]:
-    """The fields of `esr_kernels.Sample` by name, computed the obvious way."""
-    batch, device = logits.shape[0], logits.device
+def sample_rows(raw: Tensor, classes: Classes, params: SamplingParams, keys: SampleKeys) -> Sample:
+    """Draw from raw logits [B, >= count] in fp64; the results are rounded to fp32 at the end."""
+    batch, device = raw.shape[0], raw.device
 
     def per_row(value: float | Tensor) -> Tensor:
         return torch.as_tensor(value, device=device).expand(batch)
 
-    classes = num_classes or logits.shape[1]
-    z = logits[:, :classes].to(dtype)
-    if bias is not None:
-        z = z + bias[:classes].to(dtype)
-    z = z * logit_scale
+    z = raw[:, : classes.count].double()
+    if classes.bias is not None:
+        z = z + classes.bias.double()
+    z = z * classes.transform.scale
+    softcap = classes.transform.softcap
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    temperature = per_row(params.temperature).to(dtype)
+    temperature = per_row(params.temperature).double()
     greedy = temperature == 0
     z = z / torch.where(greedy, 1.0, temperature)[:, None]
-    if invalid is not None:
-        mask = torch.zeros(logits.shape[1], dtype=torch.bool, device=device)
-        mask[invalid] = True
-        z = z.masked_fill(mask[:classes], -torch.inf)
+    if classes.invalid is not None:
+        z[:, classes.invalid] = -torch.inf
     lse = z.logsumexp(1)
     log_p = z.log_softmax(1)  # not z - lse, which loses the digits of large logits
     keep = kept_classes(
@@ -73,21 +54,22 @@ def sample_from_logits(
     )
     log_kept = torch.where(keep, log_p, -torch.inf).logsumexp(1)
     kept_z = torch.where(keep, z, -torch.inf)
-    tiles = -(-classes // _TILE)
-    tiled = torch.nn.functional.pad(kept_z, (0, tiles * _TILE - classes), value=-torch.inf)
-    tiled = tiled.unflatten(1, (tiles, _TILE))
+    tiles = -(-classes.count // TILE)
+    tiled = torch.nn.functional.pad(kept_z, (0, -classes.count % TILE), value=-torch.inf)
+    tiled = tiled.unflatten(1, (tiles, TILE))
     words = tile_words(keys, tiles)
     tile = (tiled.logsumexp(2) + gumbel(*words[:2])).argmax(1)
     inside = tiled[torch.arange(batch, device=device), tile].softmax(1)
     level = uniform(*words[2:]).gather(1, tile[:, None])
-    drawn = tile * _TILE + (inside.cumsum(1) <= level).sum(1).clamp(max=_TILE - 1)
+    drawn = tile * TILE + (inside.cumsum(1) <= level).sum(1).clamp(max=TILE - 1)
     largest = torch.where(z.isnan(), -torch.inf, z).argmax(1)
     proper = lse.isfinite()
     tokens = torch.where(greedy | ~proper, largest, drawn)
     logprob = log_p.gather(1, tokens[:, None])[:, 0]
-    return {
-        "tokens": tokens,
-        "logprob": torch.where(proper, logprob, torch.nan),
-        "log_kept": torch.where(proper, torch.where(greedy, 0.0, log_kept), torch.nan),
-        "lse": lse,
-    }
+    log_kept = torch.where(greedy, 0.0, log_kept)
+    return Sample(
+        tokens,
+        torch.where(proper, logprob, torch.nan).float(),
+        torch.where(proper, log_kept, torch.nan).float(),
+        lse.float(),
+    )

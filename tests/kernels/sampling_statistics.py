@@ -14,9 +14,9 @@ _SMALLEST_EXPECTED = 10.0
 
 
 def chi_square_p_value(counts: Tensor, p: Tensor) -> float:
-    """Of `counts` [V] under the law `p` [V] fp64; bins that expect fewer than 10 are pooled.
+    """Of `counts` [V] from `p` [V] fp64; bins that expect fewer than 10 are pooled.
 
-    A count where the law has none makes it 0.
+    A count where `p` is 0 makes it 0.
     """
     assert counts.shape == p.shape
     if bool((counts[p == 0] > 0).any()):
@@ -39,7 +39,7 @@ def chi_square_p_value(counts: Tensor, p: Tensor) -> float:
     return float(torch.special.gammaincc(degrees, statistic.cpu() / 2))
 
 
-def assert_law(tokens: Tensor, p: Tensor) -> None:
+def assert_distribution(tokens: Tensor, p: Tensor) -> None:
     """`tokens` [N] are draws from `p` [V]."""
     counts = torch.bincount(tokens, minlength=len(p))
     assert len(counts) == len(p), "a token beyond the vocabulary"
@@ -47,8 +47,8 @@ def assert_law(tokens: Tensor, p: Tensor) -> None:
 
 
 def assert_independent(first: Tensor, second: Tensor, p: Tensor) -> None:
-    """Pairs of draws [N] from `p` [V] have the product law on [V, V]."""
-    assert_law(first * len(p) + second, torch.outer(p, p).flatten())
+    """Pairs of draws [N] from `p` [V] have the product distribution on [V, V]."""
+    assert_distribution(first * len(p) + second, torch.outer(p, p).flatten())
 
 
 def poisson_range(mean: float) -> tuple[int, int]:

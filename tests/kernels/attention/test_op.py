@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from esr_kernels import cpu
-from esr_kernels.attention.op import RowGroups, group_rows, shared_prefix_attention
-from esr_kernels.divergence import reference
+from esr_kernels.attention import reference
+from esr_kernels.attention.arguments import Cache, checked_options
+from esr_kernels.attention.groups import RowGroups, group_rows
+from esr_kernels.attention.op import shared_prefix_attention
 from tests.kernels.cases import DEVICE
 
 RAGGED = (0, 1, 1, 1, 1, 3, 0)  # prompt 2 has no row left
@@ -75,12 +77,16 @@ def _assert_close(out, truth, relative):
     assert float(error) <= relative, float(error)
 
 
+def _truth(tensors, groups=None, *, dtype=torch.float64, scale=None, softcap=None, window=None):
+    """The reference on the same operands, computed in `dtype`."""
+    query, prefix, suffix = tensors[0], Cache(*tensors[1:4]), Cache(*tensors[4:])
+    options = checked_options(query.shape[2], scale, softcap, window)
+    return reference.attend(query, prefix, suffix, groups, options, dtype)
+
+
 def _plain(tensors, groups, **options):
     """The reference with every product rounded to the operands' dtype: what plain PyTorch does."""
-    out = reference.shared_prefix_attention(
-        *tensors, groups=groups, **options, dtype=tensors[0].dtype
-    )
-    return out.double()
+    return _truth(tensors, groups, dtype=tensors[0].dtype, **options).double()
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ def _plain(tensors, groups, **options):
 )
 def test_torch_is_the_reference(heads, options):
     tensors, groups = _case(heads=heads)
-    truth = reference.shared_prefix_attention(*tensors, groups=groups, **options)
+    truth = _truth(tensors, groups, **options)
     out = shared_prefix_attention(*tensors, groups=groups, impl="torch", **options)
     _assert_close(out, truth, 1e-14)
 
@@ -103,7 +109,7 @@ def test_torch_is_the_reference(heads, options):
 )
 def test_single_precision_is_the_reference(heads, options, impl):
     tensors, groups = _case(heads=heads)
-    truth = reference.shared_prefix_attention(*tensors, groups=groups, **options)
+    truth = _truth(tensors, groups, **options)
     single = _in(torch.float32, tensors)
     out = shared_prefix_attention(*single, groups=groups, impl=impl, **options)
     _assert_close(out, truth, 1e-6)  # plain fp32 attention has 1e-7 on these shapes
@@ -122,7 +128,7 @@ def test_single_precision_is_the_reference(heads, options, impl):
 )
 def test_16_bit_errs_no_more_than_plain_pytorch(impl, shape, options):
     tensors, groups = _case(**shape, dtype=torch.float16)
-    truth = reference.shared_prefix_attention(*tensors, groups=groups, **options)
+    truth = _truth(tensors, groups, **options)
     plain = (_plain(tensors, groups, **options) - truth).norm() / truth.norm()
     out = shared_prefix_attention(*tensors, groups=groups, impl=impl, **options)
     assert out.dtype == torch.float16
@@ -144,7 +150,7 @@ def test_16_bit_errs_no_more_than_plain_pytorch(impl, shape, options):
 def test_odd_shapes_in_equal_groups(shape, prompt_of_row, impl):
     """Rows of a prompt next to each other need no groups, and groups say the same."""
     tensors, groups = _case(prompt_of_row, **shape)
-    truth = reference.shared_prefix_attention(*tensors)
+    truth = _truth(tensors)
     single = _in(torch.float32, tensors)
     out = shared_prefix_attention(*single, impl=impl)
     _assert_close(out, truth, 1e-6)

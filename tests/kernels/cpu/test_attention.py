@@ -8,8 +8,7 @@ import torch
 
 from esr_kernels import SampleKeys, cpu, sample_from_logits
 from esr_kernels.attention.op import shared_prefix_attention
-from esr_kernels.divergence import reference
-from tests.kernels.attention.test_op import _assert_close, _case, _in
+from tests.kernels.attention.test_op import _assert_close, _case, _in, _truth
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="needs a C compiler")
 
@@ -26,14 +25,14 @@ def _attend(tensors, **options):
 def test_heads_of_any_width(dim, window):
     shape = {"dim": dim, "length": 150, "own": 131, "prompts": 2, "heads": (6, 2)}
     tensors, _ = _case((0, 0, 0, 1, 1, 1), **shape)
-    truth = reference.shared_prefix_attention(*tensors, window=window).cpu()
+    truth = _truth(tensors, window=window).cpu()
     _assert_close(_attend(_in(torch.float32, tensors), window=window), truth, 1e-6)
 
 
 @pytest.mark.parametrize("repeats", [1, 7, 23, 24, 25, 60])
 def test_any_number_of_query_heads_share_a_key_head(repeats):
     tensors, _ = _case((0,) * 9, prompts=1, heads=(repeats, 1))
-    truth = reference.shared_prefix_attention(*tensors).cpu()
+    truth = _truth(tensors).cpu()
     _assert_close(_attend(_in(torch.float32, tensors)), truth, 1e-6)
 
 
@@ -41,7 +40,7 @@ def test_wider_heads_go_through_pytorch():
     tensors, groups = _case(dim=257)
     single = _in(torch.float32, tensors)
     assert not cpu.supports_attention(single[0].cpu())
-    truth = reference.shared_prefix_attention(*tensors, groups=groups)
+    truth = _truth(tensors, groups)
     out = shared_prefix_attention(*single, groups=groups, impl="torch")
     _assert_close(out, truth, 1e-6)
 
@@ -71,7 +70,7 @@ def test_large_scores_neither_overflow_nor_vanish(std):
     tensors, _ = _case((0, 0), prompts=1, length=200, own=5, std=std)
     tensors[1][:] *= torch.linspace(0, 1, 200, dtype=torch.float64)[:, None].to(tensors[1].device)
     tensors = _in(torch.float32, tensors)
-    truth = reference.shared_prefix_attention(*_in(torch.float64, tensors)).cpu()
+    truth = _truth(_in(torch.float64, tensors)).cpu()
     _assert_close(_attend(tensors), truth, 1e-4 if std > 100 else 1e-5)
 
 

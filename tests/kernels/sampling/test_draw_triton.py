@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from esr_kernels import SampleKeys, SamplingParams, sample_from_logits
-from esr_kernels.sampling import draw_triton as sampling_triton
+from esr_kernels.sampling import draw_triton, filters_triton, tiles_triton
 from esr_kernels.sampling.philox import gumbel, tile_words, uniform
 from esr_kernels.sampling.philox_triton import gumbel as triton_gumbel
 from esr_kernels.sampling.philox_triton import tile_words as triton_words
@@ -27,7 +27,7 @@ SOME = LOGITS[:4]
 def _words_into(rows_ptr, step_ptr, low, high, out_ptr, g_ptr, u_ptr, TILES: tl.constexpr):
     row = tl.program_id(0)
     tiles = tl.arange(0, TILES)
-    words = triton_words(tiles, rows_ptr, step_ptr, 0, row, low, high)
+    words = triton_words(tiles, row, (rows_ptr, step_ptr, 0, low, high))
     at = row * TILES + tiles
     size = tl.num_programs(0) * TILES
     tl.store(out_ptr + at, words[0].to(tl.int64))
@@ -46,7 +46,7 @@ def test_words_agree_bit_for_bit(seed):
     words = torch.empty(4, len(rows), tiles, dtype=torch.int64, device=DEVICE)
     g = torch.empty(len(rows), tiles, device=DEVICE)
     u = torch.empty(len(rows), tiles, dtype=torch.float64, device=DEVICE)
-    low, high = (sampling_triton._signed(word) for word in sampling_triton.key_words(seed))
+    low, high = (draw_triton._signed(word) for word in draw_triton.key_words(seed))
     step = torch.tensor([keys.step], device=DEVICE)
     _words_into[(len(rows),)](rows, step, low, high, words, g, u, TILES=tiles)
     expected = tile_words(keys, tiles)
@@ -121,11 +121,11 @@ def test_few_candidates_a_flat_nucleus_and_one_tile():
 def test_blocks_and_batch_change_no_bit(monkeypatch):
     keys = _keys(4)
     whole = sample_from_logits(SOME, keys, PARAMS["all"], impl="triton")
-    monkeypatch.setattr(sampling_triton, "STATISTICS_BLOCK", (2, 4))
-    monkeypatch.setattr(sampling_triton, "CANDIDATES_BLOCK", (128, 4))
-    monkeypatch.setattr(sampling_triton, "CUTOFF_BLOCK", (256, 4))
-    monkeypatch.setattr(sampling_triton, "CAPACITY", 32)  # too few: read the row
-    monkeypatch.setattr(sampling_triton, "DRAW_BLOCK", (2, 32, 4))
+    monkeypatch.setattr(tiles_triton, "STATISTICS_BLOCK", (2, 4))
+    monkeypatch.setattr(filters_triton, "CANDIDATES_BLOCK", (128, 4))
+    monkeypatch.setattr(filters_triton, "CUTOFF_BLOCK", (256, 4))
+    monkeypatch.setattr(filters_triton, "CAPACITY", 32)  # too few: read the row
+    monkeypatch.setattr(draw_triton, "DRAW_BLOCK", (2, 32, 4))
     order = torch.tensor([3, 1], device=DEVICE)
     part = sample_from_logits(
         SOME[order], keys._replace(rows=keys.rows[order]), PARAMS["all"], impl="triton"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from esr_kernels import sample_from_hidden
-from esr_kernels.sampling import fused_triton as sampling_fused_triton
-from esr_kernels.sampling.fused_triton import BLOCKS, Blocks, pays
+from esr_kernels.sampling import fused_triton
+from esr_kernels.sampling.fused_triton import BLOCKS, Blocks, is_faster
 from tests.kernels.cases import thinned
 from tests.kernels.sampling.test_op import HIDDEN, ODD_OPTIONS, PARAMS, WEIGHT, _keys
 
@@ -23,7 +23,7 @@ UNFILTERED = ("plain", "cold", "greedy")
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of rows, two of D."""
-    monkeypatch.setattr(sampling_fused_triton, "BLOCKS", dict.fromkeys(BLOCKS, TINY))
+    monkeypatch.setattr(fused_triton, "BLOCKS", dict.fromkeys(BLOCKS, TINY))
 
 
 def _both(name, dtype=torch.float32, rows=ROWS, keys=None, **options):
@@ -73,9 +73,9 @@ def test_a_hidden_state_of_nan_stays_in_its_row():
 
 
 def test_which_batches_are_fused(monkeypatch):
-    assert pays(1, 8192) and pays(64, 4096) and not pays(65, 4096)
-    assert pays(128, 2048) and not pays(129, 1024)
-    monkeypatch.setattr(sampling_fused_triton, "sample", None)
+    assert is_faster(1, 8192) and is_faster(64, 4096) and not is_faster(65, 4096)
+    assert is_faster(128, 2048) and not is_faster(129, 1024)
+    monkeypatch.setattr(fused_triton, "sample", None)
     with pytest.raises(TypeError, match="NoneType"):
         _both("plain", rows=1)
     _both("top_k", rows=1)  # filters need the logits

@@ -1,4 +1,4 @@
-"""What a draw depends on and what it returns; that it is of the right law, `test_law`."""
+"""What a draw depends on and what it returns; `test_distribution` tests its distribution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import Sample, SampleKeys, SamplingParams, sample_from_hidden, sample_from_logits
-from esr_kernels.sampling import draw_torch as sampling_torch
+from esr_kernels.sampling import draw_torch, filters_torch
 from esr_kernels.sampling.reference import kept_classes
 from tests.kernels.cases import DEVICE
 
@@ -86,8 +86,8 @@ def test_batch_order_blocks_and_neighbours_change_no_bit(name, monkeypatch):
         part = slice(row, row + 1)
         alone = _sample(LOGITS[part], params, keys._replace(rows=keys.rows[part]))
         assert _equal(Sample(*(field[part] for field in whole)), alone)
-    monkeypatch.setattr(sampling_torch, "_BLOCK_ELEMENTS", 7 * 1024)
-    monkeypatch.setattr(sampling_torch, "_NOISE_ELEMENTS", 40)
+    monkeypatch.setattr(draw_torch, "_BLOCK_ELEMENTS", 7 * 1024)
+    monkeypatch.setattr(draw_torch, "_NOISE_ELEMENTS", 40)
     assert _equal(whole, _sample(LOGITS, params, keys))
 
 
@@ -213,7 +213,7 @@ def test_a_nucleus_beyond_the_first_look_is_found(width, monkeypatch):
         )
         > 800
     )
-    monkeypatch.setattr(sampling_torch, "_WIDTH", width)
+    monkeypatch.setattr(filters_torch, "_WIDTH", width)
     assert _equal(whole, _sample(logits, PARAMS["top_p"]))
 
 

@@ -16,8 +16,8 @@ from esr_kernels.sampling.reference import kept_classes
 from tests.kernels.cases import DEVICE
 from tests.kernels.sampling_statistics import (
     FALSE_ALARM,
+    assert_distribution,
     assert_independent,
-    assert_law,
     chi_square_p_value,
     poisson_range,
 )
@@ -92,23 +92,23 @@ def test_the_level_in_a_tile_is_strictly_between_0_and_1():
 
 
 @pytest.mark.parametrize("classes", [1, 2, 100, 256, 257, 999, 4097])
-def test_unfiltered_draws_have_the_softmax_law(classes):
+def test_unfiltered_draws_have_the_softmax_distribution(classes):
     logits = _logits(classes)
-    assert_law(_draw(logits), _softmax(logits))
+    assert_distribution(_draw(logits), _softmax(logits))
 
 
-def test_the_law_over_a_vocabulary_of_full_size():
+def test_a_vocabulary_of_full_size():
     """Class by class where enough are expected, then by tile, and by place in a tile."""
     classes, tile = 151_936, 256
     p = _softmax(_logits(classes))
     drawn = _draw(_logits(classes), draws=10_000)
-    assert_law(drawn, p)
+    assert_distribution(drawn, p)
     tiles = torch.nn.functional.pad(p, (0, -classes % tile)).view(-1, tile)
-    assert_law(drawn // tile, tiles.sum(1))
-    assert_law(drawn % tile, tiles.sum(0))
+    assert_distribution(drawn // tile, tiles.sum(1))
+    assert_distribution(drawn % tile, tiles.sum(0))
 
 
-def test_a_wrong_law_is_noticed():
+def test_a_wrong_distribution_is_noticed():
     """The test's own test: 5 % off in temperature, on as many draws."""
     logits = _logits(999)
     counts = torch.bincount(_draw(logits), minlength=999)
@@ -120,19 +120,19 @@ def test_a_wrong_law_is_noticed():
 def test_temperature(temperature):
     logits = _logits(300)
     drawn = _draw(logits, SamplingParams(temperature))
-    assert_law(drawn, _softmax(logits, temperature))
+    assert_distribution(drawn, _softmax(logits, temperature))
 
 
 def test_bias_scale_and_softcap_come_before_the_temperature():
     logits, bias = _logits(300, 4.0), _logits(300, 1.0, seed=1)
     drawn = _draw(logits, SamplingParams(0.7), bias=bias, softcap=3.0, logit_scale=-0.8)
     z = 3.0 * torch.tanh(-0.8 * (logits.double() + bias.double()) / 3.0) / 0.7
-    assert_law(drawn, z.cpu().softmax(0))
+    assert_distribution(drawn, z.cpu().softmax(0))
 
 
 def test_negative_logits_leave_nothing_to_the_padding_of_a_tile():
     logits = _logits(300) - 1000
-    assert_law(_draw(logits), _softmax(logits))
+    assert_distribution(_draw(logits), _softmax(logits))
 
 
 def test_near_flat_logits_cover_the_vocabulary():
@@ -181,7 +181,7 @@ def test_tile_and_class_in_it_are_independent():
     logits = torch.full((8 * 256,), -torch.inf, device=DEVICE)
     logits.view(8, 8, 32)[:, :, 0] = 0.0
     drawn = _draw(logits) // 32
-    assert_law(drawn, torch.full((64,), 1 / 64, dtype=torch.float64))
+    assert_distribution(drawn, torch.full((64,), 1 / 64, dtype=torch.float64))
 
 
 FILTERS = {
@@ -194,7 +194,7 @@ FILTERS = {
 
 
 def _kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """(law, kept classes) in fp64."""
+    """(distribution, kept classes) in fp64."""
     log_p = (logits.double().cpu() / params.temperature).log_softmax(0)[None]
     keep = kept_classes(
         log_p, *(torch.tensor([value]) for value in (params.top_k, params.top_p, params.min_p))
@@ -209,7 +209,7 @@ def test_filters_renormalise_what_they_keep(name, classes):
     p, keep = _kept(logits, FILTERS[name])
     assert 1 < int(keep.sum()) < classes
     drawn = _draw(logits, FILTERS[name])
-    assert_law(drawn, p)
+    assert_distribution(drawn, p)
     counts = torch.bincount(drawn, minlength=classes)
     often = p * DRAWS > 25  # missing in 1e-11 of runs
     assert bool(often.any()) and bool((counts[often] > 0).all())
