@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esr_train.config import ModelConfig, RuntimeConfig
-from esr_train.data import encode
+from esr_train.data import TokenizedTask
 from esr_train.models import decoder, head, load_model, load_tokenizer
 from esr_train.tasks import load_task
 
@@ -36,11 +36,11 @@ def real_pair(student: str) -> RealPair:
     spec = ModelConfig(model="smollm2", drop_layers=STUDENTS[student])
     tokenizer = load_tokenizer(spec, runtime)
     models = load_model(spec, runtime), load_model(ModelConfig(model="smollm2"), runtime)
-    task = load_task("prompts")
+    tokenized = TokenizedTask(load_task("prompts"), tokenizer)
     torch.manual_seed(0)
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for problem in task.problems("train", PROMPTS, 0)[:PROMPTS]:
-        prompt = torch.tensor([encode(tokenizer, problem, task.chat)])
+    for problem in tokenized.task.problems("train", PROMPTS, 0)[:PROMPTS]:
+        prompt = torch.tensor([tokenized.ids(problem)])
         text = models[0].generate(
             prompt, do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
         )
