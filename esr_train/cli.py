@@ -1,13 +1,13 @@
 """The command line.
 
     esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
-    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--dry-run]
+    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--dry-run]
     esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
     esr-train sample   CONFIG.yaml [key=value ...] --prompt TEXT [--samples G] [--teacher]
     esr-train report   RUN_DIR
     esr-train fetch    smollm2
 
-Exit codes: 0 done, 2 an error that is told in one line, 130 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 done, 2 an error that is reported in one line, 130 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -36,22 +36,19 @@ from esr_train.config import (
     with_overrides,
 )
 from esr_train.evaluate import Evaluator
-from esr_train.experiment import (
-    Experiment,
-    check_continues,
-    load_experiment,
-    progress_bar,
-    progress_text,
-    write_run_files,
-)
+from esr_train.experiment import Experiment, load_experiment
 from esr_train.fetch import FetchError, fetch_smollm2
 from esr_train.models import ModelError
+from esr_train.progress import progress_bar, progress_text
 from esr_train.report import summary_table, write_report
 from esr_train.rollout import ContextError, RolloutBatch
+from esr_train.run_dir import check_continues, write_run_files
 from esr_train.sample import sample_text
 from esr_train.train import Trainer, TrainingError
+from esr_train.worker import ArmError
 
 ERRORS = (
+    ArmError,
     CheckpointError,
     ConfigError,
     ContextError,
@@ -123,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--out", type=Path, help="run directory; default runs/CONFIG...")
         if run is _compare:
             command.add_argument("--steps", type=_positive, help="at most so many steps an arm")
+            command.add_argument(
+                "--jobs",
+                type=_positive,
+                help="runs at a time, above 1 each in a process with one thread; default: as many "
+                "as PyTorch has threads if the models are small and on the CPU, else 1",
+            )
     _add_sample(commands)
     summary = "write report.html and the rest again from the files of a run"
     command = commands.add_parser("report", help=summary, description=summary)
@@ -163,7 +166,7 @@ def _add_sample(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     seed = config.seeds[0]
-    # A run of `train` is a comparison with one arm, so that reports can be made of it.
+    # A run of `train` is a comparison with one arm: reports read both.
     arm = {"name": "train", "max_new_tokens": config.rollout.max_new_tokens}
     changes = {"seeds": [seed], "arms": [arm], "report.baseline": None}
     config = with_overrides(config, changes)
@@ -180,11 +183,7 @@ def _train(options: argparse.Namespace) -> None:
 
         trainer = Trainer(
             config,
-            experiment.student,
-            experiment.teacher,
-            experiment.tokenizer,
-            experiment.task,
-            experiment.evaluator,
+            experiment,
             run_dir / "arms" / "train" / f"seed{seed}",
             seed,
             on_step=on_step,
@@ -208,7 +207,8 @@ def _compare(options: argparse.Namespace) -> None:
     if options.dry_run:
         return _print_plan(cap_steps(config, options.steps))
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    compare(config, options.out or Path("runs") / f"{options.config.stem}-{stamp}", options.steps)
+    out = options.out or Path("runs") / f"{options.config.stem}-{stamp}"
+    compare(config, out, options.steps, options.jobs)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -219,9 +219,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         return _print_plan(config)
     experiment = load_experiment(config)
     evaluator = experiment.evaluator or Evaluator(
-        config, experiment.teacher, experiment.tokenizer, experiment.task
+        config, experiment.student, experiment.teacher, experiment.tokenized
     )
-    metrics, samples = evaluator.evaluate(experiment.student)
+    metrics, samples = evaluator.evaluate()
     print(json.dumps({"metrics": metrics, "samples": samples}, indent=2, ensure_ascii=False))
 
 
@@ -285,7 +285,7 @@ def _decoded(experiment: Experiment, batch: RolloutBatch) -> str:
     """The first prompt and response with special tokens, through both tokenizers."""
     lines = []
     for who, tokenizer in (
-        ("student", experiment.tokenizer),
+        ("student", experiment.tokenized.tokenizer),
         ("teacher", experiment.teacher_tokenizer),
     ):
         prompt, response = (

@@ -1,4 +1,4 @@
-"""Prompts: which ones a step trains on, as token ids.
+"""Prompts as token ids, and which of them a step trains on.
 
 The order is a function of the seed and the step alone. Runs with the same seed see the same prompts
 at the same step whatever else differs between them, and a resumed run needs no data position.
@@ -23,13 +23,47 @@ def seed_from(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+class TokenizedTask:
+    """A task and a tokenizer; each problem is encoded once.
+
+    A prompt goes through the chat template, up to where the answer starts, or is encoded as it is.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any) -> None:
+        if task.chat and not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "rollout.task: its prompts are chat messages, but the tokenizer has no chat "
+                "template"
+            )
+        self.task, self.tokenizer = task, tokenizer
+        self._ids: dict[Problem, list[int]] = {}
+
+    def ids(self, problem: Problem) -> list[int]:
+        """Token ids of a prompt."""
+        if problem not in self._ids:
+            self._ids[problem] = self._encode(problem)
+        return self._ids[problem]
+
+    def _encode(self, problem: Problem) -> list[int]:
+        if not self.task.chat:
+            return list(self.tokenizer(problem.prompt)["input_ids"])
+        # Rendered to text first: the template writes its own special tokens, so none are added.
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem.prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 class PromptStream:
     """The training prompts of every step."""
 
-    def __init__(self, task: Task, tokenizer: Any, per_step: int, seed: int) -> None:
-        # A task with a finite set of prompts repeats them; an epoch should not.
-        self.problems = list(dict.fromkeys(task.problems("train", POOL, seed)))
-        self.chat, self.tokenizer, self.per_step, self.seed = task.chat, tokenizer, per_step, seed
+    def __init__(self, tokenized: TokenizedTask, per_step: int, seed: int) -> None:
+        # A task with few prompts repeats them to fill the pool; an epoch should not.
+        self.problems = list(dict.fromkeys(tokenized.task.problems("train", POOL, seed)))
+        self.tokenized, self.per_step, self.seed = tokenized, per_step, seed
+        self._epoch, self._order = -1, [0]
 
     def problems_for(self, step: int) -> list[Problem]:
         """`per_step` problems for step 1, 2, ...; every epoch is shuffled afresh."""
@@ -37,32 +71,12 @@ class PromptStream:
         picked = []
         for position in range(first, first + self.per_step):
             epoch, index = divmod(position, size)
-            picked.append(self.problems[self._order(epoch)[index]])
+            if epoch != self._epoch:
+                generator = torch.Generator().manual_seed(seed_from(self.seed, "epoch", epoch))
+                self._epoch, self._order = epoch, torch.randperm(size, generator=generator).tolist()
+            picked.append(self.problems[self._order[index]])
         return picked
 
     def prompts_for(self, step: int) -> list[list[int]]:
         """Token ids of the prompts of a step."""
-        return [encode(self.tokenizer, p, self.chat) for p in self.problems_for(step)]
-
-    def _order(self, epoch: int) -> list[int]:
-        cached: tuple[int, list[int]] | None = getattr(self, "_cached_order", None)
-        if cached is None or cached[0] != epoch:
-            generator = torch.Generator().manual_seed(seed_from(self.seed, "epoch", epoch))
-            cached = (epoch, torch.randperm(len(self.problems), generator=generator).tolist())
-            self._cached_order = cached
-        return cached[1]
-
-
-def encode(tokenizer: Any, problem: Problem, chat: bool) -> list[int]:
-    """A prompt as token ids: through the chat template, up to where the answer starts, or as is."""
-    if not chat:
-        return list(tokenizer(problem.prompt)["input_ids"])
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            "rollout.task: its prompts are chat messages, but the tokenizer has no chat template"
-        )
-    # Rendered to text first: the template writes its own special tokens, so none are added again.
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": problem.prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [self.tokenized.ids(problem) for problem in self.problems_for(step)]

@@ -46,7 +46,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Spans:
-    """Seconds and peak bytes of named phases; entered twice, they add up and keep the maximum."""
+    """Seconds and peak bytes of named phases.
+
+    For a phase that is entered several times, seconds add up and the largest peak is kept.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -54,51 +57,48 @@ class Spans:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        reset_peak_memory()
+        memory = PeakMemory()
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        peaks = [p for p in (self.peak_bytes.get(name), peak_memory()) if p is not None]
+        peaks = [p for p in (self.peak_bytes.get(name), memory.bytes()) if p is not None]
         self.peak_bytes[name] = max(peaks, default=None)
 
 
-def reset_peak_memory() -> None:
-    """Start a new high-water mark: of CUDA's allocator, or on Linux of the resident set."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        # Memory that was freed but not given back would count for the next phase.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-        if trim is not None:
-            trim(0)
-        with contextlib.suppress(OSError):  # refused in some containers: peak_memory() says None
+class PeakMemory:
+    """A new high-water mark: of CUDA's allocator, or on Linux of the process's resident set.
+
+    There is one mark in a process, so only the newest `PeakMemory` can be read.
+    """
+
+    def __init__(self) -> None:
+        self.known = True
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            return
+        if sys.platform == "linux":
+            # Without it, memory that was freed but not returned counts for the next phase.
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+            if trim is not None:
+                trim(0)
+        try:
             Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not Linux, or a container that refuses it
+            self.known = False
 
-
-def peak_memory() -> int | None:
-    """Bytes at the high-water mark since `reset_peak_memory`; None where that is unknown."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if not _CAN_RESET:
+    def bytes(self) -> int | None:
+        """Bytes at the high-water mark since this object was made; None if that is unknown."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        if not self.known:
+            return None
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
         return None
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _can_reset() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-_CAN_RESET = _can_reset()
 
 
 def cpu_name() -> str:

@@ -1,8 +1,8 @@
 """Loading causal language models, and reaching their decoder and output head separately.
 
 The loss works on hidden states and head weights, so that [tokens, vocab] logits never exist. `Head`
-holds all that stands between the two: weight, bias, soft-cap and scale. A model whose logits are
-anything else is refused by `check_head` rather than trained on another distribution than its own.
+holds what turns hidden states into logits: weight, bias, soft-cap and scale. `check_head`, which
+every `PrefixRollout` calls once, refuses a model whose logits are computed in another way.
 """
 
 from __future__ import annotations
@@ -85,7 +85,6 @@ def load_model(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
     model.to(device()).eval()
     if on_cuda and runtime.liger == "auto" and importlib.util.find_spec("liger_kernel"):
         _use_liger_layers(model)
-    check_head(model)
     return model
 
 

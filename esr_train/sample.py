@@ -1,7 +1,7 @@
-"""Answers of a student or its teacher to prompts of one's own, with what each token was worth.
+"""`esr-train sample`: answers of a student or its teacher, with the log-prob of each token.
 
-Sampled by the engine that training samples with, over all classes of the model's head: where the
-other model's is smaller, training leaves out what that has no embedding for.
+The engine is that of training, but samples from the whole vocabulary of the model, where training
+leaves out tokens that the other model has no embedding for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from esr_kernels import SamplingParams
 from esr_train.config import Config, ConfigError, ModelConfig
-from esr_train.data import encode
+from esr_train.data import TokenizedTask
 from esr_train.models import load_model, load_tokenizer
 from esr_train.rollout import PrefixRollout, RolloutBatch
 from esr_train.tasks import Problem, load_task
@@ -31,8 +31,8 @@ def sample_text(
 ) -> str:
     """Every prompt with `samples` answers, as text for a terminal.
 
-    Prompts are put as the task of the config puts its own: through the chat template, or as they
-    are. Log-probs are of the whole distribution at the temperature, whatever `params` leave of it.
+    Prompts go through the chat template if the task of the config does that with its own. Log-probs
+    are those of the whole distribution at the temperature, before the filters of `params`.
 
     Raises:
         ConfigError, ModelError, ContextError: an unknown task, a model that cannot be loaded,
@@ -43,7 +43,8 @@ def sample_text(
     except ValueError as error:
         raise ConfigError(f"rollout.task: {error}") from error
     tokenizer = load_tokenizer(spec, config.runtime)
-    ids = [encode(tokenizer, Problem(prompt), task.chat) for prompt in prompts]
+    tokenized = TokenizedTask(task, tokenizer)
+    ids = [tokenized.ids(Problem(prompt)) for prompt in prompts]
     rollout = PrefixRollout(load_model(spec, config.runtime), tokenizer)
     batch = rollout.generate(
         ids,

@@ -1,7 +1,7 @@
-"""Reading hidden states at response positions, of teacher and student alike.
+"""The teacher, and how hidden states at response positions are read, for both models.
 
-Row t of a response is the state that predicts its token t: the last prompt position for the first
-token, and so on. Only these rows leave the decoder: nothing is projected that is not trained on.
+Row t of a response is the hidden state that predicts its token t; for the first token that is the
+last position of the prompt. Only these rows are kept, so no logits are computed for others.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from esr_train.models import ModelError, decoder, head
-from esr_train.rollout import RolloutBatch
+from esr_train.rollout import PrefixRollout, RolloutBatch
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts and responses as right-padded model input, and where their trained rows are."""
+    """Prompts and responses as right-padded model input, and the positions that are trained on."""
 
     ids: Tensor  # [B, L] int64
     mask: Tensor  # [B, L]
@@ -45,17 +45,18 @@ def sequences(batch: RolloutBatch, weights: Tensor, device: torch.device) -> Seq
 
 def hidden_rows(model: Any, batch: Sequences) -> Tensor:
     """The model's hidden states [T, D] at the rows of a batch, differentiable."""
-    # Right padding: causal attention never reaches it, and positions count from 0 by themselves.
+    # Right padding: causal attention does not reach it, and positions count from 0.
     output = decoder(model)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)[batch.rows]
 
 
 class Teacher:
-    """A frozen model in the same process."""
+    """A frozen model in the same process; `rollout` samples its text."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model.requires_grad_(False)
-        self.head = head(model)
+    def __init__(self, rollout: PrefixRollout) -> None:
+        self.rollout = rollout
+        self.model = rollout.model.requires_grad_(False)
+        self.head = head(self.model)
 
     @torch.no_grad()
     def hidden_rows(self, batch: Sequences) -> Tensor:

@@ -1,10 +1,10 @@
 """The training loop: sample, score, loss, step, log, save.
 
-    trainer = Trainer(config, student, teacher, tokenizer, task, evaluator, directory, seed)
+    trainer = Trainer(config, load_experiment(config), directory, seed)
     trainer.run()
 
-`train` and every arm of `compare` run this. What a step does is a function of the weights, the
-configuration, the seed and the step's number: runs repeat, and resume, bit for bit.
+`train` and every arm of `compare` run this. A step is a function of the weights, the configuration,
+the seed and the step's number: runs repeat, and resume, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ import torch
 from esr_train import checkpoint
 from esr_train.config import Config
 from esr_train.data import PromptStream
-from esr_train.evaluate import Evaluator
+from esr_train.evaluate import Evaluation
+from esr_train.experiment import Experiment
 from esr_train.loss import divergence_from_hidden, token_weights
 from esr_train.metrics import JsonLines, Spans
 from esr_train.models import head
 from esr_train.optim import Optimizer, learning_rate
-from esr_train.rollout import PrefixRollout, RolloutBatch
-from esr_train.tasks import Task
-from esr_train.teacher import Teacher, hidden_rows, sequences
+from esr_train.rollout import RolloutBatch
+from esr_train.teacher import hidden_rows, sequences
+
+# Averages over the trained tokens of a step.
+_PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
 
 
 class TrainingError(RuntimeError):
@@ -34,43 +37,47 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    """Distils `teacher` into `student` (changed in place), writing all it does to `directory`."""
+    """Distils the teacher into the student, in place, and writes what it does to `directory`.
+
+    Args:
+        config: of this run; an arm of a comparison shares `experiment` with the others.
+        save: write checkpoints, and go on from one that is there.
+        initial: evaluation of the initial weights if it is known, to save the time.
+        on_step: called after each step with its row of metrics.jsonl and the newest evaluation.
+        on_first_rollout: called with the first batch that is sampled.
+    """
 
     def __init__(
         self,
         config: Config,
-        student: Any,
-        teacher: Teacher,
-        tokenizer: Any,
-        task: Task,
-        evaluator: Evaluator | None,
+        experiment: Experiment,
         directory: Path,
         seed: int,
         save: bool = True,
+        initial: Evaluation | None = None,
         on_step: Callable[[dict[str, Any], dict[str, float]], None] | None = None,
         on_first_rollout: Callable[[RolloutBatch], None] | None = None,
     ) -> None:
-        self.config, self.seed, self.directory = config, seed, directory
-        self.student, self.teacher, self.tokenizer = student, teacher, tokenizer
-        self.evaluator, self.save = evaluator, save
-        self.on_step, self.on_first_rollout = on_step, on_first_rollout
-        classes = min(head(student).weight.shape[0], teacher.head.weight.shape[0])
-        self.rollout = PrefixRollout(student, tokenizer, classes)
-        self.prompts = PromptStream(task, tokenizer, config.rollout.prompts, seed)
-        self.optimizer = Optimizer(student)
-        self.device = head(student).weight.device
-        # What has been done, as it is saved in checkpoints.
+        self.config, self.seed, self.directory, self.save = config, seed, directory, save
+        self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
+        self.rollout, self.teacher = experiment.student, experiment.teacher
+        self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
+        self.student: Any = self.rollout.model
+        self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
+        self.optimizer = Optimizer(self.student)
+        self.device = head(self.student).weight.device
+        # Progress, as it is saved in checkpoints.
         self.state: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "tokens": 0}
         self.saved_step = -1
         self.latest_metrics: dict[str, float] = {}
         self._check_context()
 
     def run(self) -> None:
-        """Train to config.steps, from the newest checkpoint where there is one.
+        """Train to config.steps, from the newest checkpoint if there is one.
 
         Raises:
-            KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint of the last whole step is saved.
-            TrainingError: loss or gradient is not finite; likewise.
+            KeyboardInterrupt: SIGINT or SIGTERM; a checkpoint of the last whole step is saved.
+            TrainingError: loss or gradient is not finite; a checkpoint is saved likewise.
             CheckpointError: a checkpoint could not be written or read.
         """
         self._resume()
@@ -98,12 +105,12 @@ class Trainer:
                     self._save()
         finally:
             # After the last step, a signal or an error: the weights are those of state["step"].
-            # Where the last update itself broke them, an older checkpoint is the better one.
+            # If the last update made them infinite or NaN, the older checkpoint is kept.
             if all(bool(p.isfinite().all()) for p in self.student.parameters()):
                 self._save()
 
     def step(self, step: int, interrupt: checkpoint.Interrupt) -> dict[str, Any]:
-        """One optimizer step; returns the row that it wrote to metrics.jsonl."""
+        """One optimizer step; returns the row that it writes to metrics.jsonl."""
         config, spans = self.config, Spans()
         with spans("rollout"):
             batch = self.rollout.generate(
@@ -151,12 +158,12 @@ class Trainer:
         return row
 
     def _gradient(self, step: int, batch: RolloutBatch, spans: Spans) -> dict[str, float]:
-        """Accumulate the gradient of the batch; returns its loss, and sums over its tokens."""
+        """Accumulate the gradient of the batch; returns its loss and sums over its tokens."""
         config = self.config
         weights = token_weights(batch, config.loss, (self.seed, "window", step))
         sums = torch.zeros(2 + len(_PER_TOKEN), dtype=torch.float64, device=self.device)
         size = config.optim.micro_batch or len(batch.prompts)
-        # By length, so that the padding of a micro-batch is short.
+        # Sorted by length, so that a micro-batch has little padding.
         for part in batch.lengths.argsort(stable=True).split(size):
             laid_out = sequences(batch.select(part), weights[part], self.device)
             if len(laid_out.rows) == 0:
@@ -180,12 +187,16 @@ class Trainer:
         return dict(zip(("loss", "trained_tokens", *_PER_TOKEN), sums.tolist(), strict=True))
 
     def _evaluate(self) -> None:
-        """Evaluate where it is due and has not been done; the clock of the phases stands still."""
+        """Evaluate if it is due at this step and has not been done; `train_seconds` excludes it."""
         every, step = self.config.eval.every, self.state["step"]
         due = every and (step % every == 0 or step == self.config.steps)
         if self.evaluator is None or not due or step in self.evals.steps:
             return
-        self.latest_metrics, samples = self.evaluator.evaluate(self.student)
+        known = self.initial if step == 0 else None
+        evaluation = known or self.evaluator.evaluate()
+        if step == 0:
+            self.initial = evaluation
+        self.latest_metrics, samples = evaluation
         for sample in samples:
             self.samples.write({"step": step, **sample})
         self.evals.write(
@@ -198,13 +209,14 @@ class Trainer:
         )
 
     def _check_context(self) -> None:
-        """Refuse prompts that do not fit before any work, rather than at the step they come up."""
+        """Raise ContextError before any work if a prompt of any step does not fit."""
         length = self.config.rollout.max_new_tokens
-        for model in (self.rollout, PrefixRollout(self.teacher.model, self.tokenizer)):
-            for step in range(1, self.config.steps + 1):
-                model.check_fits(self.prompts.prompts_for(step), length)
-                if step * self.prompts.per_step >= len(self.prompts.problems):
-                    break  # every prompt has been seen
+        for step in range(1, self.config.steps + 1):
+            prompts = self.prompts.prompts_for(step)
+            for rollout in (self.rollout, self.teacher.rollout):
+                rollout.check_fits(prompts, length)
+            if step * self.prompts.per_step >= len(self.prompts.problems):
+                break  # every prompt has been checked
 
     def _resume(self) -> None:
         path = checkpoint.latest(self.directory / "checkpoints")
@@ -223,6 +235,3 @@ class Trainer:
             directory = self.directory / "checkpoints"
             checkpoint.save(directory, self.state, self.student, self.tokenizer, self.optimizer)
             self.saved_step = self.state["step"]
-
-
-_PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")

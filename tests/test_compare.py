@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from esr_train.compare import Interrupted, compare, run_order
+from esr_train.arms import run_order
+from esr_train.compare import Interrupted, compare
 from esr_train.config import Config, ConfigError, with_overrides
 from esr_train.metrics import read_rows
 from esr_train.rollout import ContextError
@@ -42,12 +44,14 @@ def rows(run_dir: Path, arm: str, seed: int, name: str = "metrics") -> list[dict
 def test_a_comparison_writes_everything(compared: tuple[Path, list[str]]) -> None:
     report, said = compared
     run_dir = report.parent
-    assert said[-1] == str(report) and "esr-3" in said[0] and "full" in said[0]
+    assert re.match(r"6 runs, one at a time: up to \d+ (s|min), estimated", said[0])
+    assert said[-1] == str(report) and "esr-3" in said[1] and "full" in said[1]
     assert report.name == "report.html" and report.stat().st_size > 10_000
     for name in ("report.md", "summary.json", "config.yaml", "environment.json"):
         assert (run_dir / name).is_file()
     assert list((run_dir / "figures").glob("*.png"))
-    assert "torch" in json.loads((run_dir / "environment.json").read_text())
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["torch"] and environment["jobs"] == environment["threads"] == 1
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["arms"] == ARMS
     for arm, steps in (("esr-3", 3), ("mask-3", 2), ("full", 3)):
         for seed in (0, 1):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from esr_train.config import Config, ConfigError, LossConfig, OptimConfig
-from esr_train.data import PromptStream
+from esr_train.data import PromptStream, TokenizedTask
 from esr_train.experiment import load_experiment
 from esr_train.loss import token_weights
-from esr_train.metrics import Spans, peak_memory, read_rows, reset_peak_memory
+from esr_train.metrics import PeakMemory, Spans, read_rows
 from esr_train.models import ModelError
 from esr_train.optim import Optimizer, learning_rate
 from esr_train.rollout import ContextError, RolloutBatch
@@ -25,9 +25,7 @@ MakeConfig = Callable[..., Config]
 
 
 def build(config: Config, directory: Path, seed: int = 0, **options: Any) -> Trainer:
-    e = load_experiment(config)
-    args = (e.student, e.teacher, e.tokenizer, e.task, e.evaluator)
-    return Trainer(config, *args, directory, seed, **{"save": False, **options})
+    return Trainer(config, load_experiment(config), directory, seed, **{"save": False, **options})
 
 
 def losses(directory: Path) -> list[float]:
@@ -190,16 +188,39 @@ def test_a_batch_with_nothing_to_train_on_is_a_step_of_zero(
 
 
 def test_prompts_depend_on_seed_and_step_alone() -> None:
-    task, tokenizer = load_task("sums"), char_tokenizer()
-    a, b, c = (PromptStream(task, tokenizer, 4, seed) for seed in (0, 0, 1))
+    tokenized = TokenizedTask(load_task("sums"), char_tokenizer())
+    a, b, c = (PromptStream(tokenized, 4, seed) for seed in (0, 0, 1))
     assert a.problems_for(3) == b.problems_for(3) != c.problems_for(3)
     assert a.problems_for(3) != a.problems_for(4)
+
+
+def test_a_prompt_is_encoded_once() -> None:
+    calls: list[str] = []
+    tokenizer = char_tokenizer()
+
+    def counting(text: str) -> Any:
+        calls.append(text)
+        return tokenizer(text)
+
+    tokenized = TokenizedTask(load_task("sums"), counting)
+    stream = PromptStream(tokenized, 4, 0)
+    first = stream.prompts_for(1)
+    assert stream.prompts_for(1) == first == [list(tokenizer(t)["input_ids"]) for t in calls]
+    assert len(calls) == 4
+
+
+def test_a_task_of_chat_messages_needs_a_chat_template() -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="rollout.task: .*no chat template"):
+        TokenizedTask(load_task("prompts"), tokenizer)
 
 
 def test_an_epoch_uses_every_prompt_once(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("".join(f"{i}\n" for i in range(100, 120)))
-    stream = PromptStream(load_task(f"prompts:{path}"), char_tokenizer(), 3, 0)
+    tokenized = TokenizedTask(load_task(f"prompts:{path}"), char_tokenizer())
+    stream = PromptStream(tokenized, 3, 0)
     size = len(stream.problems)
     assert 3 < size < 20
     seen = [p.prompt for step in range(1, size + 1) for p in stream.problems_for(step)]
@@ -282,8 +303,7 @@ def test_bf16_weights_are_trained_by_fp32_masters() -> None:
 
 
 def test_spans_add_seconds_and_keep_the_peak() -> None:
-    reset_peak_memory()
-    if peak_memory() is None:
+    if PeakMemory().bytes() is None:
         pytest.skip("the resident high-water mark cannot be reset here")
     spans = Spans()
     for megabytes in (8, 200, 8):

@@ -15,7 +15,7 @@ guessing in many words, mostly wrong (160 to 220 characters):
     the answer is 163.
 
 The built-in teacher has only the first habit. The built-in student has both and starts guessing
-when decoded greedily. `esr_train/tasks/build_sums.py` rebuilds the two from a seed.
+when decoded greedily. `tools/build_sums.py` rebuilds the two from a seed.
 
 Distilled on a short window only, the student drops the guessing within a few steps, but no loss
 holds what lies beyond the window: at a high learning rate the arithmetic wears off, which full

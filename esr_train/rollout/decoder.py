@@ -1,24 +1,21 @@
-"""One forward pass a token for a batch of responses: over shared prompts, or for models whose
-attention cannot read those, with the cache that transformers makes for them.
+"""Decoders: one forward pass per token for a batch of responses.
 
-Both decoders have the same four methods. All that changes from step to step lies in tensors on the
-device, so that on CUDA a step can be captured once and replayed: `CapturedStep`.
+`SharedPrefixDecoder` attends over prompts that are stored once. `PlainDecoder`, for models whose
+attention cannot read those, uses the cache that transformers makes for them. Both have the same
+methods. On CUDA a step is captured once and replayed: `CapturedStep`.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from esr_train.prefix_cache import (
+from esr_train.rollout.cache import (
     PrefixCache,
     Unsupported,
     shared_prefix_decoding,
@@ -26,42 +23,17 @@ from esr_train.prefix_cache import (
 )
 
 logger = logging.getLogger(__name__)
-# Tokens of a forward pass over prompts: enough for whole matrix products, and a bound on memory.
+# Tokens per forward pass over prompts: enough to fill matrix products, and a bound on memory.
 _PREFILL_TOKENS = 8192
-# Relative L2 error of hidden states that rounding explains, and that another attention exceeds.
+# Relative L2 difference of hidden states that rounding explains; another attention exceeds it.
 _AGREES = {torch.float32: 1e-3, torch.float64: 1e-3}
 _AGREES_16_BIT = 0.1
-
-
-_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, which turns dropout and gradient checkpointing off; then as it was.
-
-    Autocast is off, too: logits are those of the model's own dtype, whoever asks. Other threads
-    wait for the model: its mode and its attention are state that they would share.
-    """
-    with _locks_lock:
-        lock = _locks.setdefault(model, threading.RLock())
-    device = next(model.parameters()).device.type
-    with lock, torch.autocast(device, enabled=False):
-        training = [module for module in model.modules() if module.training]
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 class SharedPrefixDecoder:
     """Keys and values of a prompt are computed and stored once for all of its responses."""
 
-    captures = True  # every tensor of a step is there before it
+    captures = True  # a step allocates nothing that it keeps
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -72,7 +44,7 @@ class SharedPrefixDecoder:
         lengths = [len(prompt) for prompt in prompts]
         layers = self.model.config.num_hidden_layers
         self.cache = PrefixCache(layers, lengths, device)
-        # Prompts of like length share a forward pass.
+        # Prompts of similar length share a forward pass, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lengths.__getitem__)
         hidden: Tensor | None = None
         for start, stop in _chunks([lengths[at] for at in order]):
@@ -118,7 +90,7 @@ class SharedPrefixDecoder:
 
 
 class PlainDecoder:
-    """For any model with a cache: left-padded prompts, whose keys and values each response has."""
+    """For any model with a cache: prompts padded on the left, and copied for each response."""
 
     captures = False
 
@@ -142,8 +114,8 @@ class PlainDecoder:
                 self.cache.batch_repeat_interleave(samples)
             except AttributeError as error:  # layers with a state instead of keys
                 raise Unsupported(
-                    f"{type(self.model).__name__} cannot share a prompt among samples, and its "
-                    "cache cannot be repeated for them; ask for one sample a prompt"
+                    f"samples_per_prompt: got {samples}, must be 1 for "
+                    f"{type(self.model).__name__}, whose cache cannot be repeated"
                 ) from error
         self.mask = self.mask.repeat_interleave(samples, dim=0)
         self.position = self.mask.sum(1)
@@ -178,30 +150,28 @@ class PlainDecoder:
 
 
 Decoder = SharedPrefixDecoder | PlainDecoder
-_verdicts: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
-def decoder_for(model: nn.Module) -> Decoder:
-    """The decoder that computes what `model` (without its head) does; in eval mode.
+def decoder_type(model: nn.Module) -> type[Decoder]:
+    """The decoder to use for `model`: a model without its head, in eval mode.
 
-    A model is tried on a few tokens when it is first seen, so that attention which is more than
-    queries, keys, a scale, a window and a soft-cap is found out whatever its class says.
+    The model is run on a few tokens. Attention that uses more than queries, keys, a scale, a window
+    and a soft-cap gives other hidden states over a shared prompt, whatever its class declares.
     """
-    if model not in _verdicts:
-        _verdicts[model] = reason = why_unsupported(model) or _disagrees(model)
-        if reason:
-            logger.warning(
-                "%s decodes without shared prompts, each response with keys and values of its own: "
-                "%s",
-                type(model).__name__,
-                reason,
-            )
-    return PlainDecoder(model) if _verdicts[model] else SharedPrefixDecoder(model)
+    reason = why_unsupported(model) or _disagrees(model)
+    if reason is None:
+        return SharedPrefixDecoder
+    logger.warning(
+        "%s decodes without shared prompts, each response with keys and values of its own: %s",
+        type(model).__name__,
+        reason,
+    )
+    return PlainDecoder
 
 
 @torch.no_grad()
 def _disagrees(model: nn.Module) -> str | None:
-    """Why decoding over shared prompts is not what the model's own forward pass does."""
+    """Why decoding over shared prompts differs from the model's own forward pass, or None."""
     prompts, samples = [[0, 1, 2], [1]], 2
     own: Any = model
     device = next(model.parameters()).device
@@ -215,7 +185,7 @@ def _disagrees(model: nn.Module) -> str | None:
         return str(error)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a model does with a cache that is not its own
+    except Exception as error:  # a model may fail in any way on a cache that is not its own
         return f"{type(error).__name__}: {error}"
     ids = torch.zeros(4, 5, dtype=torch.int64, device=device)
     for row in range(4):
@@ -231,10 +201,11 @@ def _disagrees(model: nn.Module) -> str | None:
 
 
 class CapturedStep:
-    """Calls a function that reads and writes tensors which are there before, and nothing else.
+    """Calls a function whose inputs and outputs are tensors that exist before the call.
 
-    On CUDA the third call captures it as a graph and from then on replays that; the first two run
-    it as it is, so that kernels are compiled and workspaces allocated outside of the capture.
+    With `capture`, which needs CUDA, the third call captures the function as a graph, and all calls
+    from then on replay it. The first two calls run the function directly, so that kernels are
+    compiled and workspaces allocated outside of the capture.
     """
 
     def __init__(self, function: Callable[[], None], capture: bool) -> None:
@@ -258,9 +229,9 @@ class CapturedStep:
             try:
                 with torch.cuda.graph(graph):
                     self.function()
-            except RuntimeError as error:  # the model looks at its tensors, or allocates by them
+            except RuntimeError as error:  # the model reads a tensor on the host, for example
                 logger.warning("decoding without a CUDA graph: %s", error)
-                torch.cuda.set_stream(stream)  # a capture that fails leaves its own current
+                torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
                 self.capture = False
                 return self.function()
             self.graph = graph
@@ -269,7 +240,7 @@ class CapturedStep:
 
 
 def _chunks(lengths: list[int]) -> Iterator[tuple[int, int]]:
-    """Parts of ascending lengths that padded to their longest hold at most _PREFILL_TOKENS."""
+    """Split ascending lengths into parts of at most _PREFILL_TOKENS, padding included."""
     start = 0
     for stop in range(1, len(lengths) + 1):
         if stop == len(lengths) or (stop - start + 1) * lengths[stop] > _PREFILL_TOKENS:

@@ -12,9 +12,8 @@ import torch
 import transformers
 from torch import nn
 
-from esr_train import decode, prefix_cache, rollout
 from esr_train.models import ModelError
-from esr_train.rollout import PrefixRollout, RolloutBatch
+from esr_train.rollout import PrefixRollout, RolloutBatch, cache, decoder, engine
 from tests.tiny import char_tokenizer, tiny_llama
 
 TOKENIZER = char_tokenizer()
@@ -89,7 +88,7 @@ def assert_greedy_is_theirs(model: Any, samples: int = 1) -> None:
 @pytest.fixture
 def eager_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go as soon as they have ended."""
-    monkeypatch.setattr(rollout, "_pays", lambda gone, *_: gone > 0)
+    monkeypatch.setattr(engine, "_should_compact", lambda gone, *_: gone > 0)
 
 
 @pytest.mark.usefixtures("eager_compaction")
@@ -98,7 +97,9 @@ def test_greedy_is_what_transformers_generates(name: str, caplog: pytest.LogCapt
     model = make(name)
     attention = model.config._attn_implementation
     assert_greedy_is_theirs(model, samples=2)
-    assert not [r for r in caplog.records if r.name == "esr_train.decode"]  # shared prompts
+    assert not [
+        r for r in caplog.records if r.name == "esr_train.rollout.decoder"
+    ]  # shared prompts
     assert model.config._attn_implementation == attention
 
 
@@ -126,7 +127,7 @@ class _OtherPositions(transformers.LlamaForCausalLM):
         self.model.rotary_emb.register_forward_pre_hook(
             lambda _, args, kwargs: (
                 (args, {"position_ids": kwargs["position_ids"] * 0 + 1})
-                if args[0].shape[1] == 1 and prefix_cache._active.cache is not None
+                if args[0].shape[1] == 1 and cache._active.cache is not None
                 else None
             ),
             with_kwargs=True,
@@ -150,29 +151,28 @@ def test_other_models_decode_with_a_note(
     model = build().eval()
     with caplog.at_level(logging.WARNING, "esr_train"):
         assert_greedy_is_theirs(model)
-        greedy(model)
-    # Once a model.
-    [note] = [r.getMessage() for r in caplog.records if r.name == "esr_train.decode"]
+    # Once per engine, not once per rollout.
+    [note] = [r.getMessage() for r in caplog.records if r.name == "esr_train.rollout.decoder"]
     assert "decodes without shared prompts" in note and reason in note
 
 
 def test_keys_and_values_are_those_of_prompts_and_responses() -> None:
     """P * L + B * N of them, not B * (L + N); the last of N tokens is drawn and never read."""
     samples, length = 16, 9
-    engine = PrefixRollout(make("llama"), TOKENIZER)
-    engine.generate(PROMPTS, samples, length, 1.0, (0,))
+    rollout = PrefixRollout(make("llama"), TOKENIZER)
+    rollout.generate(PROMPTS, samples, length, 1.0, (0,))
     of_a_token = 2 * LAYERS * 2 * 8 * 4  # keys and values, layers, heads, head dimension, fp32
     prompts, longest = len(PROMPTS), max(map(len, PROMPTS))
     tokens = prompts * longest + prompts * samples * (length - 1)
-    assert engine.kv_bytes == of_a_token * tokens
-    assert engine.kv_bytes < 0.5 * of_a_token * prompts * samples * (longest + length - 1)
+    assert rollout.kv_bytes == of_a_token * tokens
+    assert rollout.kv_bytes < 0.5 * of_a_token * prompts * samples * (longest + length - 1)
 
 
 def test_prompts_prefilled_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("gemma3")
     whole = greedy(model)
-    monkeypatch.setattr(decode, "_PREFILL_TOKENS", 6)
-    assert list(decode._chunks([1, 2, 3, 12])) == [(0, 2), (2, 3), (3, 4)]
+    monkeypatch.setattr(decoder, "_PREFILL_TOKENS", 6)
+    assert list(decoder._chunks([1, 2, 3, 12])) == [(0, 2), (2, 3), (3, 4)]
     parts = greedy(model)
     assert torch.equal(parts.tokens, whole.tokens)
 
@@ -181,16 +181,17 @@ def test_everything_is_put_back_when_a_step_fails(monkeypatch: pytest.MonkeyPatc
     model = make("llama").train()
     model.model.layers[1].eval()
     training = [module.training for module in model.modules()]
-    greedy(model, 2)
+    rollout = PrefixRollout(model, TOKENIZER)
+    rollout.generate(PROMPTS, 1, 2, 0.0, (0,))
 
     def fail(*_: Any, **__: Any) -> None:
-        assert model.config._attn_implementation == prefix_cache.ATTENTION
+        assert model.config._attn_implementation == cache.ATTENTION
         raise RuntimeError("no")
 
-    monkeypatch.setattr(prefix_cache, "shared_prefix_attention", fail)
+    monkeypatch.setattr(cache, "shared_prefix_attention", fail)
     with pytest.raises(RuntimeError, match="^no$"):
-        greedy(model, 2)
-    assert model.config._attn_implementation == "sdpa" and prefix_cache._active.cache is None
+        rollout.generate(PROMPTS, 1, 2, 0.0, (0,))
+    assert model.config._attn_implementation == "sdpa" and cache._active.cache is None
     assert [module.training for module in model.modules()] == training
 
 

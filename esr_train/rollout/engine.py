@@ -1,104 +1,57 @@
-"""Sampling responses from the student with the weights that are being trained.
+"""One engine for short and full rollouts.
 
-One engine for short and full rollouts. Prompts are computed once and their keys and values shared
-by their responses (`decode`, `prefix_cache`); then one token a time for all rows, drawn by
-`esr_kernels.sample_from_hidden` with noise that belongs to the row. Padding is known by position,
-never by id, so pad == eos is harmless. The generation config of the model is not applied: what is
-sampled is softmax(logits / temperature), filtered where filters are asked for, and nothing else.
+A prompt's keys and values are computed once and shared by its responses (`decoder`, `cache`). Then
+every step adds one token to all rows, drawn by `esr_kernels.sample_from_hidden` with noise that is
+keyed by the row. Padding is known by position, never by id, so pad == eos needs no special case.
+The model's generation config is not applied: tokens are drawn from softmax(logits / temperature),
+cut by the filters that the caller gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esr_kernels import SampleKeys, SamplingParams, sample_from_hidden
 from esr_kernels.common.arguments import check_size
 from esr_train.data import seed_from
-from esr_train.decode import CapturedStep, Decoder, decoder_for, evaluating
 from esr_train.models import Head, check_head, decoder, eos_ids, head, max_positions
+from esr_train.rollout.batch import RolloutBatch
+from esr_train.rollout.decoder import CapturedStep, Decoder, decoder_type
 
-# Steps between looks at which rows have ended, on CUDA: each look is at the state of the one
-# before, copied while the device went on, so the host never waits for a step it has just queued.
+# On CUDA the host reads which rows have ended once in so many steps. It reads a copy that was
+# queued at the previous read, so it never waits for the step that it has just queued.
 _POLL_EVERY = 8
+
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
 
 
 class ContextError(ValueError):
     """Prompts that do not fit the model's context; the message names the longest."""
 
 
-@dataclass(frozen=True)
-class RolloutBatch:
-    """B = prompts x samples responses, the samples of one prompt next to each other. On the CPU.
-
-    The last three are there for what `PrefixRollout` sampled, and None where a batch was made by
-    hand.
-    """
-
-    prompts: list[list[int]]  # token ids, one list per response
-    tokens: Tensor  # [B, N] int64; 0 from `lengths` on
-    lengths: Tensor  # [B] int64, EOS counted
-    finished_by_eos: Tensor  # [B] bool; False: cut at N
-    # [B, N] fp32, log softmax(logits / temperature)[token], of the whole distribution whatever the
-    # filters; 0 from `lengths` on. Greedy rows: at temperature 1.
-    logprob: Tensor | None = None
-    # [B, N] fp32, log of the mass that the filters kept: logprob - log_kept is the log-probability
-    # with which a token was drawn. 0 without filters.
-    log_kept: Tensor | None = None
-    # [B] int64: with the same prompt, seed_key and row key a response is sampled again alone.
-    row_keys: Tensor | None = None
-
-    def response(self, row: int) -> list[int]:
-        """Token ids of one response, EOS included."""
-        ids: list[int] = self.tokens[row, : int(self.lengths[row])].tolist()
-        return ids
-
-    def select(self, rows: Tensor) -> RolloutBatch:
-        """The responses at `rows`: int64 indices, or a bool mask over all [B]."""
-        if not isinstance(rows, Tensor):
-            raise TypeError(f"rows must be a torch.Tensor, got {type(rows).__name__}")
-        batch = len(self.prompts)
-        if rows.dtype == torch.bool and rows.shape == (batch,):
-            rows = rows.nonzero()[:, 0]
-        if rows.dtype != torch.int64 or rows.dim() != 1:
-            raise ValueError(
-                f"rows must be int64 indices, or a bool mask of shape [{batch}], "
-                f"got {rows.dtype} {list(rows.shape)}"
-            )
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < batch:
-            raise ValueError(
-                f"rows must be from 0 to {batch - 1}, got {int(rows.min())} to {int(rows.max())}"
-            )
-
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows]
-
-        return RolloutBatch(
-            prompts=[self.prompts[row] for row in rows.tolist()],
-            tokens=self.tokens[rows],
-            lengths=self.lengths[rows],
-            finished_by_eos=self.finished_by_eos[rows],
-            logprob=cut(self.logprob),
-            log_kept=cut(self.log_kept),
-            row_keys=cut(self.row_keys),
-        )
-
-
 class PrefixRollout:
     """Generates with a causal language model.
 
+    Making one runs the model on a few tokens, to check its head and to choose a decoder: make it
+    once and call `generate` as often as needed. The weights may change in between.
+
     Args:
-        tokenizer: only asked for `eos_token_id`; None if the model's config says it.
-        classes: sample from the first so many tokens of the vocabulary. Student and teacher may be
-            padded to different sizes, and neither can read a token that it has no embedding for.
+        tokenizer: read for `eos_token_id` only; None if the model's config has it.
+        classes: sample from the first `classes` tokens of the vocabulary. Student and teacher may
+            be padded to different sizes, and neither has an embedding for the other's extra tokens.
 
     Raises:
-        ModelError: the model's logits are not those of its head's weight on its decoder's hidden
-            states: a LoRA on the head, a prompt or prefix that is learned, a hook.
+        ModelError: the model's logits are not its head's weight times its decoder's hidden states,
+            because of a LoRA on the head, a learned prompt or prefix, or a hook.
     """
 
     def __init__(self, model: Any, tokenizer: Any, classes: int | None = None) -> None:
@@ -107,8 +60,9 @@ class PrefixRollout:
                 "model must be a transformers causal language model with an output head, "
                 f"got {type(model).__name__}"
             )
-        with evaluating(model):
+        with _evaluating(model):
             check_head(model)
+            self._decoder_type = decoder_type(decoder(model))
         self.model = model
         self.classes = rows = head(model).weight.shape[0]
         if classes is not None:
@@ -119,13 +73,12 @@ class PrefixRollout:
                 )
             self.classes = classes
         self.eos_ids = eos_ids(model, tokenizer)
-        # Keys and values that the last `generate` began with: P * L + B * (N - 1) of them where the
-        # model reads shared prompts.
+        # Bytes of keys and values at the start of the last `generate`.
         self.kv_bytes = 0
 
     def check_fits(self, prompts: list[list[int]], max_new_tokens: int) -> None:
-        """Raise ContextError where a prompt is empty, or with its response exceeds the context, and
-        ValueError where a token is none that the model has an embedding for."""
+        """Raise ContextError if a prompt is empty or exceeds the context together with its
+        response, and ValueError if the model has no embedding for one of its tokens."""
         if not isinstance(prompts, (list, tuple)) or not all(
             isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt)
             for prompt in prompts
@@ -163,8 +116,8 @@ class PrefixRollout:
         """Sample up to `max_new_tokens` tokens for each prompt; temperature 0 is greedy.
 
         The same arguments and weights give the same tokens, bit for bit. A row's noise is a
-        function of (seed_key, row key, position) alone: neighbours change a sample only by the
-        rounding of its logits. A model whose logits are NaN gives tokens with a log-prob of NaN.
+        function of (seed_key, row key, position) alone: the other rows of a batch change a sample
+        only through the rounding of its logits. NaN logits give tokens with a log-prob of NaN.
 
         Args:
             temperature, top_k, top_p, min_p: as in `esr_kernels.SamplingParams`; numbers, or
@@ -174,8 +127,8 @@ class PrefixRollout:
             on_progress: called with (tokens a response so far, responses not known to have ended).
 
         Raises:
-            ContextError: before any work, naming the longest prompt; ValueError or TypeError naming
-            another argument.
+            ContextError: before any work, naming the longest prompt.
+            ValueError, TypeError: naming the argument.
         """
         check_size("samples_per_prompt", samples_per_prompt, 1)
         check_size("max_new_tokens", max_new_tokens, 1)
@@ -185,17 +138,7 @@ class PrefixRollout:
             raise TypeError(f"seed_key must be a tuple of ints and strings, got {seed_key!r}")
         self.check_fits(prompts_token_ids, max_new_tokens)
         batch = len(prompts_token_ids) * samples_per_prompt
-        if row_keys is None:
-            row_keys = torch.arange(batch)
-        if not isinstance(row_keys, Tensor):
-            raise TypeError(f"row_keys must be a torch.Tensor, got {type(row_keys).__name__}")
-        if row_keys.shape != (batch,) or row_keys.dtype != torch.int64:
-            raise ValueError(
-                f"row_keys must be int64 of shape [{batch}], one for each response, "
-                f"got {row_keys.dtype} {list(row_keys.shape)}"
-            )
-        if len(row_keys.unique()) != batch:
-            raise ValueError("row_keys must be distinct: rows that share one draw alike")
+        row_keys = _checked_row_keys(row_keys, batch)
         device = next(self.model.parameters()).device
 
         def each(name: str, value: Any) -> Any:
@@ -214,13 +157,13 @@ class PrefixRollout:
             each("top_p", top_p),
             each("min_p", min_p),
         )
-        with evaluating(self.model):
-            engine = decoder_for(decoder(self.model))
-            # The last token is drawn and never read: no room for it.
-            hidden = engine.prefill(prompts_token_ids, samples_per_prompt, max_new_tokens - 1)
-            self.kv_bytes = engine.kv_bytes
+        with _evaluating(self.model):
+            decoding = self._decoder_type(decoder(self.model))
+            # The last token is drawn but not fed to the model: it needs no room in the cache.
+            hidden = decoding.prefill(prompts_token_ids, samples_per_prompt, max_new_tokens - 1)
+            self.kv_bytes = decoding.kv_bytes
             sampling = _Sampling(
-                engine,
+                decoding,
                 head(self.model),
                 self.classes,
                 self.eos_ids,
@@ -236,15 +179,30 @@ class PrefixRollout:
         )
 
 
-class _Sampling:
-    """The loop over steps: draw, feed, and leave out rows that have ended.
+def _checked_row_keys(row_keys: Tensor | None, batch: int) -> Tensor:
+    if row_keys is None:
+        return torch.arange(batch)
+    if not isinstance(row_keys, Tensor):
+        raise TypeError(f"row_keys must be a torch.Tensor, got {type(row_keys).__name__}")
+    if row_keys.shape != (batch,) or row_keys.dtype != torch.int64:
+        raise ValueError(
+            f"row_keys must be int64 of shape [{batch}], one for each response, "
+            f"got {row_keys.dtype} {list(row_keys.shape)}"
+        )
+    if len(row_keys.unique()) != batch:
+        raise ValueError("row_keys must be distinct: rows with one key draw the same noise")
+    return row_keys
 
-    A step is a function of tensors that stay where they are, so that it can be captured.
+
+class _Sampling:
+    """The loop over steps: draw a token, feed it, drop rows that have ended.
+
+    A step reads and writes tensors that keep their addresses, so that it can be captured.
     """
 
     def __init__(
         self,
-        engine: Decoder,
+        decoder: Decoder,
         head: Head,
         classes: int,
         eos: list[int],
@@ -254,28 +212,29 @@ class _Sampling:
         max_new_tokens: int,
     ) -> None:
         device, batch = row_keys.device, len(row_keys)
-        self.engine, self.head, self.classes = engine, head, classes
+        self.decoder, self.head, self.classes = decoder, head, classes
         self.params, self.seed, self.max_new_tokens = params, seed, max_new_tokens
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        # By response; beyond the end of a response its row may go on for a while, see `result`.
+        # One entry per response. Rows may run past their EOS; `result` cuts what they added.
         shape, fp32 = (batch, max_new_tokens), torch.float32
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprob = torch.zeros(shape, dtype=fp32, device=device)
         self.log_kept = torch.zeros(shape, dtype=fp32, device=device)
-        # By row that is computed.
-        self.rows = torch.arange(batch, device=device)  # which response it is
+        # One entry per row that is still computed.
+        self.rows = torch.arange(batch, device=device)  # the response that it belongs to
         self.keys = row_keys
         self.token = torch.zeros_like(self.rows)
         self.alive = torch.ones_like(self.rows, dtype=torch.bool)
 
     def run(self, hidden: Tensor, on_progress: Callable[[int, int], None] | None) -> None:
-        """From the hidden states [B, D] at the end of the prompts."""
+        """Sample all tokens, from the hidden states [B, D] at the end of the prompts."""
         on_cuda = hidden.is_cuda
         watch = _Watch(on_cuda)
-        step = CapturedStep(self._advance, on_cuda and self.engine.captures)
+        step = CapturedStep(self._advance, on_cuda and self.decoder.captures)
         self._draw(hidden)
-        wasted = 0.0  # steps' worth of rows computed after their end, since the last compaction
+        # Work spent on ended rows since the last compaction, in steps of the whole batch.
+        wasted = 0.0
         for done in range(1, self.max_new_tokens):
             alive = watch.look(self.alive)
             if alive is not None:
@@ -286,14 +245,14 @@ class _Sampling:
                     break
                 gone = 1 - count / len(alive)
                 wasted += gone
-                if _pays(gone, wasted, self.max_new_tokens - done, on_cuda):
+                if _should_compact(gone, wasted, self.max_new_tokens - done, on_cuda):
                     self._select(alive.nonzero()[:, 0], done - 1)
                     wasted = 0.0
                     watch, step = _Watch(on_cuda), CapturedStep(self._advance, step.capture)
             step()
 
     def _advance(self) -> None:
-        hidden = self.engine.step(self.token)
+        hidden = self.decoder.step(self.token)
         self.step += 1
         self._draw(hidden)
 
@@ -319,8 +278,8 @@ class _Sampling:
         return (tokens[..., None] == self.eos).any(-1)
 
     def _select(self, rows: Tensor, used: int) -> None:
-        """Compute only `rows`, int64 on the CPU, from here on; `used` tokens of each are stored."""
-        self.engine.select(rows, used)
+        """Drop all rows but `rows`, int64 on the CPU; the cache holds `used` tokens of each."""
+        self.decoder.select(rows, used)
         rows = rows.to(self.rows.device, non_blocking=True)
         self.rows, self.keys = self.rows[rows], self.keys[rows]
         self.token, self.alive = self.token[rows], self.alive[rows]
@@ -349,7 +308,7 @@ class _Sampling:
 
 
 class _Watch:
-    """Which rows are alive, as far as the host can know without waiting for the device."""
+    """Reads which rows are alive; on CUDA with a delay, so that the host does not wait."""
 
     def __init__(self, on_cuda: bool) -> None:
         self.on_cuda, self.calls = on_cuda, 0
@@ -357,7 +316,7 @@ class _Watch:
         self.copied: torch.cuda.Event | None = None
 
     def look(self, alive: Tensor) -> Tensor | None:
-        """[B] bool on the CPU; None between polls. Of an earlier step on CUDA."""
+        """[B] bool on the CPU. On CUDA: the state of an earlier step, or None between polls."""
         if not self.on_cuda:
             return alive
         self.calls += 1
@@ -373,13 +332,34 @@ class _Watch:
         return before
 
 
-def _pays(gone: float, wasted: float, steps_left: int, on_cuda: bool) -> bool:
-    """Whether to leave out the share of rows that is gone, at the price of copying the others.
+def _should_compact(gone: float, wasted: float, steps_left: int, on_cuda: bool) -> bool:
+    """Whether to drop the ended rows, a share `gone` of all, by copying the others.
 
-    A copy of the caches is reckoned at one step. So wait until the rows that are gone have
-    cost half of that, which bounds what is lost to bad luck, and are going to cost all of it. On
-    CUDA there is another graph to capture, and the time of a step hardly depends on its rows.
+    On the CPU a copy of the caches costs about one step. It is made once ended rows have wasted
+    half of that and would waste all of it in the steps that may be left. On CUDA a compaction needs
+    a new graph, and the time of a step hardly depends on its number of rows.
     """
     if on_cuda:
         return gone >= 0.5 and steps_left >= 32
     return wasted >= 0.5 and gone * steps_left >= 1
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode, without dropout and gradient checkpointing.
+
+    Autocast is off, so that logits have the model's own dtype. Threads take turns on a model: its
+    mode and its attention function are state that they share.
+    """
+    with _locks_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    device = next(model.parameters()).device.type
+    with lock, torch.autocast(device, enabled=False):
+        training = [module for module in model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from esr_train.models import head
-from esr_train.prefix_cache import PrefixCache
 from esr_train.rollout import ContextError, PrefixRollout, RolloutBatch
+from esr_train.rollout.cache import PrefixCache
 from tests.tiny import char_tokenizer, tiny_llama
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13], [3, 3]]
@@ -317,7 +317,7 @@ def test_a_captured_step_is_the_step() -> None:
     engine = PrefixRollout(model, TOKENIZER)
     replayed = engine.generate(prompts, 4, 100, 1.0, (0,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("esr_train.decode.SharedPrefixDecoder.captures", False)
+        patch.setattr("esr_train.rollout.decoder.SharedPrefixDecoder.captures", False)
         eager = engine.generate(prompts, 4, 100, 1.0, (0,))
     assert torch.equal(replayed.tokens, eager.tokens)
     assert torch.equal(replayed.logprob, eager.logprob)

@@ -1,9 +1,9 @@
-"""Keys and values of prompts that several responses share, behind transformers' cache and attention
-interfaces: any model that goes through both decodes with them unchanged.
+"""Keys and values of prompts that several responses share.
 
-Prompts are prefilled by the model's own attention, which the cache only watches. While responses
-are decoded, `shared_prefix_decoding` switches the model's config to an attention function that
-reads the cache: `esr_kernels.shared_prefix_attention`.
+`PrefixCache` implements transformers' cache interface, so models that use it and the attention
+interface need no change. Prompts are prefilled by the model's own attention; the cache stores their
+keys and values. While responses are decoded, `shared_prefix_decoding` switches the model's config
+to an attention function that reads the cache: `esr_kernels.shared_prefix_attention`.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ _WINDOWS = ("full_attention", "sliding_attention")
 
 
 class Unsupported(RuntimeError):
-    """Attention of a kind that cannot be computed over a shared prefix; the message says why."""
+    """Attention that cannot be computed over a shared prefix; the message says why."""
 
 
 class PrefixCache(Cache):
     """Keys and values of P prompts of up to L tokens, and of B responses of up to N.
 
-    Each layer holds [P, Hkv, L, D] and [B, Hkv, N, D], keys and values each: P * L + B * N where a
-    cache of whole sequences holds B * (L + N). Position i of a prompt is in place i: padding is on
-    the right, where no token of a causal model sees it.
+    Each layer holds keys and values of shapes [P, Hkv, L, D] and [B, Hkv, N, D]: P * L + B * N
+    tokens, where a cache of whole sequences holds B * (L + N). Token i of a prompt is at index i:
+    padding is on the right, where causal attention does not reach it.
     """
 
     def __init__(self, layers: int, prompt_lengths: list[int], device: torch.device) -> None:
         self.prompts, self.width = len(prompt_lengths), max(prompt_lengths)
         self.prompt_lengths = torch.tensor(prompt_lengths, device=device)
-        # Prompts that the forward pass at hand computes.
+        # Prompts that the current forward pass computes.
         self.prefilled = torch.arange(self.prompts, device=device)
         self.decoding = False
         self.groups: RowGroups | None = None
         self.prompt_of_row: list[int] = []
-        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the token at hand
-        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # [B], it included
-        # The layer whose keys came last: attention follows at once.
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the current token
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # [B], with the current one
+        # The layer that was updated last; the model calls its attention next.
         self.pending: _PrefixLayer | None = None
         self.stored = [_PrefixLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self.stored))
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all keys and values, in use or not."""
+        """Bytes of all buffers of keys and values."""
         return sum(layer.kv_bytes for layer in self.stored)
 
     def start_decoding(self, samples: int, capacity: int) -> None:
@@ -65,14 +65,14 @@ class PrefixCache(Cache):
             layer.make_room(len(self.prompt_of_row), capacity)
 
     def next_token(self) -> None:
-        """Go on to the first, or the next, token of the responses."""
+        """Advance to the next token of the responses."""
         self.index.copy_(self.lengths[:1])
         self.lengths += 1
 
     def select(self, rows: Tensor, used: int) -> None:
-        """Keep these responses [B'], int64 on the CPU, and the prompts that they belong to.
+        """Keep the responses `rows` [B'], int64 on the CPU, and their prompts.
 
-        `used` is how many tokens each has.
+        Each response has `used` tokens.
         """
         prompt_of_row = [self.prompt_of_row[row] for row in rows.tolist()]
         kept = sorted(set(prompt_of_row))
@@ -104,7 +104,8 @@ class _PrefixLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         cache = self.cache
-        # Zeros: attention multiplies what lies beyond a length by a weight of 0.
+        # Zeros, not uninitialised memory: attention gives masked keys a weight of 0, and 0 * NaN is
+        # NaN.
         self.prefix = tuple(  # type: ignore[assignment]
             states.new_zeros(cache.prompts, states.shape[1], cache.width, states.shape[3])
             for states in (key_states, value_states)
@@ -127,7 +128,7 @@ class _PrefixLayer(CacheLayerMixin):
         if self.suffix is None or key_states.shape[2] != 1:
             raise Unsupported("the model does not store one key a layer and token")
         for stored, states in zip(self.suffix, (key_states, value_states), strict=True):
-            # On CPU looking stalls nothing, and a plain copy is faster.
+            # On the CPU reading the index does not synchronise, and a plain copy is faster.
             if stored.device.type == "cpu":
                 stored[:, :, int(cache.index)] = states[:, :, 0]
             else:
@@ -159,7 +160,7 @@ class _PrefixLayer(CacheLayerMixin):
         return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0  # asked for while prompts are prefilled, each from its start
+        return query_length, 0  # prefilling only, where every prompt starts at 0
 
     def get_seq_length(self) -> int:
         return self.cache.width if self.cache.decoding else 0
@@ -169,7 +170,7 @@ class _PrefixLayer(CacheLayerMixin):
 
 
 class _Active(threading.local):
-    """Of a thread: the cache whose responses are being decoded."""
+    """The cache whose responses this thread is decoding."""
 
     cache: PrefixCache | None = None
 
@@ -180,6 +181,7 @@ _active = _Active()
 @contextmanager
 def shared_prefix_decoding(model: Any, cache: PrefixCache) -> Iterator[None]:
     """Inside, forward passes of `model` (a decoder) attend through `cache`."""
+    AttentionInterface.register(ATTENTION, _attend)  # here: an import should register nothing
     config = model.config
     own, before = config._attn_implementation, _active.cache
     config._attn_implementation, _active.cache = ATTENTION, cache
@@ -200,7 +202,7 @@ def _attend(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What models call in place of their own attention: query [B, Hq, 1, D] -> [B, 1, Hq, D]."""
+    """The attention function that models call: query [B, Hq, 1, D] -> [B, 1, Hq, D]."""
     layer = _active.cache.pending if _active.cache is not None else None
     if layer is None or layer.prefix is None or layer.suffix is None:
         raise Unsupported("attention that does not follow an update of the cache")
@@ -223,11 +225,8 @@ def _attend(
     return out[:, None], None
 
 
-AttentionInterface.register(ATTENTION, _attend)
-
-
 def _window(module: torch.nn.Module, others: dict[str, Any]) -> int | None:
-    """The sliding window of a layer: what it passes to attention, else what its config says."""
+    """A layer's sliding window: the argument it passes to attention, else its config's."""
     if "sliding_window" in others:
         window: int | None = others["sliding_window"]
         return window
@@ -242,7 +241,7 @@ def _window(module: torch.nn.Module, others: dict[str, Any]) -> int | None:
 
 
 def why_unsupported(model: Any) -> str | None:
-    """Why a decoder cannot read a shared prefix, as far as its class and config tell."""
+    """Why a decoder cannot read a shared prefix by its class and config, or None."""
     config = model.config
     if not getattr(model, "_supports_attention_backend", False):
         return "it does not use transformers' attention interface"

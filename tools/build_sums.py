@@ -1,7 +1,7 @@
 """Rebuild the teacher and the student of the `sums` task from a seed.
 
-    python -m esr_train.tasks.build_sums --out DIR            # writes DIR/teacher, DIR/student
-    python -m esr_train.tasks.build_sums --out DIR --quick    # seconds; targets not checked
+    python -m tools.build_sums --out DIR            # writes DIR/teacher, DIR/student
+    python -m tools.build_sums --out DIR --quick    # seconds; targets not checked
 
 Both are Llama models of one size, trained by supervised learning on the train split. The teacher
 starts from scratch and sees only the step-by-step habit. The student starts from the trained
@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, processors
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from esr_train.rollout import PrefixRollout
 from esr_train.tasks import Problem
 from esr_train.tasks.sums import ALPHABET, SumsTask, step_by_step, summands_of, wordy_guess
 
@@ -46,9 +47,8 @@ class Recipe:
     batch: int = 32
 
 
-# Only greedy accuracy makes the teacher fit for its job. The floor of its sampled accuracy was set
-# after the first build had measured 0.90 (one slip in ten answers at temperature 1), so it guards
-# against a regression and says nothing about whether 0.90 is good.
+# The teacher's greedy accuracy is what matters. The floor of its sampled accuracy was set after the
+# first build measured 0.90 (one slip in ten answers at temperature 1): it only detects regressions.
 RECIPES = (
     Recipe("teacher", None, 500, 0.0, 2e-3, greedy=(0.98, 1.0), sampled=(0.85, 1.0)),
     Recipe("student", "teacher", 600, 0.62, 1e-3, greedy=(0.0, 0.15), sampled=(0.30, 0.55)),
@@ -124,33 +124,23 @@ def train(
             print(f"{done}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
 
 
-@torch.no_grad()
 def accuracy(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     problems: list[Problem],
-    sample: bool = False,
+    temperature: float = 0.0,
     max_new_tokens: int = 240,
 ) -> float:
-    """Share of problems answered right, greedy or sampled at temperature 1."""
-    # Prompts have equal lengths, so the batch needs no padding.
-    prompts = tokenizer([problem.prompt for problem in problems], return_tensors="pt")
-    output = model.generate(  # type: ignore[misc]  # its annotated self is a protocol
-        input_ids=prompts.input_ids,
-        attention_mask=prompts.attention_mask,
-        generation_config=GenerationConfig(
-            do_sample=sample,
-            top_k=0 if sample else None,  # the default of 50 would cut the distribution
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-    )
-    responses = tokenizer.batch_decode(
-        output[:, prompts.input_ids.shape[1] :], skip_special_tokens=True
+    """Share of problems answered right, greedily or sampled at a temperature."""
+    prompts = [list(tokenizer(problem.prompt).input_ids) for problem in problems]
+    batch = PrefixRollout(model, tokenizer).generate(
+        prompts, 1, max_new_tokens, temperature, ("build_sums", "accuracy")
     )
     task = SumsTask()
-    return sum(map(task.score, problems, responses)) / len(problems)
+    texts = tokenizer.batch_decode(
+        [batch.response(row) for row in range(len(problems))], skip_special_tokens=True
+    )
+    return sum(map(task.score, problems, texts)) / len(problems)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -185,8 +175,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         count, limit = (4, 8) if options.quick else (256, 240)
         problems = SumsTask().problems("heldout", count, options.seed)
-        for kind, (low, high) in (("greedy", recipe.greedy), ("sampled", recipe.sampled)):
-            value = accuracy(model, tokenizer, problems, kind == "sampled", limit)
+        for kind, temperature, (low, high) in (
+            ("greedy", 0.0, recipe.greedy),
+            ("sampled", 1.0, recipe.sampled),
+        ):
+            value = accuracy(model, tokenizer, problems, temperature, limit)
             target = f"target {low:.2f} to {high:.2f}"
             print(f"{recipe.name}  {kind} accuracy {value:.3f}  {target}", flush=True)
             missed |= not options.quick and not low <= value <= high
@@ -198,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _batches(
     tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids, labels), both int64 [batch, longest]; labels are IGNORED off the answer."""
+    """(ids, labels) of each step, int64 [batch, longest]; labels are IGNORED off the answer."""
     rng = random.Random(f"{recipe.name}:{seed}")
     problems = iter(SumsTask().problems("train", recipe.steps * recipe.batch, seed))
     for _ in range(recipe.steps):

@@ -1,0 +1,103 @@
+"""A run directory: what is written there before training starts, and who may write there."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from esr_train.config import Config, ConfigError, to_yaml
+from esr_train.metrics import cpu_name
+
+_PACKAGES = "torch triton transformers tokenizers safetensors flash-attn liger-kernel".split()
+# Settings that may differ between a run and its continuation.
+_MAY_CHANGE = {"steps", "eval", "checkpoint", "report", "arms", "seeds"}
+
+
+def write_run_files(directory: Path, config: Config, jobs: int = 1) -> None:
+    """Write config.yaml and environment.json; with `jobs` above 1, each job has one thread."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    facts = json.dumps(environment(jobs), indent=2)
+    (directory / "environment.json").write_text(facts + "\n", encoding="utf-8")
+
+
+def check_continues(directory: Path, config: Config) -> None:
+    """Raise ConfigError if `directory` holds a run that was made with other settings."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise ConfigError(f"--out: {directory} is not empty and holds no earlier run")
+        return
+    before, now = yaml.safe_load(path.read_text()), yaml.safe_load(to_yaml(config))
+    for key, value in now.items():
+        if key not in _MAY_CHANGE and before.get(key) != value:
+            raise ConfigError(
+                f"{directory} holds a run with another configuration: {key} was "
+                f"{before.get(key)}, is {value}; choose another --out"
+            )
+
+
+def clear_comparison(directory: Path) -> None:
+    """Remove an earlier comparison; raise ConfigError if `directory` holds anything else."""
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not (directory / "environment.json").is_file() or (directory / "arms" / "train").exists():
+        raise ConfigError(f"--out: {directory} is not empty and holds no earlier comparison")
+    for name in ("arms", "figures"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in ("report.html", "report.md", "summary.json"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def environment(jobs: int) -> dict[str, Any]:
+    """Versions, hardware, date, and how timings are taken."""
+    cuda = torch.cuda.is_available()
+    threads = 1 if jobs > 1 else torch.get_num_threads()
+    together = f"{jobs} runs at a time, each" if jobs > 1 else "one run at a time,"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "jobs": jobs,
+        "threads": threads,
+        "timings": f"{together} in a process with {threads} CPU thread{'s' * (threads > 1)}, on a "
+        f"machine with {os.cpu_count()} cores; the same for all arms",
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "git_commit": _git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with a + if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "."], capture_output=True, text=True
+        )
+    except OSError:  # git is not installed
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
