@@ -21,6 +21,7 @@ lint: $(VENV)/.train
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The GPU's code path without a GPU: the tests of kernels, on compiled kernels executed on the CPU
 # with bounds and races checked. ttsem declares Python 3.12, and works on 3.11.

@@ -61,7 +61,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, ids: Tensor | None = No
         part = out[:, strip]
         if dtype != out.dtype:
             torch.mm(hidden, rows.T, out_dtype=out.dtype, out=part)
-        elif not cpu.project_transposed(hidden, rows, part, borrow):
+        elif hidden.is_cuda or not cpu.project_transposed(hidden, rows, part, borrow):
             torch.mm(hidden, rows.T, out=part)
     return out
 

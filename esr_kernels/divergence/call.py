@@ -205,7 +205,8 @@ def new_gradients(wanted: Wanted, x: Operands, call: Call) -> Gradients:
         # What is added to the caller's fp32 memory must not be rounded before.
         given = call.plan.problem.weight_grad_given
         weight = torch.empty_like(x.student_weight, dtype=dtype if given else None)
-        weight = cpu.on_huge_pages(weight)
+        if weight.device.type == "cpu":
+            cpu.on_huge_pages(weight)
         weight[0 if x.student_ids is not None else call.classes :].zero_()
     if wanted.bias:
         bias = torch.zeros(call.classes, dtype=dtype, device=x.student_hidden.device)

@@ -45,7 +45,7 @@ def stash_forward(
         shared = gradients.over_shared_classes(x, call.classes)
         values, stats = _run_chunks(x, weights, factor * call.spec.student.slope, call, shared)
         of_active = outputs(values, stats, cross_entropy(x, stats, call), weights, factor, call)
-    if gradients.hidden is not None:
+    if gradients.hidden is not None and active is not None:
         gradients = gradients._replace(hidden=spread_rows(gradients.hidden, active, tokens))
     return spread_outputs(of_active, active, tokens), gradients.in_dtype_of(operands)
 
