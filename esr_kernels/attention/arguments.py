@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from esr_kernels.common.arguments import FLOATS, check_tensor
+
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -43,64 +44,31 @@ def checked_options(
 
 def check_tensors(query: Tensor, prefix: Cache, suffix: Cache) -> None:
     """Raise on the first tensor that does not fit `query`. Lengths are read on CPU only."""
-    if not isinstance(query, Tensor) or query.dim() != 3:
-        got = list(query.shape) if isinstance(query, Tensor) else type(query).__name__
-        raise ValueError(f"query must be a tensor [B, Hq, D], one query a row, got {got}")
-    if query.dtype not in _DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise TypeError(f"query must be one of {allowed}, got {query.dtype}")
+    check_tensor("query", query, dtypes=FLOATS, shape=("B", "Hq", "D"))
     batch, heads, dim = query.shape
     if dim == 0:
         raise ValueError("query must have heads of at least one dimension, got [..., 0]")
-    caches = {"prefix": prefix, "suffix": suffix}
-    for part, cache in caches.items():
-        for field, tensor in cache._asdict().items():
-            if not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"{part}_{field} must be a torch.Tensor, got {type(tensor).__name__}"
-                )
-    if prefix.key.dim() != 4 or prefix.key.shape[3] != dim:
-        raise ValueError(
-            f"prefix_key must have shape [P, Hkv, L, {dim}], got {list(prefix.key.shape)}"
-        )
+    own = (query.dtype,)
+    check_tensor("prefix_key", prefix.key, dtypes=own, shape=("P", "Hkv", "L", dim), like=query)
     kv_heads = prefix.key.shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"prefix_key must have a number of heads that divides the query's {heads}, "
             f"got {kv_heads}"
         )
-    if suffix.key.dim() != 4 or suffix.key.shape != (batch, kv_heads, suffix.key.shape[2], dim):
-        raise ValueError(
-            f"suffix_key must have shape [{batch}, {kv_heads}, N, {dim}], "
-            f"got {list(suffix.key.shape)}"
-        )
-    for part, cache in caches.items():
-        if cache.value.shape != cache.key.shape:
-            raise ValueError(
-                f"{part}_value must have the shape of its keys, {list(cache.key.shape)}, "
-                f"got {list(cache.value.shape)}"
-            )
-        for field in ("key", "value"):
-            _check_like(f"{part}_{field}", getattr(cache, field), query)
-        _check_lengths(f"{part}_lengths", cache, query)
+    check_tensor(
+        "suffix_key", suffix.key, dtypes=own, shape=(batch, kv_heads, "N", dim), like=query
+    )
+    for part, cache in (("prefix", prefix), ("suffix", suffix)):
+        shape = tuple(cache.key.shape)
+        check_tensor(f"{part}_value", cache.value, dtypes=own, shape=shape, like=query)
+        _check_lengths(f"{part}_lengths", cache)
 
 
-def _check_like(name: str, tensor: Tensor, query: Tensor) -> None:
-    if tensor.dtype != query.dtype:
-        raise TypeError(f"{name} must be {query.dtype} as query is, got {tensor.dtype}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name} must be on {query.device} as query is, got {tensor.device}")
-
-
-def _check_lengths(name: str, cache: Cache, query: Tensor) -> None:
-    lengths, count, most = cache.lengths, cache.key.shape[0], cache.key.shape[2]
-    if lengths.dtype != torch.int64 or lengths.shape != (count,):
-        raise ValueError(
-            f"{name} must be int64 of shape [{count}], got {lengths.dtype} {list(lengths.shape)}"
-        )
-    if lengths.device != query.device:
-        raise ValueError(f"{name} must be on {query.device} as query is, got {lengths.device}")
-    if lengths.device.type == "cpu" and count:
-        low, high = (int(end) for end in lengths.aminmax())
+def _check_lengths(name: str, cache: Cache) -> None:
+    count, most = cache.key.shape[0], cache.key.shape[2]
+    check_tensor(name, cache.lengths, dtypes=(torch.int64,), shape=(count,), like=cache.key)
+    if cache.lengths.device.type == "cpu" and count:
+        low, high = (int(end) for end in cache.lengths.aminmax())
         if low < 0 or high > most:
             raise ValueError(f"{name} must be from 0 to {most}, got {low} to {high}")

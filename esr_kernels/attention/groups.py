@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esr_kernels.common.arguments import check_size
+from esr_kernels.common.arguments import check_size, check_tensor
 
 
 class RowGroups(NamedTuple):
@@ -45,8 +45,9 @@ def group_rows(
     return RowGroups(rows.to(device), place.to(device))
 
 
-def check_groups(groups: RowGroups | None, batch: int, prompts: int, device: torch.device) -> None:
-    """Raise unless each of `batch` rows has a prompt. Values are checked on CPU only."""
+def check_groups(groups: RowGroups | None, query: Tensor, prompts: int) -> None:
+    """Raise unless each row of `query` has a prompt. Values are checked on CPU only."""
+    batch = query.shape[0]
     if groups is None:
         if batch and (prompts == 0 or batch % prompts):
             raise ValueError(
@@ -57,16 +58,9 @@ def check_groups(groups: RowGroups | None, batch: int, prompts: int, device: tor
     if not isinstance(groups, RowGroups):
         raise TypeError(f"groups must be None or what group_rows returns, got {groups!r}")
     rows, place = groups
-    if rows.dtype != torch.int64 or place.dtype != torch.int64:
-        raise TypeError(f"groups must be int64, got {rows.dtype} and {place.dtype}")
-    if rows.dim() != 2 or rows.shape[0] != prompts or place.shape != (batch,):
-        raise ValueError(
-            f"groups must have rows [{prompts}, G] and place [{batch}], "
-            f"got {list(rows.shape)} and {list(place.shape)}"
-        )
-    if rows.device != device or place.device != device:
-        raise ValueError(f"groups must be on {device} as query is, got {rows.device}")
-    if device.type == "cpu" and batch:
+    check_tensor("groups.rows", rows, dtypes=(torch.int64,), shape=(prompts, "G"), like=query)
+    check_tensor("groups.place", place, dtypes=(torch.int64,), shape=(batch,), like=query)
+    if query.device.type == "cpu" and batch:
         inside = 0 <= int(place.min()) <= int(place.max()) < rows.numel()
         found = rows.flatten()[place] if inside else None
         if found is None or not torch.equal(found, torch.arange(batch)):

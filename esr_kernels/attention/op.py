@@ -88,7 +88,7 @@ def shared_prefix_attention(
     check_tensors(query, prefix, suffix)
     check_impl(impl, "query", query)
     options = checked_options(query.shape[2], scale, softcap, window)
-    check_groups(groups, query.shape[0], prefix_key.shape[0], query.device)
+    check_groups(groups, query, prefix_key.shape[0])
     if query.shape[0] == 0:
         return torch.empty_like(query)
     if impl == "reference":

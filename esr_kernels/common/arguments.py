@@ -1,11 +1,13 @@
-"""Checks of arguments that are not tensors."""
+"""Checks of arguments; each error names the argument, what it was and what is allowed."""
 
 from __future__ import annotations
 
 import numbers
 
 import torch
+from torch import Tensor
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -35,3 +37,31 @@ def check_memory_budget(memory_budget: int | None) -> None:
         raise ValueError(
             f"memory_budget must be a positive whole number of bytes, got {memory_budget!r}"
         )
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    dtypes: tuple[torch.dtype, ...] = (),
+    shape: tuple[int | str, ...] | None = None,
+    like: Tensor | None = None,
+) -> None:
+    """Raise unless `value` is a tensor of one of `dtypes`, of `shape` and on the device of `like`.
+
+    A string in `shape` is the name of a dimension of any size.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if dtypes and value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        several = "one of " if len(dtypes) > 1 else ""
+        raise TypeError(f"{name} must be {several}{allowed}, got {value.dtype}")
+    if shape is not None:
+        sizes = zip(value.shape, shape, strict=False)
+        fits = all(isinstance(wanted, str) or size == wanted for size, wanted in sizes)
+        if value.dim() != len(shape) or not fits:
+            allowed = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must have shape [{allowed}], got {list(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} must be on device {like.device}, got {value.device}")

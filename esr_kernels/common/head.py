@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.arguments import IMPLEMENTATIONS, check_number, one_of
+from esr_kernels.common.arguments import (
+    FLOATS,
+    IMPLEMENTATIONS,
+    check_number,
+    check_tensor,
+    one_of,
+)
 from esr_kernels.common.transform import LogitTransform
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Kernels hold scale, softcap and temperature in fp32, where anything larger is infinite.
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -61,8 +66,7 @@ def check_head(
 def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> int:
     """Raise unless the two are matrices of one model on one device; returns the head's rows."""
     for name, value in ((hidden_name, hidden), (weight_name, weight)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        check_tensor(name, value, dtypes=FLOATS)
         if hasattr(value, "full_tensor"):
             raise TypeError(
                 f"{name} must be a plain tensor, got a DTensor; with FSDP2 compute the loss inside "
@@ -75,18 +79,12 @@ def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: T
                 f"{name} must have 2 dimensions, got shape {list(value.shape)}; "
                 "flatten batch and time into one token dimension"
             )
-        if value.dtype not in _DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise TypeError(f"{name} must be one of {allowed}, got {value.dtype}")
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{weight_name} must have {hidden.shape[1]} columns as {hidden_name} has, "
             f"got shape {list(weight.shape)}"
         )
-    if weight.device != hidden.device:
-        raise ValueError(
-            f"{weight_name} must be on {hidden_name}'s device {hidden.device}, got {weight.device}"
-        )
+    check_tensor(weight_name, weight, like=hidden)
     return weight.shape[0]
 
 
@@ -94,13 +92,7 @@ def check_bias(name: str, bias: Tensor | None, hidden: Tensor, rows: int) -> Non
     """Raise unless `bias` is None or a floating-point vector for `rows` classes."""
     if bias is None:
         return
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(bias).__name__}")
-    if bias.shape != (rows,) or bias.device != hidden.device:
-        raise ValueError(
-            f"{name} must have shape [{rows}] on {hidden.device}, "
-            f"got {list(bias.shape)} on {bias.device}"
-        )
+    check_tensor(name, bias, shape=(rows,), like=hidden)
     if not bias.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {bias.dtype}")
 
@@ -152,31 +144,11 @@ def check_impl(impl: str, hidden_name: str, hidden: Tensor) -> None:
         )
 
 
-def check_ids(name: str, ids: Tensor, shape: str, hidden: Tensor) -> None:
-    """Raise unless `ids` is int64, a row for each of `hidden`; `shape` is what the message says."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {ids.dtype}")
-    if ids.dim() != shape.count(",") + 1 or ids.shape[0] != hidden.shape[0]:
-        raise ValueError(f"{name} must have shape {shape}, got {list(ids.shape)}")
-    if ids.device != hidden.device:
-        raise ValueError(
-            f"{name} must be on the device of the hidden states, {hidden.device}, got {ids.device}"
-        )
-
-
 def checked_token_weights(token_weights: Tensor | None, hidden: Tensor) -> Tensor | None:
     """The weights [T] of the rows of `hidden`, on its device and in the dtype of its logits."""
     if token_weights is None:
         return None
-    if not isinstance(token_weights, Tensor):
-        raise TypeError(f"token_weights must be a torch.Tensor, got {type(token_weights).__name__}")
-    tokens = hidden.shape[0]
-    if token_weights.shape != (tokens,):
-        raise ValueError(
-            f"token_weights must have shape [{tokens}], got {list(token_weights.shape)}"
-        )
+    check_tensor("token_weights", token_weights, shape=(hidden.shape[0],))
     if token_weights.is_complex() or token_weights.requires_grad:
         raise TypeError("token_weights must be real and carry no gradient; detach them")
     dtype = matmul.logits_dtype(hidden.dtype)

@@ -30,8 +30,8 @@ def transformed_logits(
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) of each row; classes of probability 0 in `a` contribute 0 and no gradient."""
     live = log_a != -torch.inf  # NaN is
-    gap = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
-    return (torch.where(live, log_a, -torch.inf).exp() * gap).sum(-1)
+    log_ratio = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
+    return (torch.where(live, log_a, -torch.inf).exp() * log_ratio).sum(-1)
 
 
 def entropy(log_p: Tensor) -> Tensor:

@@ -18,14 +18,13 @@ from esr_kernels.cpu.attention import attend, supports_attention
 from esr_kernels.cpu.huge_pages import on_huge_pages
 from esr_kernels.cpu.library import is_available
 from esr_kernels.cpu.products import project_transposed
-from esr_kernels.cpu.rows import RowPass, RowTransform, divergence_kind
+from esr_kernels.cpu.rows import RowPass, RowTransform
 from esr_kernels.cpu.tile_logsumexp import supports_tiles, tile_logsumexp
 
 __all__ = [
     "RowPass",
     "RowTransform",
     "attend",
-    "divergence_kind",
     "is_available",
     "on_huge_pages",
     "project_transposed",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from esr_kernels.cpu import structures
-from esr_kernels.cpu.library import library
 from esr_kernels.cpu.parallel_for import parallel_for
 
 
@@ -103,9 +102,3 @@ class _Inputs:
             inner=0.0 if softcap is None else scale / softcap,
             outer=0.0 if softcap is None else softcap / temperature,
         )
-
-
-def divergence_kind(name: str) -> int | None:
-    """The number of a kind of divergence in C, such as "JSD"; None if C has no such kind."""
-    compiled = library()
-    return None if compiled is None else structures.constant(compiled, f"kind_{name}")

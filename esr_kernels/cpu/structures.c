@@ -8,10 +8,3 @@ SIZE(row_pass)
 SIZE(cache)
 SIZE(attention)
 SIZE(tile_logsumexp)
-
-#define KIND(name) const int64_t kind_##name = name;
-KIND(KL_MIX)
-KIND(JSD)
-KIND(SKEW_FORWARD_KL)
-KIND(SKEW_REVERSE_KL)
-KIND(TOTAL_VARIATION)

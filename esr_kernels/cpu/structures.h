@@ -1,10 +1,11 @@
-/* Structures and numbers that Python and C share: structures.py mirrors the structures, and the sizes
- * and numbers that structures.c exports are compared with Python's when the library is loaded.
+/* Structures and numbers that Python and C share: structures.py mirrors the structures, and their
+ * sizes, which structures.c exports, are compared with Python's when the library is loaded.
  */
 #pragma once
 #include <stdint.h>
 
-/* Kinds of divergence: KL_MIX is a KL(q||p) + b KL(p||q). p is the student, q the teacher. */
+/* Kinds of divergence, numbered as KernelKind in divergence/losses.py. KL_MIX is
+ * a KL(q||p) + b KL(p||q), with p the student and q the teacher. */
 enum kind { KL_MIX, JSD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION };
 
 struct transform { /* softcap * tanh(scale * (z + bias) / softcap) / temperature */

@@ -92,18 +92,11 @@ BY_NAME_IN_C: dict[str, type[ctypes.Structure]] = {
 }
 
 
-def constant(compiled: ctypes.CDLL, name: str) -> int | None:
-    """An int64 constant of the library; None if it has none of that name."""
-    try:
-        return ctypes.c_int64.in_dll(compiled, name).value
-    except ValueError:
-        return None
-
-
 def check_sizes(compiled: ctypes.CDLL) -> None:
     """Raise OSError if a structure has another size in C than here."""
     for name, structure in BY_NAME_IN_C.items():
-        here, there = ctypes.sizeof(structure), constant(compiled, f"size_of_{name}")
+        here = ctypes.sizeof(structure)
+        there = ctypes.c_int64.in_dll(compiled, f"size_of_{name}").value
         if here != there:
             raise OSError(
                 f"struct {name} has {there} bytes in the compiled library, {here} in Python"

@@ -17,6 +17,7 @@ from esr_kernels.common.arguments import (
     check_memory_budget,
     check_number,
     check_size,
+    check_tensor,
     one_of,
 )
 from esr_kernels.common.head import (
@@ -145,10 +146,7 @@ def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Opti
             "student_hidden and teacher_hidden must have the same number of tokens, got "
             f"{tokens} and {teacher_hidden.shape[0]}"
         )
-    if teacher_hidden.device != device:
-        raise ValueError(
-            f"teacher_hidden must be on the student's device {device}, got {teacher_hidden.device}"
-        )
+    check_tensor("teacher_hidden", teacher_hidden, like=student_hidden)
     student_ids, teacher_ids = student.ids, teacher.ids
     sharded = options.group is not None
     if student_ids is None and teacher_ids is None:
@@ -192,19 +190,8 @@ def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Opti
 
 
 def _check_weight_grad(weight_grad: Tensor, student_weight: Tensor, impl: str) -> None:
-    if not isinstance(weight_grad, Tensor):
-        raise TypeError(f"weight_grad must be a torch.Tensor, got {type(weight_grad).__name__}")
-    shape, dtype = student_weight.shape, matmul.logits_dtype(student_weight.dtype)
-    if (weight_grad.shape, weight_grad.dtype) != (shape, dtype):
-        raise ValueError(
-            f"weight_grad must be {dtype} of student_weight's shape {list(shape)}, "
-            f"got {weight_grad.dtype} {list(weight_grad.shape)}"
-        )
-    if weight_grad.device != student_weight.device:
-        raise ValueError(
-            f"weight_grad must be on student_weight's device {student_weight.device}, "
-            f"got {weight_grad.device}"
-        )
+    shape, dtype = tuple(student_weight.shape), matmul.logits_dtype(student_weight.dtype)
+    check_tensor("weight_grad", weight_grad, dtypes=(dtype,), shape=shape, like=student_weight)
     if values_are_at_hand(weight_grad) and weight_grad.data_ptr() == student_weight.data_ptr() != 0:
         raise ValueError("weight_grad must not be the memory of student_weight itself")
     if not weight_grad.is_contiguous() or weight_grad.requires_grad:
@@ -263,12 +250,9 @@ def _mapped_classes(
         ("student_ids", student_ids, student_weight.shape[0]),
         ("teacher_ids", teacher_ids, teacher_weight.shape[0]),
     ):
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
-        if ids.dtype != torch.int64 or ids.dim() != 1 or ids.numel() == 0:
-            raise ValueError(
-                f"{name} must be a non-empty int64 vector, got {ids.dtype} {list(ids.shape)}"
-            )
+        check_tensor(name, ids, dtypes=(torch.int64,), shape=("classes",))
+        if ids.numel() == 0:
+            raise ValueError(f"{name} must not be empty")
         check_id_values(name, ids, rows)
     if student_ids.shape != teacher_ids.shape:
         raise ValueError(
@@ -308,11 +292,6 @@ def check_label_values(labels: Tensor, classes: int, sharded: bool) -> None:
 def _labels(
     labels: Tensor, tokens: int, classes: int, device: torch.device, sharded: bool
 ) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64 or labels.shape != (tokens,):
-        raise ValueError(
-            f"labels must be int64 of shape [{tokens}], got {labels.dtype} {list(labels.shape)}"
-        )
+    check_tensor("labels", labels, dtypes=(torch.int64,), shape=(tokens,))
     check_label_values(labels, classes, sharded)
     return labels.to(device)

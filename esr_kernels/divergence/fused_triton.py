@@ -42,7 +42,7 @@ class Blocks(NamedTuple):
 
 # (operand, arch) -> tile, keyed on nothing that changes from step to step. What limits a tile is
 # the register file. A thread has at most 255 registers; the two accumulators take
-# 2 * tokens * classes / threads of them, the epilogue about as many again for the gap and one
+# 2 * tokens * classes / threads of them, the epilogue about as many again for the log-ratio and one
 # model's probabilities on their way into the sums, the ten statistics and the addresses the rest.
 #   sm_90   128 x 128 on 256 threads: 128 registers of accumulators, 255 in all. wgmma reads its
 #           operands from shared memory, (128 + 128) * 64 * 2 bytes a stage: 4 stages, 128 KiB,

@@ -5,14 +5,11 @@ Sums are fp32 within blocks of 256 classes and double across blocks.
 
 from __future__ import annotations
 
-import functools
-import logging
-
 from torch import Tensor
 
 from esr_kernels import cpu
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence.losses import Divergence, KernelKind, kernel_form
+from esr_kernels.divergence.losses import Divergence, kernel_form
 from esr_kernels.divergence.statistics import (
     COLUMNS,
     IGNORED_LABEL,
@@ -26,12 +23,10 @@ from esr_kernels.divergence.statistics import (
     row_normalizers,
 )
 
-_log = logging.getLogger(__name__)
-
 
 def supports(divergence: Divergence) -> bool:
     """Whether the C computes this divergence, of fp32 logits."""
-    return kernel_form(divergence) is not None and cpu.is_available() and _kinds_agree()
+    return kernel_form(divergence) is not None and cpu.is_available()
 
 
 def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
@@ -98,19 +93,3 @@ def _row_pass(tile: Tile, row_weight: Tensor | None, spec: RowSpec) -> cpu.RowPa
 
 def _transform(transform: LogitTransform, bias: Tensor | None) -> cpu.RowTransform:
     return cpu.RowTransform(bias, transform.scale, transform.softcap, transform.temperature)
-
-
-@functools.cache
-def _kinds_agree() -> bool:
-    """Whether C and Python number the divergences alike."""
-    for kind in KernelKind:
-        number = cpu.divergence_kind(kind.name)
-        if number != kind:
-            _log.warning(
-                "Divergence %s is %d in Python and %s in C; PyTorch does the row passes, slower",
-                kind.name,
-                kind,
-                number,
-            )
-            return False
-    return True

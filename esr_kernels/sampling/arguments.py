@@ -5,25 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from esr_kernels.common.arguments import FLOATS, check_tensor
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.sampling.params import Classes, SamplingParams
 from esr_kernels.sampling.philox import SampleKeys
 
-_LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
 
 def check_logits(logits: Tensor) -> None:
     """Raise unless `logits` is a floating-point matrix with a class or more."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(
-            f"logits must have 2 dimensions, rows and at least one class, got shape "
-            f"{list(logits.shape)}"
-        )
-    if logits.dtype not in _LOGITS_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _LOGITS_DTYPES)
-        raise TypeError(f"logits must be one of {allowed}, got {logits.dtype}")
+    check_tensor("logits", logits, dtypes=FLOATS, shape=("rows", "classes"))
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {list(logits.shape)}")
 
 
 def check_keys(keys: SampleKeys, like: Tensor) -> SampleKeys:
@@ -47,15 +39,10 @@ def check_keys(keys: SampleKeys, like: Tensor) -> SampleKeys:
 
 
 def _check_int64(name: str, value: Tensor, shapes: list[tuple[int, ...]], like: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {value.dtype}")
+    check_tensor(name, value, dtypes=(torch.int64,), like=like)
     if tuple(value.shape) not in shapes:
         allowed = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {allowed}, got {list(value.shape)}")
-    if value.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} as the rows are, got {value.device}")
 
 
 def check_rows(params: SamplingParams, like: Tensor) -> None:
@@ -77,21 +64,11 @@ def _checked_invalid(invalid: Tensor | None, like: Tensor, rows_of_head: int) ->
     """None, a bool mask [V] or int64 ids, checked."""
     if invalid is None:
         return None
-    if not isinstance(invalid, Tensor):
-        raise TypeError(f"invalid must be a torch.Tensor, got {type(invalid).__name__}")
-    if invalid.device != like.device:
-        raise ValueError(f"invalid must be on {like.device} as the rows are, got {invalid.device}")
-    if invalid.dtype == torch.bool:
-        if invalid.shape != (rows_of_head,):
-            raise ValueError(
-                f"invalid must have shape [{rows_of_head}] as a mask, got {list(invalid.shape)}"
-            )
+    is_mask = isinstance(invalid, Tensor) and invalid.dtype == torch.bool
+    shape = (rows_of_head,) if is_mask else ("ids",)
+    check_tensor("invalid", invalid, dtypes=(torch.bool, torch.int64), shape=shape, like=like)
+    if is_mask:
         return invalid
-    if invalid.dtype != torch.int64 or invalid.dim() != 1:
-        raise TypeError(
-            f"invalid must be a bool mask or a vector of int64 ids, got {invalid.dtype} "
-            f"{list(invalid.shape)}"
-        )
     if like.device.type == "cpu" and len(invalid):
         lowest, highest = int(invalid.min()), int(invalid.max())
         if lowest < 0 or highest >= rows_of_head:

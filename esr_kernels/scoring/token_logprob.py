@@ -10,13 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from esr_kernels.common import matmul
-from esr_kernels.common.head import (
-    Head,
-    check_head,
-    check_ids,
-    checked_transform,
-    values_are_at_hand,
-)
+from esr_kernels.common.arguments import check_tensor
+from esr_kernels.common.head import Head, check_head, checked_transform, values_are_at_hand
 from esr_kernels.scoring import reference
 from esr_kernels.scoring.selected import NO_CLASS, select_classes
 
@@ -133,7 +128,8 @@ def token_logprob(
 
 
 def _check_tokens(tokens: Tensor, head: Head) -> None:
-    check_ids("tokens", tokens, f"[{head.hidden.shape[0]}]", head.hidden)
+    rows = head.hidden.shape[0]
+    check_tensor("tokens", tokens, dtypes=(torch.int64,), shape=(rows,), like=head.hidden)
     if not values_are_at_hand(tokens):
         return
     bad = (tokens != IGNORE) & ((tokens < 0) | (tokens >= head.classes))

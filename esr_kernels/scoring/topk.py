@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.arguments import REDUCTIONS, one_of
+from esr_kernels.common.arguments import FLOATS, REDUCTIONS, check_tensor, one_of
 from esr_kernels.common.head import (
     Head,
     check_head,
-    check_ids,
     checked_token_weights,
     checked_transform,
     values_are_at_hand,
@@ -207,25 +206,18 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """
     a, b = log_a.exp(), log_b.exp()
     live = a != 0  # NaN is, and reaches the gradient
-    gap = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
-    value = (a * gap + (b - a)).sum(1)
+    log_ratio = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
+    value = (a * log_ratio + (b - a)).sum(1)
     # A value that rounding makes negative is returned as 0, with its gradient.
     return torch.where(value < 0, value - value.detach(), value)
 
 
 def _check_teacher(ids: Tensor, logprobs: Tensor, tail: str, head: Head) -> None:
-    tokens = head.hidden.shape[0]
-    check_ids("teacher_ids", ids, f"[{tokens}, K]", head.hidden)
+    rows = head.hidden.shape[0]
+    check_tensor("teacher_ids", ids, dtypes=(torch.int64,), shape=(rows, "K"), like=head.hidden)
     if ids.shape[1] == 0:
         raise ValueError("teacher_ids must have at least one column, got K = 0")
-    if not isinstance(logprobs, Tensor) or not logprobs.is_floating_point():
-        kind = logprobs.dtype if isinstance(logprobs, Tensor) else type(logprobs).__name__
-        raise TypeError(f"teacher_logprobs must be a floating point tensor, got {kind}")
-    if logprobs.shape != ids.shape or logprobs.device != ids.device:
-        raise ValueError(
-            f"teacher_logprobs must have shape {list(ids.shape)} on {ids.device} as teacher_ids "
-            f"has, got {list(logprobs.shape)} on {logprobs.device}"
-        )
+    check_tensor("teacher_logprobs", logprobs, dtypes=FLOATS, shape=tuple(ids.shape), like=ids)
     if values_are_at_hand(ids):
         _check_values(ids, logprobs, tail, head.classes)
 

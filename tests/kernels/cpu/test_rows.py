@@ -19,7 +19,6 @@ from esr_kernels import (
 )
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import rows_native, rows_torch
-from esr_kernels.divergence.losses import KernelKind
 from esr_kernels.divergence.statistics import (
     RowSpec,
     Tile,
@@ -192,15 +191,3 @@ def test_an_empty_tile_is_an_empty_answer():
     tile = Tile(torch.empty(0, 9), torch.empty(0, 9))
     value, stats = rows_native.stash_rows_(tile, None, spec, tile.s)
     assert value.shape == stats.student_lse.shape == (0,)
-
-
-def test_a_divergence_that_is_numbered_otherwise_in_c_is_not_supported(monkeypatch, caplog):
-    assert rows_native.supports(JSD())
-    numbers = {kind.name: int(kind) for kind in KernelKind}
-    monkeypatch.setattr(cpu, "divergence_kind", {**numbers, "JSD": 2}.get)
-    rows_native._kinds_agree.cache_clear()
-    try:
-        assert not rows_native.supports(JSD())
-    finally:
-        rows_native._kinds_agree.cache_clear()
-    assert "JSD is 1 in Python and 2 in C" in caplog.text

@@ -138,8 +138,8 @@ def test_plans_count_its_memory():
 @pytest.mark.parametrize(
     "bad, error, message",
     [
-        (torch.zeros(1003, 23), ValueError, r"weight_grad must be torch.float32.*\[1003, 23\]"),
-        (torch.zeros(1003, 24).half(), ValueError, "weight_grad must be torch.float32.*float16"),
+        (torch.zeros(1003, 23), ValueError, r"weight_grad must have shape \[1003, 24\]"),
+        (torch.zeros(1003, 24).half(), TypeError, "weight_grad must be float32, got torch.float16"),
         (torch.zeros(24, 1003).T, ValueError, "weight_grad must be contiguous"),
         (torch.zeros(1003, 24, device="meta"), ValueError, "device"),
         ([0.0], TypeError, "weight_grad must be a torch.Tensor, got list"),

@@ -30,7 +30,7 @@ def test_bad_parameters_are_named(given, error, message):
 
 _ROW_IDS = torch.arange(2)
 _BAD_CALLS = [
-    ({"logits": torch.zeros(2, 3, 4)}, ValueError, "logits must have 2 dimensions"),
+    ({"logits": torch.zeros(2, 3, 4)}, ValueError, r"logits must have shape \[rows, classes\]"),
     ({"logits": torch.zeros(2, 0)}, ValueError, "at least one class"),
     ({"logits": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "logits must be one of"),
     ({"logits": [[1.0]]}, TypeError, "logits must be a torch.Tensor, got list"),
@@ -48,7 +48,7 @@ _BAD_CALLS = [
     ({"bias": torch.zeros(2)}, ValueError, r"bias must have shape \[3\]"),
     ({"invalid": torch.zeros(2, dtype=torch.bool)}, ValueError, "invalid must have shape"),
     ({"invalid": torch.tensor([3])}, ValueError, "invalid must hold ids from 0 to 2, got 3"),
-    ({"invalid": torch.zeros(3)}, TypeError, "invalid must be a bool mask or"),
+    ({"invalid": torch.zeros(3)}, TypeError, "invalid must be one of bool, int64"),
     ({"impl": "cuda"}, ValueError, "impl must be one of"),
 ]
 

@@ -48,7 +48,7 @@ _BAD = {
     "integers": (
         {"teacher_logprobs": torch.zeros(3, 2).long()},
         TypeError,
-        "teacher_logprobs must be a floating point tensor, got torch.int64",
+        "teacher_logprobs must be one of bfloat16.*got torch.int64",
     ),
     "logits": (
         {"teacher_logprobs": torch.ones(3, 2)},
