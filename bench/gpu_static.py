@@ -18,10 +18,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -175,6 +176,15 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     return field("vgpr_count"), spilled
 
 
+def _flat(types: Iterable[Any]) -> Iterator[str]:
+    """The types of a kernel's arguments; that of a tuple is a tuple of types."""
+    for kind in types:
+        if isinstance(kind, str):
+            yield kind
+        else:
+            yield from _flat(kind)
+
+
 def _measure(arch: str, variant: str, function: JITFunction, kernel) -> Compiled:  # type: ignore[no-untyped-def]
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     if arch == "gfx942":
@@ -190,9 +200,7 @@ def _measure(arch: str, variant: str, function: JITFunction, kernel) -> Compiled
         most = 64
     constants = {function.arg_names[at[0]]: value for at, value in kernel.src.constants.items()}
     blocks = [str(constants[name]) for name in function.arg_names if name.startswith("BLOCK")]
-    # The type of a tuple is a tuple of types.
-    kinds = [kind for kind in kernel.src.signature.values() if isinstance(kind, str)]
-    pointers = [kind for kind in kinds if kind.startswith("*")]
+    pointers = [kind for kind in _flat(kernel.src.signature.values()) if kind.startswith("*")]
     return Compiled(
         arch=arch,
         kernel=function.fn.__name__.lstrip("_"),

@@ -8,34 +8,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton loads whole vectors where it sees that a row's length is a multiple of this.
 _ALIGNMENT = 16
 
 
 @triton.jit
-def project(
-    hidden_ptr,
-    weight_ptr,
-    bias_ptr,
-    rows,
-    classes,
-    hidden_stride,
-    weight_stride,
-    depth,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """hidden[rows] @ weight[classes].T + bias[classes] in fp32, [BLOCK_T, BLOCK_V].
+def project(operands, rows, classes, BLOCK_D: tl.constexpr):
+    """hidden[rows] @ weight[classes].T + bias[classes] in fp32, a tile [rows, classes].
 
-    `rows` and `classes` must exist; `bias_ptr` may be None. fp32 operands are multiplied in full
-    fp32, not in TF32.
+    `operands` is (hidden_ptr, weight_ptr, bias_ptr, hidden_stride, weight_stride, depth), bias_ptr
+    None for none. `rows` and `classes` must exist. fp32 operands are multiplied in full fp32, not
+    in TF32.
     """
+    hidden_ptr, weight_ptr, bias_ptr, hidden_stride, weight_stride, depth = operands
     lane = tl.arange(0, BLOCK_D)
     hidden = hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride + lane[None, :]
     weight = weight_ptr + classes.to(tl.int64)[:, None] * weight_stride + lane[None, :]
-    logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    logits = tl.zeros([rows.shape[0], classes.shape[0]], tl.float32)
     if bias_ptr is not None:
         # Here rather than in the epilogue, which has no registers to spare for it.
         logits += tl.load(bias_ptr + classes).to(tl.float32)[None, :]
@@ -45,6 +35,15 @@ def project(
         w = tl.load(weight + start, mask=inside, other=0.0)
         logits = tl.dot(h, w.T, logits, input_precision="ieee")
     return logits
+
+
+def check_fused(name: str, hidden: Tensor, weight: Tensor) -> None:
+    """Raise unless `project` takes the operands; `name` is a prefix of the arguments, or empty."""
+    if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}hidden and {name}weight must share a dtype among bfloat16, float16 and float32 "
+            f"for the fused kernel, got {hidden.dtype} and {weight.dtype}"
+        )
 
 
 def current_arch() -> str:

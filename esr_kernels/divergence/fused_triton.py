@@ -16,7 +16,7 @@ Bytes  From memory: both heads once for every wave of programs that walks the sa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.common.logits_triton import online_softmax, transform_logits
-from esr_kernels.common.projection_triton import FUSED_DTYPES, current_arch, operand_kind, project
+from esr_kernels.common.projection_triton import check_fused, current_arch, operand_kind, project
 from esr_kernels.divergence.call import Operands
 from esr_kernels.divergence.rows_triton import store_statistics
 from esr_kernels.divergence.statistics import COLUMNS, RowSpec
@@ -90,26 +90,18 @@ def _fold(z, difference, classes, n_classes, state):
 @triton.jit
 def _masked_transform(z, inside, transform):
     """Transformed logits of a tile, -inf where `inside` is false; the bias is in `z` already."""
-    z, _ = transform_logits(z, 0, True, (None, transform[1], transform[2], transform[3]))
+    z, _ = transform_logits(z, 0, True, transform)
     return tl.where(inside[None, :], z, -float("inf"))
 
 
 @triton.jit
 def _fused_statistics_kernel(
-    s_hidden_ptr,
-    s_weight_ptr,
-    t_hidden_ptr,
-    t_weight_ptr,
-    s_hidden_stride,
-    s_weight_stride,
-    t_hidden_stride,
-    t_weight_stride,
+    s_operands,
+    t_operands,
     parts_ptr,
     n_rows,
     n_classes,
     split_classes,
-    s_depth,
-    t_depth,
     student,
     teacher,
     BLOCK_T: tl.constexpr,
@@ -139,33 +131,9 @@ def _fused_statistics_kernel(
         classes = tile + tl.arange(0, BLOCK_V)
         inside = classes < stop
         live = tl.minimum(classes, n_classes - 1)
-        s = project(
-            s_hidden_ptr,
-            s_weight_ptr,
-            student[0],
-            live_rows,
-            live,
-            s_hidden_stride,
-            s_weight_stride,
-            s_depth,
-            BLOCK_T,
-            BLOCK_V,
-            BLOCK_D,
-        )
+        s = project(s_operands, live_rows, live, BLOCK_D)
         s = _masked_transform(s, inside, student)
-        t = project(
-            t_hidden_ptr,
-            t_weight_ptr,
-            teacher[0],
-            live_rows,
-            live,
-            t_hidden_stride,
-            t_weight_stride,
-            t_depth,
-            BLOCK_T,
-            BLOCK_V,
-            BLOCK_D,
-        )
+        t = project(t_operands, live_rows, live, BLOCK_D)
         t = _masked_transform(t, inside, teacher)
         difference = t - s
         s_state = (s_top, s_total, s_centred, s_difference, s_where)
@@ -194,8 +162,10 @@ def _split_classes(rows: int, classes: int, blocks: Blocks) -> tuple[int, int]:
     return triton.cdiv(classes, each), each
 
 
-def _rows_contiguous(operand: Tensor) -> Tensor:
-    return operand if operand.stride(1) == 1 else operand.contiguous()
+def _kernel_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """The `operands` of `project`."""
+    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    return hidden, weight, bias, hidden.stride(0), weight.stride(0), hidden.shape[1]
 
 
 def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Tensor:
@@ -223,13 +193,8 @@ def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Ten
         is copied.
     Cost: 2 T V (Ds + Dt) FLOPs; the bytes are in the module's docstring.
     """
-    operands = (x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight)
-    for name, hidden, weight in (("student", *operands[:2]), ("teacher", *operands[2:])):
-        if hidden.dtype != weight.dtype or hidden.dtype not in FUSED_DTYPES:
-            raise TypeError(
-                f"{name}_hidden and {name}_weight must share a dtype among bfloat16, float16 and "
-                f"float32 for the fused kernel, got {hidden.dtype} and {weight.dtype}"
-            )
+    check_fused("student_", x.student_hidden, x.student_weight)
+    check_fused("teacher_", x.teacher_hidden, x.teacher_weight)
     tokens, classes = x.student_hidden.shape[0], x.student_weight.shape[0]
     if blocks is None:
         blocks = BLOCKS[operand_kind(x.student_weight, x.teacher_weight), current_arch()]
@@ -239,18 +204,15 @@ def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Ten
     )
     if not tokens:
         return parts
-    rows_of_each = [_rows_contiguous(operand) for operand in operands]
     _fused_statistics_kernel[(triton.cdiv(tokens, blocks.tokens), splits)](
-        *rows_of_each,
-        *(operand.stride(0) for operand in rows_of_each),
+        _kernel_operands(x.student_hidden, x.student_weight, x.student_bias),
+        _kernel_operands(x.teacher_hidden, x.teacher_weight, x.teacher_bias),
         parts_ptr=parts,
         n_rows=tokens,
         n_classes=classes,
         split_classes=each,
-        s_depth=x.student_hidden.shape[1],
-        t_depth=x.teacher_hidden.shape[1],
-        student=spec.student.kernel_argument(x.student_bias),
-        teacher=spec.teacher.kernel_argument(x.teacher_bias),
+        student=spec.student.kernel_argument(None),
+        teacher=spec.teacher.kernel_argument(None),
         BLOCK_T=blocks.tokens,
         BLOCK_V=blocks.classes,
         BLOCK_D=blocks.depth,

@@ -106,7 +106,10 @@ def _run_chunks(
     finish(gradients.hidden, hidden_sum, restore)
     finish(gradients.weight, weight_sum, restore)
     finish(gradients.bias, gradients.bias, restore)
-    return _concatenated(values, stats, torch.empty(0, dtype=dtype, device=x.student_hidden.device))
+    if not values:
+        nothing = torch.empty(0, dtype=dtype, device=x.student_hidden.device)
+        return nothing, RowStats(*[nothing] * len(RowStats._fields))
+    return torch.cat(values), RowStats(*map(torch.cat, zip(*stats, strict=True)))
 
 
 class _Buffers:
@@ -130,14 +133,3 @@ class _Buffers:
 
     def _rows(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         return borrow_rows(name, (rows, self.classes), self.device, dtype)
-
-
-def _concatenated(
-    values: list[Tensor], stats: list[RowStats], empty: Tensor
-) -> tuple[Tensor, RowStats]:
-    fields = RowStats.__dataclass_fields__
-    if not values:
-        return empty, RowStats(*[empty] * len(fields))
-    return torch.cat(values), RowStats(
-        *(torch.cat([getattr(part, name) for part in stats]) for name in fields)
-    )

@@ -61,8 +61,7 @@ class Tile:
         return self.student_bias is not None or self.teacher_bias is not None
 
 
-@dataclass(frozen=True)
-class RowStats:
+class RowStats(NamedTuple):
     """Statistics of whole rows, each [T] fp32. `difference` is t - s, before normalisation.
 
     A log-sum-exp is rounded like the logits that it is among, which costs every probability of the

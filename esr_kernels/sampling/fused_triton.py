@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.common.projection_triton import (
-    FUSED_DTYPES,
+    check_fused,
     current_arch,
     operand_kind,
     project,
@@ -86,16 +86,12 @@ def is_faster(rows: int, depth: int) -> bool:
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _fused_tiles_kernel(
-    hidden_ptr,
-    weight_ptr,
-    hidden_stride,
-    weight_stride,
+    operands,
     transform,
     statistics,
     n_rows,
     n_classes,
     n_tiles,
-    depth,
     TILE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -107,19 +103,7 @@ def _fused_tiles_kernel(
     # dropped at the store and by the -inf.
     live_rows = tl.minimum(rows, n_rows - 1)
     live_classes = tl.minimum(classes, n_classes - 1)
-    z = project(
-        weight_ptr,
-        hidden_ptr,
-        None,
-        live_classes,
-        live_rows,
-        weight_stride,
-        hidden_stride,
-        depth,
-        TILE,
-        BLOCK_B,
-        BLOCK_D,
-    )
+    z = project(operands, live_classes, live_rows, BLOCK_D)
     transform = transform_of_row(transform, live_rows[None, :])
     z = transform_valid(z, classes[:, None], (classes < n_classes)[:, None], transform)
     maxima, log_sums = tile_logsumexp(z, 0)
@@ -141,26 +125,19 @@ def tile_statistics(
     hidden [B, D] and weight [V, D] of one dtype, bf16, fp16 or fp32; `blocks` None takes the
     committed ones of the operands' dtype and the GPU.
     """
-    if hidden.dtype != weight.dtype or hidden.dtype not in FUSED_DTYPES:
-        raise TypeError(
-            "hidden and weight must share a dtype among bfloat16, float16 and float32 for the "
-            f"fused kernel, got {hidden.dtype} and {weight.dtype}"
-        )
+    check_fused("", hidden, weight)
     blocks = blocks or BLOCKS[operand_kind(weight), current_arch()]
     rows, tiles = hidden.shape[0], triton.cdiv(classes.count, TILE)
     maxima, log_sums = empties(2, rows, tiles, like=hidden)
     if rows:
         _fused_tiles_kernel[(triton.cdiv(rows, blocks.rows), tiles)](
-            hidden,
-            weight,
-            hidden.stride(0),
-            weight.stride(0),
+            # The head stands in the place of the hidden states: its classes are the long side.
+            (weight, hidden, None, weight.stride(0), hidden.stride(0), hidden.shape[1]),
             transform=kernel_transform(classes, params),
             statistics=(maxima, log_sums),
             n_rows=rows,
             n_classes=classes.count,
             n_tiles=tiles,
-            depth=hidden.shape[1],
             TILE=TILE,
             BLOCK_B=blocks.rows,
             BLOCK_D=blocks.depth,
