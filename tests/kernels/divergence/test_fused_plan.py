@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from esr_kernels import JSD, KLMix, linear_divergence, plan_linear_divergence
-from esr_kernels.divergence.plan import Problem, make_plan
+from esr_kernels.divergence.plan import Problem
+from esr_kernels.divergence.planner import make_plan
 from tests.kernels import cases
 from tests.kernels.cases import DEVICE
 
