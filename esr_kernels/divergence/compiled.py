@@ -80,7 +80,7 @@ def traced(
     wanted: Wanted,
 ) -> Outputs:
     """(loss, the fields of `LinearDivergence`), as one node of the graph being traced."""
-    plan, spec = request.plan, request.spec
+    plan, spec, merge = request.plan, request.spec, request.merge or ((), ())
     chunks: list[int] = []
     if isinstance(plan, Plan):
         chunks = [plan.token_chunk, plan.logit_chunk, plan.vocab_chunk]
@@ -106,7 +106,8 @@ def traced(
         request.memory_budget,
         None if request.group is None else request.group.group_name,
         request.impl,
-        *map(list, request.merge or ((), ())),
+        list(merge[0]),
+        list(merge[1]),
         compact,
         list(wanted),
     )
