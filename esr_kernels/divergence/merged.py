@@ -127,6 +127,12 @@ class MergedClass:
         self.set_dz(normalizers, row_weight, rows)
         return value, stats
 
+    def cross_entropy(self, x: Operands, stats: RowStats, call: Call) -> Tensor:
+        """`outputs.cross_entropy` of the labels in `x`; one in the group means the merged class."""
+        assert self.labelled is not None
+        other = cross_entropy(x, stats, call)
+        return torch.where(self.labelled, stats.student_lse - self.s, other)
+
     def add_hidden_gradient(self, out: Tensor, alpha: float) -> None:
         """out [T, Ds] += alpha * the members' dz @ their rows of the head."""
         matmul.hidden_gradient(self.dz, self.weight, out, alpha=alpha, accumulate=True)
@@ -168,13 +174,12 @@ def _gradient_behind_softcap_(
         torch.mul(block.s, slope, out=dz[rows])
 
 
-def merged_class(whole: Operands, x: Operands, call: Call) -> MergedClass | None:
-    """The merged class of a call; None where it merges none.
+def merged_class(whole: Operands, x: Operands, call: Call) -> MergedClass:
+    """The merged class of a call that has one.
 
     `whole` has both heads with all their rows, `x` is over the shared classes.
     """
-    if call.merge is None:
-        return None
+    assert call.merge is not None
     student_ids, teacher_ids = call.merge
     spec, dtype = call.spec, matmul.logits_dtype(x.student_hidden.dtype)
     student = _members(
@@ -211,16 +216,6 @@ def merged_class(whole: Operands, x: Operands, call: Call) -> MergedClass | None
         dz=torch.empty_like(within, dtype=dtype if in_place else x.student_hidden.dtype),
         spec=replace(spec, student=LogitTransform(), teacher=LogitTransform()),
     )
-
-
-def cross_entropy_of(
-    x: Operands, merged: MergedClass | None, stats: RowStats, call: Call
-) -> Tensor:
-    """`outputs.cross_entropy`; a label in the group means the merged class."""
-    entropy = cross_entropy(x, stats, call)
-    if merged is None or merged.labelled is None:
-        return entropy
-    return torch.where(merged.labelled, stats.student_lse - merged.s, entropy)
 
 
 class _Members(NamedTuple):

@@ -31,8 +31,8 @@ from esr_kernels.divergence.call import (
     new_gradients,
     scaled_to_fp16,
 )
-from esr_kernels.divergence.merged import MergedClass, cross_entropy_of, merged_class
-from esr_kernels.divergence.outputs import outputs, spread_outputs
+from esr_kernels.divergence.merged import MergedClass, merged_class
+from esr_kernels.divergence.outputs import cross_entropy, outputs, spread_outputs
 from esr_kernels.divergence.statistics import (
     ARGMAX,
     RowNormalizers,
@@ -58,11 +58,12 @@ def recompute_forward(
     x = whole.shared(call.classes)
     weights, factor = call.row_weights(row_weight, active, x.student_hidden.shape[0])
     with matmul.plain_precision(x.student_hidden):
-        merged = merged_class(whole, x, call)
+        merged = None if call.merge is None else merged_class(whole, x, call)
         rest = x if merged is None else merged.rest
         values, stats, normalizers = _statistics(rest, merged, call)
-        entropy = cross_entropy_of(x, merged, stats, call)
-        of_active = outputs(values, stats, entropy, weights, factor, call)
+        entropy_of = cross_entropy if merged is None else merged.cross_entropy
+        label_entropy = None if x.labels is None else entropy_of(x, stats, call)
+        of_active = outputs(values, stats, label_entropy, weights, factor, call)
     kept = RowNormalizers(*(spread_rows(field, active, tokens) for field in normalizers))
     return spread_outputs(of_active, active, tokens), kept
 
@@ -156,7 +157,7 @@ def recompute_backward(
         scale = scale * weights
     buffers = gradients._replace(weight=weight_grad) if adds else gradients
     with matmul.plain_precision(x.student_hidden):
-        merged = merged_class(whole, x, call)
+        merged = None if call.merge is None else merged_class(whole, x, call)
         rest = x if merged is None else merged.rest
         _walk_gradients(rest, merged, call, rows, scale.contiguous(), buffers, add_weight=adds)
     if gradients.hidden is not None:

@@ -25,8 +25,8 @@ from esr_kernels.divergence.call import (
     new_gradients,
     scaled_to_fp16,
 )
-from esr_kernels.divergence.merged import MergedClass, cross_entropy_of, merged_class
-from esr_kernels.divergence.outputs import outputs, spread_outputs
+from esr_kernels.divergence.merged import MergedClass, merged_class
+from esr_kernels.divergence.outputs import cross_entropy, outputs, spread_outputs
 from esr_kernels.divergence.statistics import RowStats, Tile
 
 
@@ -43,12 +43,13 @@ def stash_forward(
     x = whole.shared(call.classes)
     weights, factor = call.row_weights(row_weight, active, x.student_hidden.shape[0])
     with matmul.plain_precision(x.student_hidden):
-        merged = merged_class(whole, x, call)
+        merged = None if call.merge is None else merged_class(whole, x, call)
         rest = x if merged is None else merged.rest
         slope = call.spec.student.slope
         values, stats = _run_chunks(rest, merged, weights, factor * slope, call, gradients)
-        entropy = cross_entropy_of(x, merged, stats, call)
-        of_active = outputs(values, stats, entropy, weights, factor, call)
+        entropy_of = cross_entropy if merged is None else merged.cross_entropy
+        label_entropy = None if x.labels is None else entropy_of(x, stats, call)
+        of_active = outputs(values, stats, label_entropy, weights, factor, call)
     if gradients.hidden is not None and active is not None:
         gradients = gradients._replace(hidden=spread_rows(gradients.hidden, active, tokens))
     return spread_outputs(of_active, active, tokens), gradients.in_dtype_of(operands)
