@@ -21,7 +21,7 @@ from tests.kernels.cases import DEVICE
 TOKENS, CLASSES, DIMS = 768, 30_000, (128, 192)
 
 
-def _problem(weight_grad_given: bool) -> Problem:
+def _problem(weight_grad_given: bool, merged: tuple[int, int]) -> Problem:
     return Problem(
         TOKENS,
         CLASSES,
@@ -30,6 +30,7 @@ def _problem(weight_grad_given: bool) -> Problem:
         weight_dtype=torch.float32,
         device=DEVICE,
         weight_grad_given=weight_grad_given,
+        merged=merged,
     )
 
 
@@ -44,20 +45,23 @@ def operands() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind, budget_mib, gives_weight_grad",
+    "kind, budget_mib, gives_weight_grad, merges",
     [
-        ("stash", 200, False),
-        ("stash", 75, False),
-        ("recompute", 75, False),
-        ("recompute", 40, False),
-        ("stash", 100, True),
-        ("recompute", 40, True),
+        ("stash", 200, False, ()),
+        ("stash", 75, False, ()),
+        ("recompute", 75, False, ()),
+        ("recompute", 40, False, ()),
+        ("stash", 100, True, ()),
+        ("recompute", 40, True, ()),
+        ("stash", 75, False, (1, 2, 29_999)),
+        ("recompute", 40, False, (1, 2, 29_999)),
     ],
 )
 def test_predicted_peak_is_the_measured_peak_within_10_percent(
-    kind, budget_mib, gives_weight_grad, operands
+    kind, budget_mib, gives_weight_grad, merges, operands
 ):
-    plan = make_plan(_problem(gives_weight_grad), kind, budget_mib * MIB)
+    problem = _problem(gives_weight_grad, (len(merges), len(merges)))
+    plan = make_plan(problem, kind, budget_mib * MIB)
     hidden, weight, teacher, teacher_weight = (x.detach() for x in operands)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -65,7 +69,14 @@ def test_predicted_peak_is_the_measured_peak_within_10_percent(
 
     def run() -> None:
         linear_divergence(
-            hidden, weight, teacher, teacher_weight, weight_grad=weight_grad, plan=plan
+            hidden,
+            weight,
+            teacher,
+            teacher_weight,
+            weight_grad=weight_grad,
+            plan=plan,
+            merge_student_ids=merges or None,
+            merge_teacher_ids=merges or None,
         ).loss.backward()
 
     release_workspace()
