@@ -284,6 +284,8 @@ def test_operators_keep_pytorchs_rules(plan):
         None,
         None,
         "torch",
+        [2, 5],
+        [5, 2],
         True,
         [True, True, True],
     )

@@ -56,7 +56,7 @@ def _logits(
         z = z + bias.to(dtype)
     z = z * transform.scale
     if transform.softcap is not None:
-        z = transform.softcap * torch.tanh(z / transform.softcap)
+        z = torch.where(z.isinf(), z, transform.softcap * torch.tanh(z / transform.softcap))
     return z / transform.temperature
 
 
