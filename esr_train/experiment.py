@@ -9,10 +9,11 @@ from esr_kernels.divergence.losses import resolve_divergence
 from esr_train.config import Config, ConfigError
 from esr_train.data import TokenizedTask
 from esr_train.evaluate import Evaluator
-from esr_train.models import head, load_model, load_tokenizer
+from esr_train.models import eos_ids, head, load_model, load_tokenizer
 from esr_train.rollout import PrefixRollout
 from esr_train.tasks import load_task
 from esr_train.teacher import Teacher, check_same_tokenizer
+from esr_train.terminators import Groups, Terminators
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Experiment:
     student: PrefixRollout  # samples from the model that is trained
     teacher: Teacher
     teacher_tokenizer: Any
+    ends: str  # how answers end, a text to print
+    merge: Groups | None  # rows of both heads that the loss merges into one class
     tokenized: TokenizedTask  # the task, with the student's tokenizer
     evaluator: Evaluator | None  # None if eval.every is 0
 
@@ -47,6 +50,17 @@ def load_experiment(config: Config) -> Experiment:
     check_same_tokenizer(tokenizer, teacher_tokenizer, classes)
     student, teacher_rollout = (PrefixRollout(model, tokenizer, classes) for model in models)
     teacher = Teacher(teacher_rollout)
+    ends = Terminators(
+        *(
+            tuple(eos_ids(model, of_model))
+            for model, of_model in zip(models, (tokenizer, teacher_tokenizer), strict=True)
+        )
+    )
+    merges, merge = config.loss.merge_terminators, None
+    if merges:
+        heads = [head(model).weight.shape[0] for model in models]
+        merge = ends.groups((heads[0], heads[1]), classes)
     tokenized = TokenizedTask(task, tokenizer)
     evaluator = Evaluator(config, student, teacher, tokenized) if config.eval.every else None
-    return Experiment(student, teacher, teacher_tokenizer, tokenized, evaluator)
+    described = ends.describe(tokenizer, teacher_tokenizer, merges)
+    return Experiment(student, teacher, teacher_tokenizer, described, merge, tokenized, evaluator)
