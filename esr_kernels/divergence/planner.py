@@ -22,7 +22,7 @@ from esr_kernels.common.arguments import (
 )
 from esr_kernels.common.workspace import default_memory_budget, row_stride
 from esr_kernels.divergence import rows_native
-from esr_kernels.divergence.losses import Divergence, resolve_divergence
+from esr_kernels.divergence.losses import Divergence, kernel_form, resolve_divergence
 from esr_kernels.divergence.plan import KINDS, SMALLEST_TILE, Plan, Problem
 
 
@@ -140,11 +140,12 @@ _PLANS_OF_KIND = {"stash": _stash_plans, "recompute": _recompute_plans, "fused":
 
 
 def row_pass_backend(on_gpu: bool, impl: str, dtype: torch.dtype, divergence: Divergence) -> str:
-    """Who computes the row passes: "triton", "native" (compiled C) or "torch"."""
+    """What computes the row passes: "triton", "native" (compiled C) or "torch"."""
     if impl == "torch" or dtype == torch.float64:
         return "torch"
     if on_gpu:
-        return "triton"
+        # A divergence without a kernel runs in PyTorch, unless Triton is requested.
+        return "triton" if impl == "triton" or kernel_form(divergence) is not None else "torch"
     return "native" if rows_native.supports(divergence) else "torch"
 
 
