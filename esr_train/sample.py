@@ -1,7 +1,7 @@
 """`esr-train sample`: answers of a student or its teacher, with the log-prob of each token.
 
-The engine is that of training, but samples from the whole vocabulary of the model, where training
-leaves out tokens that the other model has no embedding for.
+It uses the engine of training, but the whole vocabulary of the model; training leaves out tokens
+for which the other model has no embedding.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from esr_train.report.summary import PHASES, ArmSummary
 
 Curve = tuple[np.ndarray, np.ndarray]
 
-# Okabe-Ito, told apart with any colour vision; the baseline is black, so that it is always found.
+# Okabe-Ito, distinguishable with any colour vision; the baseline is black.
 _ARM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BASELINE_COLOUR = "#222222"
 _LINE_STYLES = ("-", "--", ":", "-.")
@@ -67,7 +67,7 @@ def _window(run: Run) -> int:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that was written: the file, what it shows, and whether it wants the full width."""
+    """A figure that was written: file, title, caption, and whether it has the full width."""
 
     path: Path
     title: str
@@ -91,7 +91,7 @@ def draw_pictures(run: Run, summaries: list[ArmSummary], folder: Path) -> list[P
 
 
 def _other_metrics(run: Run) -> list[str]:
-    """Names of the evaluation metrics beside the one that the report is about."""
+    """Names of the evaluation metrics other than the report's main one."""
     rows = [row for arm in run.arms for seed in arm.seeds for row in seed.evals]
     names = {
         name for row in rows if isinstance(row.get("metrics"), dict) for name in row["metrics"]
@@ -103,7 +103,7 @@ def band(curves: list[Curve], held: list[bool]) -> tuple[np.ndarray, ...]:
     """Grid, mean, minimum and maximum over seeds.
 
     The grid is the union of the seeds' own points; between them a seed is interpolated linearly.
-    Past its last point a seed keeps its value where `held` (it was finished), else drops out.
+    After its last point a seed keeps its value if `held` (it was finished), else it is left out.
     """
     grid = np.unique(np.concatenate([xs for xs, _ in curves]))
     lines = [
@@ -139,8 +139,8 @@ def _training_curve(key: str, window: int) -> Callable[[Seed], Curve]:
 def _colour(run: Run, arm: Arm) -> tuple[str, str]:
     if arm.name == run.baseline:
         return _BASELINE_COLOUR, "-"
-    turn, place = divmod(run.arms.index(arm), len(_ARM_COLOURS))
-    return _ARM_COLOURS[place], _LINE_STYLES[turn % len(_LINE_STYLES)]
+    style, colour = divmod(run.arms.index(arm), len(_ARM_COLOURS))
+    return _ARM_COLOURS[colour], _LINE_STYLES[style % len(_LINE_STYLES)]
 
 
 def _figure(width: int, height: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -156,7 +156,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _legend(figure: Figure, handles: dict[str, Any]) -> None:
-    """Legend above the axes, in the given order, in as many columns as have room."""
+    """Legend above the axes, in the given order, in as many columns as fit."""
     names = [shorten(name, 40) for name in handles]
     entry = 45 + 7 * max(len(name) for name in names)  # CSS pixels: line, gap, letters
     columns = max(1, int(figure.get_figwidth() * _CSS_DPI / entry))
@@ -194,7 +194,7 @@ def _draw_arms(
 
 
 def _logarithmic(axis: Axes, values: list[float]) -> bool:
-    """Make x logarithmic where its range asks for it; x = 0 then has no place on it."""
+    """Make x logarithmic if its range is large; x = 0 is then not shown."""
     positive = [value for value in values if value > 0]
     if not positive or max(positive) / min(positive) <= _LOG_RANGE:
         return False

@@ -194,9 +194,9 @@ def _disagrees(model: nn.Module) -> str | None:
         ids[row, len(prompt) : len(prompt) + 2] = tokens[row]
     states = own(input_ids=ids, use_cache=False).last_hidden_state
     expected = torch.stack([states[row, len(prompts[row // samples]) + 1] for row in range(4)])
-    gap = float((found.double() - expected.double()).norm() / expected.double().norm())
-    if not gap <= _AGREES.get(expected.dtype, _AGREES_16_BIT):
-        return f"over a shared prompt its hidden states differ by {gap:.2g}"
+    difference = float((found.double() - expected.double()).norm() / expected.double().norm())
+    if not difference <= _AGREES.get(expected.dtype, _AGREES_16_BIT):
+        return f"over a shared prompt its hidden states differ by {difference:.2g}"
     return None
 
 
