@@ -107,7 +107,7 @@ def token_logprob(
     selected = select_classes(
         head, ids, live, op="token_logprob", impl=impl, memory_budget=memory_budget
     )
-    # fp64 costs little for a few numbers a token, and rounds nothing off the gradient.
+    # fp64 costs little for a few numbers a token, and does not round the gradient.
     logit, lse, entropy, top = (field.double() for field in selected)
     logit = logit[:, 0]
     # Two classes, the token and all others: log p = -log(1 + e**-odds) is exact at both ends, and

@@ -74,13 +74,13 @@ def linear_topk_divergence(
         teacher_ids: [T, K] int64, 1 <= K <= V, distinct in a row, in any order; -1 where a row has
             fewer than K.
         teacher_logprobs: [T, K], natural logarithms of the teacher's probabilities of these ids
-            over its whole vocabulary. No gradient ever flows to them. A mass above 1 by rounding is
-            scaled to 1. "renormalise" takes any scores that differ from them by a constant.
+            over its whole vocabulary. They get no gradient. A mass above 1 by rounding is scaled to
+            1. "renormalise" takes any scores that differ from them by a constant.
         divergence: "forward_kl" KL(q||p) or "reverse_kl" KL(p||q), which is infinite where the
             teacher gives an id the log-probability -inf.
         tail: "bucket" or "renormalise", above. A row without ids has divergence 0.
         token_weights: [T] float weights, None for all 1. A row of weight 0 contributes exactly 0,
-            NaN or not; on CPU it is not computed.
+            even if it is NaN; on CPU it is not computed.
         bias, softcap, logit_scale, temperature, num_classes: of the student, as in `token_logprob`.
             The teacher's log-probabilities are taken as they are.
         reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).
@@ -101,8 +101,8 @@ def linear_topk_divergence(
     Exactness: fp32 logits and reductions; the student's tail is summed over its classes, not taken
         from 1. On GPU dz is rounded to the operands' dtype for the gradient GEMMs. Repeated calls
         agree bit for bit. NaN in a row stays in that row's outputs, but reaches the whole weight
-        gradient. The tail of a teacher whose K cover everything within rounding is as large as the
-        rounding of its log-probabilities.
+        gradient. If the K ids of a teacher have a mass of 1 within rounding, its tail is as
+        large as the rounding of its log-probabilities.
     Memory: a tile of logits [T, tile] and a few [T, K]; in the backward an fp32 gradient of
         `student_hidden` besides.
     Gradients: the backward projects again ("renormalise" does not need to); any number of
@@ -153,7 +153,7 @@ def linear_topk_divergence(
         impl=impl,
         memory_budget=memory_budget,
     )
-    # fp64 costs little for [T, K] numbers, and rounds nothing off the gradient.
+    # fp64 costs little for [T, K] numbers, and does not round the gradient.
     listed, others = selected.logits.double(), selected.unselected_lse.double()[:, None]
     with torch.no_grad():
         lse = torch.cat([listed, others], dim=1).logsumexp(dim=1)
