@@ -38,7 +38,7 @@ class CheckpointError(RuntimeError):
 def save(
     directory: Path, state: dict[str, Any], model: Any, tokenizer: Any, optimizer: Optimizer
 ) -> Path:
-    """Write checkpoint state["step"] beside the others, then rename it into place.
+    """Write checkpoint state["step"] under a temporary name, then rename it.
 
     Raises:
         CheckpointError: it could not be written (disk full, ...); earlier checkpoints are intact.

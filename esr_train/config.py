@@ -105,7 +105,7 @@ class EvalConfig(_Strict):
 
 class CheckpointConfig(_Strict):
     every: NonNegativeInt = 0  # steps between checkpoints; 0 = only at the end
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest one
+    resume: Literal["auto", "never"] = "auto"  # auto: resume from the newest one
 
 
 class ReportConfig(_Strict):

@@ -1,7 +1,7 @@
 """Prompts as token ids, and which of them a step trains on.
 
 The order is a function of the seed and the step alone. Runs with the same seed see the same prompts
-at the same step whatever else differs between them, and a resumed run needs no data position.
+at the same step, even if they differ otherwise, and a resumed run needs no data position.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Evaluator:
         if self._teacher_text is None:
             self._teacher_text = self._write_teacher_text()
         student = self.student.model
-        # At temperature 1, whatever the training loss uses.
+        # At temperature 1, also if the training loss has another.
         loss = LossConfig(impl=self.config.loss.impl)
         total = torch.zeros(4, dtype=torch.float64)
         for batch, teacher_hidden in self._teacher_text:

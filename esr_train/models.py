@@ -131,8 +131,8 @@ def check_head(model: Any) -> None:
         # An adapter may leave the logits unchanged before the first step only.
         if parameter.requires_grad and parameter is not weight and parameter is not known.bias:
             raise ModelError(
-                f"{type(model).__name__}: its head trains {name} beside a weight and a bias, which "
-                "logits from hidden states leave out; take the head out of target_modules"
+                f"{type(model).__name__}: its head trains {name} besides weight and bias, which "
+                "logits from hidden states do not include; remove the head from target_modules"
             )
     ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
     with torch.no_grad():

@@ -49,8 +49,8 @@ class Blocks(NamedTuple):
 #           operands from shared memory, (128 + 128) * 64 * 2 bytes a stage: 4 stages, 128 KiB,
 #           hide the latency of loads, which 8 warps alone would not. A larger tile spills.
 #   sm_80   mma.sync holds fragments of the operands in registers too: half the tile.
-#   sm_100  tcgen05 accumulates in tensor memory, but the epilogue wants both tiles in registers at
-#           once, and their way there costs more than it saves: half the tile.
+#   sm_100  tcgen05 accumulates in tensor memory, but the epilogue needs both tiles in registers at
+#           once, and moving them there costs more than it saves: half the tile.
 #   gfx942  512 lanes with up to 256 registers, at two waves to a SIMD: 64 of accumulators, 242 in
 #           all. Two stages are one buffer of 32 KiB in LDS and one in registers.
 #   fp32    no matrix unit of NVIDIA multiplies full fp32; 64 x 64 keeps that arithmetic unspilled.

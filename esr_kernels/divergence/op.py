@@ -134,7 +134,7 @@ def linear_divergence(
     Raises:
         ValueError or TypeError naming the argument, what it was and what is allowed.
 
-    Exactness: logits, softmaxes and reductions are fp32 whatever the operands' dtype; the weight
+    Exactness: logits, softmaxes and reductions are fp32 for operands of any dtype; the weight
         gradient accumulates in fp32. On GPU dz is rounded to the operands' dtype for the gradient
         GEMMs. Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or
         empty batch gives loss 0 and zero gradients. NaN in a row whose weight is not 0 stays

@@ -93,8 +93,8 @@ def _block_statistics(
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     total = torch.linalg.vecdot(weights, values)
-    # 0 * inf: a class of probability 0 counts 0 whatever its logit. On CPU, where reading a value
-    # does not synchronise, this is done only when needed.
+    # 0 * inf: a class of probability 0 adds 0, even if its logit is infinite. On CPU, where reading
+    # a value does not synchronise, this is done only if needed.
     if total.device.type != "cpu" or not bool(total.isfinite().all()):
         total = torch.where(weights > 0, weights * values, 0.0).sum(1)
     return total
@@ -246,7 +246,7 @@ def _gradient_(
             else:
                 difference.mul_(-reverse).sub_(pull_sum)
             if block.may_be_infinite:
-                # A class of probability 0 has no pull, whatever its difference.
+                # The pull of a class of probability 0 is 0, even if its difference is infinite.
                 difference.masked_fill_(p == 0, 0.0)
             torch.mul(difference, p, out=s)
             if forward:

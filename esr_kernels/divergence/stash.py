@@ -1,4 +1,4 @@
-"""Plan "stash": four matrix products, the fewest there can be, none repeated.
+"""Plan "stash": four matrix products, the fewest possible.
 
 Tokens are processed in chunks. Both models' logits of a chunk exist in memory; one pass computes
 their statistics, one writes dz, the gradient of the student's logits, over them, and two products

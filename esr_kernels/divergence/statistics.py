@@ -111,7 +111,7 @@ def merge_parts(parts: Tensor) -> RowStats:
     argmax = merged[:, ARGMAX]
     same_class = (winner[:, 0] == winner[:, 1]) & (argmax[:, 0] == argmax[:, 1])
     lse = top + log_sum
-    # Knuth's two-sum: the part rounded off, whichever of the two is the larger.
+    # Knuth's two-sum: the rounding error of the addition.
     added = lse - top
     residual = (top - (lse - added)) + (log_sum - added)
     student_lse, teacher_lse = lse.T.contiguous()

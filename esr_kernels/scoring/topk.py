@@ -158,15 +158,17 @@ def linear_topk_divergence(
     with torch.no_grad():
         lse = torch.cat([listed, others], dim=1).logsumexp(dim=1)
         mass = (listed - lse[:, None]).exp().sum(dim=1)
-    known = torch.where(teacher_ids == NO_CLASS, -torch.inf, teacher_logprobs.detach().double())
+    teacher_log_q = torch.where(
+        teacher_ids == NO_CLASS, -torch.inf, teacher_logprobs.detach().double()
+    )
     if tail == "bucket":
         log_p = torch.cat([listed, others], dim=1).log_softmax(dim=1)
-        doubt = _rounding(known, teacher_logprobs.dtype)
-        log_q = _with_tail(known, doubt, others.detach() > -torch.inf)
+        doubt = _rounding(teacher_log_q, teacher_logprobs.dtype)
+        log_q = _with_tail(teacher_log_q, doubt, others.detach() > -torch.inf)
     else:
-        empty = (known == -torch.inf).all(dim=1, keepdim=True)
+        empty = (teacher_log_q == -torch.inf).all(dim=1, keepdim=True)
         log_p = torch.where(empty, 0.0, listed).log_softmax(dim=1)
-        log_q = torch.where(empty, 0.0, known).log_softmax(dim=1)
+        log_q = torch.where(empty, 0.0, teacher_log_q).log_softmax(dim=1)
     values = (_kl(log_q, log_p) if divergence == "forward_kl" else _kl(log_p, log_q)).to(dtype)
     statistics = [values.detach().clone(), mass.to(dtype), (selected.top + lse).to(dtype)]
     if live is not None:
@@ -174,35 +176,35 @@ def linear_topk_divergence(
     return TopkDivergence(reduce_rows(values, weights, reduction), *statistics)
 
 
-def _rounding(known: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounding(teacher_log_q: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounding error [T, 1] of the total mass of log-probabilities given in `dtype`.
 
     Rounding log q to `dtype` changes q in proportion to |log q|. The log-softmax before it, in at
     least fp32, has an absolute error, which is all that is left where log q is near 0.
     """
-    q = known.exp()
-    spread = -torch.where(q > 0, q * known, 0.0).sum(1, keepdim=True)
+    q = teacher_log_q.exp()
+    spread = -torch.where(q > 0, q * teacher_log_q, 0.0).sum(1, keepdim=True)
     computed_in = torch.promote_types(dtype, torch.float32)
     return 2 * (torch.finfo(dtype).eps * spread + torch.finfo(computed_in).eps)
 
 
-def _with_tail(known: Tensor, doubt: Tensor, others_alive: Tensor) -> Tensor:
+def _with_tail(teacher_log_q: Tensor, doubt: Tensor, others_alive: Tensor) -> Tensor:
     """Log-probabilities [T, K + 1] of the K ids and of all other classes as one, normalised.
 
     If the K ids lack less than `doubt`, their rounding error, the tail gets a mass of `doubt`: 0
     would make a reverse KL infinite. If the student has no other class, the tail gets 0.
     """
-    mass = known.exp().sum(1, keepdim=True)
+    mass = teacher_log_q.exp().sum(1, keepdim=True)
     missing = 1 - mass
     tail = torch.where(missing > doubt, missing, torch.where(others_alive, doubt, 0.0))
-    return torch.cat([known, tail.log()], dim=1) - (mass + tail).log()
+    return torch.cat([teacher_log_q, tail.log()], dim=1) - (mass + tail).log()
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) of each row, for log-probabilities that each sum to 1.
 
-    sum(b - a) is 0 but for the rounding of both normalisers; adding it removes their first-order
-    error.
+    sum(b - a) would be 0 if the normalisers were exact; adding it removes their first-order
+    rounding error.
     """
     a, b = log_a.exp(), log_b.exp()
     live = a != 0  # NaN is, and reaches the gradient

@@ -1,4 +1,4 @@
-"""The outcome of a comparison in sentences, computed from its numbers, whatever they show."""
+"""The outcome of a comparison in sentences, computed from its numbers."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def decoder_type(model: nn.Module) -> type[Decoder]:
     """The decoder to use for `model`: a model without its head, in eval mode.
 
     The model is run on a few tokens. Attention that uses more than queries, keys, a scale, a window
-    and a soft-cap gives other hidden states over a shared prompt, whatever its class declares.
+    and a soft-cap gives other hidden states over a shared prompt, whatever the class declares.
     """
     reason = why_unsupported(model) or _disagrees(model)
     if reason is None:

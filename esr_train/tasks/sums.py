@@ -120,7 +120,7 @@ class SumsTask:
         return float(bool(answers) and answers[-1] == problem.answer)
 
     def split_of(self, summands: Sequence[int]) -> str:
-        """The split that these numbers belong to, in whatever order."""
+        """The split that these numbers belong to, in any order."""
         key = "+".join(map(str, sorted(summands))).encode()
         draw = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32
         return "heldout" if draw < _HELDOUT_SHARE else "train"
