@@ -26,7 +26,7 @@ def seed_from(*parts: int | str) -> int:
 class TokenizedTask:
     """A task and a tokenizer; each problem is encoded once.
 
-    A prompt goes through the chat template, up to where the answer starts, or is encoded as it is.
+    A prompt is formatted by the chat template, up to the start of the answer, or encoded unchanged.
     """
 
     def __init__(self, task: Task, tokenizer: Any) -> None:

@@ -31,7 +31,7 @@ def sample_text(
 ) -> str:
     """Every prompt with `samples` answers, as text for a terminal.
 
-    Prompts go through the chat template if the task of the config does that with its own. Log-probs
+    Prompts are formatted by the chat template if those of the config's task are. Log-probs
     are those of the whole distribution at the temperature, before the filters of `params`.
 
     Raises:

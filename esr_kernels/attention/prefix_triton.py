@@ -33,7 +33,7 @@ from esr_kernels.common.logits_triton import online_maximum, transform_logits
 
 # (bytes of an operand, widest head) -> (queries, keys) of a prefix block. The accumulator takes
 # queries * head / 128 registers of a thread, and keys and values a block each of shared memory.
-# fp32 goes through no matrix unit, and its operands through registers.
+# fp32 uses no matrix unit, and its operands are held in registers.
 PREFIX_BLOCKS: dict[tuple[int, int], tuple[int, int]] = {
     (2, 64): (64, 64),
     (2, 128): (64, 64),

@@ -117,9 +117,9 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> No
     """out = alpha * a @ b + accumulate * out, rounded once, to the dtype of `out`."""
     beta = 1.0 if accumulate else 0.0
     if a.dtype.itemsize == 2 and (KERNELS_ON_CPU or a.device.type == "cpu"):
-        # Kernels that are tested without a GPU. oneDNN's AMX product of bf16 reads a column more
-        # where their number is odd: it multiplies what lies between the rows by 0, and that may be
-        # NaN.
+        # For kernels that are tested without a GPU. With an odd number of columns, oneDNN's AMX
+        # product of bf16 reads one element past each row and multiplies it by 0; in the padding
+        # between rows that may be NaN.
         a = a.contiguous()
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)

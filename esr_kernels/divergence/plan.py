@@ -1,7 +1,7 @@
 """A plan to compute a divergence, and what it costs in bytes, FLOPs and memory traffic.
 
 stash      Chunks of tokens. Both models' logits of a chunk exist at once; their gradient replaces
-           them and goes through the two gradient GEMMs immediately. 4 GEMMs, none repeated.
+           them and is used by the two gradient GEMMs immediately. 4 GEMMs, none repeated.
 recompute  The forward stores a few floats a token. The backward projects one tile of classes after
            another again, and writes each tile of the weight gradient once. 6 GEMMs (8 where the
            divergence takes two passes), little memory, any upstream gradient.

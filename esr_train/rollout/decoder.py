@@ -162,7 +162,7 @@ def decoder_type(model: nn.Module) -> type[Decoder]:
     if reason is None:
         return SharedPrefixDecoder
     logger.warning(
-        "%s decodes without shared prompts, each response with keys and values of its own: %s",
+        "%s decodes without shared prompts, with a copy of the prompt for each response: %s",
         type(model).__name__,
         reason,
     )

@@ -29,7 +29,7 @@ class Task(Protocol):
     """The interface that training and evaluation use."""
 
     name: str
-    chat: bool  # True: prompts go through the tokenizer's chat template
+    chat: bool  # whether prompts are formatted by the tokenizer's chat template
 
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
         """`count` problems of "train" or "heldout"; the same arguments give the same list."""
