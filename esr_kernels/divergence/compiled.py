@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.rows import active_rows
+from esr_kernels.common.head import checked_token_weights
+from esr_kernels.common.rows import active_rows, to_device
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.arguments import check_id_values, check_label_values
 from esr_kernels.divergence.call import Call, Gradients, Operands, Outputs, Request, Wanted
@@ -192,7 +193,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     if operands.labels is not None:
         check_label_values(operands.labels, o.classes, o.group is not None)
     active = active_rows(token_weights, o.compact)
-    active = None if active is None else active.to(hidden.device)
+    active = None if active is None else to_device(active, hidden.device)
     group = None
     if o.group is not None:
         from torch.distributed.distributed_c10d import _resolve_process_group
@@ -216,9 +217,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     elif not stashes:
         # A gradient computed in the backward serves any upstream: "auto" must not stash.
         problem = replace(problem, per_token_gradient=True)
-    row_weight = token_weights
-    if token_weights is not None:
-        row_weight = token_weights.to(hidden.device, matmul.logits_dtype(hidden.dtype))
+    row_weight = checked_token_weights(token_weights, hidden)
     return _Running(request.call(problem), active, row_weight, operands, wanted, weight_grad)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.rows import active_rows
+from esr_kernels.common.rows import active_rows, to_device
 from esr_kernels.divergence import reference
 from esr_kernels.divergence.arguments import (
     Inputs,
@@ -196,7 +196,7 @@ def linear_divergence(
         return LinearDivergence(*traced(request, x, token_weights, weight_grad, compact, wanted))
     active = active_rows(token_weights, compact)
     if active is not None:
-        active = active.to(x.student_hidden.device)
+        active = to_device(active, x.student_hidden.device)
     tokens = x.student_hidden.shape[0] if active is None else active.shape[0]
     call = request.call(request.problem(x, tokens, wanted, weight_grad is not None))
     function = StashFunction if call.plan.kind == "stash" else RecomputeFunction
