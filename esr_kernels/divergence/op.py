@@ -88,16 +88,19 @@ def linear_divergence(
         divergence: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), "jeffreys", "jsd",
             "skew_forward_kl", "skew_reverse_kl", "total_variation", or an instance such as
             `JSD(beta=0.1)` or `KLMix(0.2, 0.8)`. Beta follows GKD, TRL and Liger.
-        token_weights: [T] float weights, None for all 1. A row of weight 0 contributes exactly 0,
-            NaN or not, and is not computed where `compact` allows.
+        token_weights: [T] float weights, None for all 1, finite, of either sign: a negative one
+            leads away from the teacher. A row of weight 0 contributes exactly 0, NaN or not, and is
+            not computed where `compact` allows. One that is not finite raises on the CPU; on a GPU,
+            where nobody looks, the loss is NaN.
         temperature: divides both models' logits; `teacher_temperature` overrides the teacher's.
             The loss is not multiplied by temperature**2.
         student_bias: [Vs], trained if it requires a gradient; `teacher_bias` [Vt]. An entry of -inf
             removes a class.
         student_softcap, teacher_softcap: Gemma-2-style soft-capping of the logits, None for none.
         student_logit_scale, teacher_logit_scale: multiply the logits (Cohere, Granite).
-        num_classes: classes that both models have, from 0; default min(Vs, Vt). Rows of the heads
-            beyond it are padding: probability 0, gradient 0.
+        num_classes: classes that both models have, from 0; default min(Vs, Vt), with a warning (not
+            in a compiled call) where the two differ by more than a tenth. Rows of the heads beyond
+            it are padding: probability 0, gradient 0.
         student_ids, teacher_ids: [V] int64, for models that number the same strings differently:
             class c is row student_ids[c] of the student's head and teacher_ids[c] of the teacher's.
             All other rows have probability 0 and gradient 0. The ids are distinct; on the CPU that
@@ -112,7 +115,8 @@ def linear_divergence(
         reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).
         plan: "auto" (no stash for fp16 training, which it would round before the loss scale is
             known), "stash", "recompute", "fused" (a recompute whose forward is one Triton kernel,
-            GPU only) or a `Plan` from `plan_linear_divergence`.
+            GPU only) or a `Plan` from `plan_linear_divergence` for the same classes, dims, dtypes
+            and kind of device; the number of tokens may differ.
         memory_budget: bytes to use beyond inputs and gradients; None takes
             `default_memory_budget(device)`. Not with a `Plan`, whose chunks are set.
         compact: drop rows of weight 0 before the GEMMs. None does so when the weights lie on the
@@ -134,8 +138,10 @@ def linear_divergence(
         ValueError or TypeError naming the argument, what it was and what is allowed.
 
     Exactness: logits, softmaxes and reductions are fp32 whatever the operands' dtype; the weight
-        gradient accumulates in fp32. On GPU dz is rounded to the operands' dtype for the gradient
-        GEMMs. Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or
+        gradient accumulates in fp32. fp32 operands are multiplied in full, not in TF32, and sums of
+        products are fp32, whatever `torch.backends.cuda.matmul` allows: in every plan alike. On GPU
+        dz is rounded to the operands' dtype for the gradient GEMMs. A logit that scale or
+        temperature take out of the range of fp32 makes its row NaN, as softmax does. Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or
         empty batch gives loss 0 and zero gradients. NaN in a row of another weight than 0 stays in
         that row's outputs, but reaches the whole weight gradient.
     Memory: within `memory_budget` beyond inputs and gradients, logits of all tokens and classes at

@@ -14,7 +14,9 @@ real GPU would fault on, or wait for, raises `AssertionError` here:
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
+
+import esr_kernels
+from esr_kernels.common import matmul
 
 _READS_VALUES = {
     "_local_scalar_dense",
@@ -177,6 +182,7 @@ def _check_launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Any:
 
 
 launches: list[str] = []  # names of kernels, in order
+_REPLACED = {"launch": _check_launch, "current_arch": lambda like: "sm_90"}
 
 
 def _check_operand(name: str, x: Tensor, like: Tensor, numbers: set[int]) -> None:
@@ -192,23 +198,13 @@ def _check_operand(name: str, x: Tensor, like: Tensor, numbers: set[int]) -> Non
 @contextlib.contextmanager
 def imagined_gpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make tensors with device="cuda" inside; ops run on them as on a GPU of compute 9.0."""
-    from esr_kernels.attention import prefix_triton
-    from esr_kernels.common import matmul
-    from esr_kernels.divergence import fused_triton, rows_triton
-    from esr_kernels.sampling import draw_triton, filters_triton, tiles_triton
-    from esr_kernels.sampling import fused_triton as sampling_fused
-    from esr_kernels.scoring import selected_triton
-
-    modules = (prefix_triton, fused_triton, rows_triton, selected_triton) + (
-        draw_triton,
-        filters_triton,
-        tiles_triton,
-        sampling_fused,
-    )
-    for module in modules:
-        patch.setattr(module, "launch", _check_launch)
-        if hasattr(module, "current_arch"):
-            patch.setattr(module, "current_arch", lambda like: "sm_90")
+    for found in pkgutil.walk_packages(esr_kernels.__path__, "esr_kernels."):
+        if not found.name.endswith("_triton"):
+            continue
+        module = importlib.import_module(found.name)
+        for name, replacement in _REPLACED.items():
+            if hasattr(module, name):
+                patch.setattr(module, name, replacement)
     patch.setattr(matmul, "KERNELS_ON_CPU", False)
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
     patch.setattr(Tensor, "pin_memory", _pinned)
