@@ -173,5 +173,5 @@ def _widening_mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bo
         torch.mm(a, b, out_dtype=wide, out=out)
         out.mul_(alpha)
     else:
-        for rows in _slices(out.shape[0], strip_rows(*out.shape, out.device.type)):
+        for rows in _slices(len(out), strip_rows(len(out), out.shape[1], out.device.type)):
             out[rows].add_(torch.mm(a[rows], b, out_dtype=wide), alpha=alpha)

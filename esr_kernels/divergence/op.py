@@ -141,9 +141,10 @@ def linear_divergence(
         gradient accumulates in fp32. fp32 operands are multiplied in full, not in TF32, and sums of
         products are fp32, whatever `torch.backends.cuda.matmul` allows: in every plan alike. On GPU
         dz is rounded to the operands' dtype for the gradient GEMMs. A logit that scale or
-        temperature take out of the range of fp32 makes its row NaN, as softmax does. Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or
-        empty batch gives loss 0 and zero gradients. NaN in a row of another weight than 0 stays in
-        that row's outputs, but reaches the whole weight gradient.
+        temperature take out of the range of fp32 makes its row NaN, as softmax does. Reductions
+        have a fixed order: repeated calls agree bit for bit. An all-masked or empty batch gives
+        loss 0 and zero gradients. NaN in a row of another weight than 0 stays in that row's
+        outputs, but reaches the whole weight gradient.
     Memory: within `memory_budget` beyond inputs and gradients, logits of all tokens and classes at
         once only where they fit it; `plan_linear_divergence` prints the peak.
     Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
