@@ -21,6 +21,7 @@ from esr_kernels import (
     sample_from_hidden,
     token_logprob,
 )
+from esr_kernels.common import head
 from esr_kernels.divergence import arguments as checks
 from esr_kernels.divergence import autograd
 from esr_kernels.scoring import selected, topk
@@ -59,8 +60,14 @@ class _NoWaiting(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """What the package does with values where they are at hand, it leaves out on a GPU."""
-    # The last is hidden behind the function of its name.
-    modules = autograd, checks, selected, topk, sys.modules["esr_kernels.scoring.token_logprob"]
+    modules = (
+        autograd,
+        checks,
+        head,
+        selected,
+        topk,
+        sys.modules["esr_kernels.scoring.token_logprob"],
+    )
     for module in modules:
         monkeypatch.setattr(module, "values_are_at_hand", lambda tensor: False)
     if not triton.knobs.runtime.interpret:

@@ -9,10 +9,14 @@ from esr_kernels import (
     JSD,
     KLMix,
     LinearDivergenceLoss,
+    SampleKeys,
     default_memory_budget,
     linear_divergence,
     plan_linear_divergence,
+    sample_from_hidden,
+    token_logprob,
 )
+from esr_kernels.common import head
 from tests.kernels import cases
 
 
@@ -171,3 +175,102 @@ def test_a_compiled_call_without_tokens(compiled):
     assert out.loss.shape == (0,)
     out.loss.sum().backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+OTHER_MODELS = {
+    "classes": ({"classes": 1000}, "plan was made for classes = 1000, and this call has 1003"),
+    "depth": ({"student_dim": 32}, "plan was made for student_dim = 32, and this call has 24"),
+    "dtype": ({"dtype": torch.bfloat16}, "plan was made for hidden_dtype = torch.bfloat16"),
+    "device": ({"device": "cuda"}, "plan was made for device 'cuda', and this call has 'cpu'"),
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("other", OTHER_MODELS)
+def test_a_plan_of_another_model(other, how, compiled):
+    changes, message = OTHER_MODELS[other]
+    sizes = {"tokens": 23, "classes": 1003, "student_dim": 24, "teacher_dim": 40}
+    plan = plan_linear_divergence(
+        **{**sizes, "dtype": torch.float32, "device": "cpu", "plan": "recompute", **changes}
+    )
+    call = compiled if how == "compiled" else linear_divergence
+    with pytest.raises(Exception, match=message):
+        call(*_tensors(), plan=plan)
+
+
+def test_a_plan_for_another_number_of_tokens():
+    hidden, weight, teacher_hidden, teacher_weight = _tensors()
+    plan = plan_linear_divergence(7, 1003, 24, 40, dtype=torch.float32, device="cpu")
+    out = linear_divergence(hidden, weight, teacher_hidden, teacher_weight, plan=plan)
+    assert torch.equal(out.per_token, linear_divergence(*_tensors()).per_token)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_weight_that_is_no_number(how, bad, compiled):
+    weights = torch.ones(cases.TOKENS)
+    weights[4] = bad
+    call = compiled if how == "compiled" else linear_divergence
+    with pytest.raises(ValueError, match=f"token_weights must be finite, got {bad} at position 4"):
+        call(*_tensors(), token_weights=weights)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "triton", "reference"])
+def test_a_weight_of_nan_that_nobody_looked_at(impl, monkeypatch):
+    """As on a GPU: the loss is NaN, and not a number that looks right."""
+    monkeypatch.setattr(head, "values_are_at_hand", lambda tensor: False)
+    weights = torch.ones(cases.TOKENS, device=cases.DEVICE)
+    weights[4] = torch.nan
+    tensors = cases.random_pair(torch.float32).tensors
+    out = linear_divergence(*tensors, token_weights=weights, impl=impl, compact=False)
+    assert out.loss.isnan() and out.per_token.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "triton", "reference"])
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+def test_a_negative_weight_turns_the_gradient_round(plan, impl):
+    """The sum is of -w times the divergence: away from the teacher."""
+    tensors = cases.random_pair(torch.float32).tensors
+    results = []
+    for sign in (1.0, -1.0):
+        hidden, weight = (x.detach().clone().requires_grad_() for x in tensors[:2])
+        weights = sign * torch.linspace(0.5, 1.5, cases.TOKENS)
+        out = linear_divergence(
+            hidden, weight, *tensors[2:], token_weights=weights, plan=plan, impl=impl
+        )
+        out.loss.backward()
+        results.append((out.loss, hidden.grad, weight.grad))
+    assert results[0][1].norm() > 0
+    for ours, turned in zip(*results, strict=True):
+        torch.testing.assert_close(ours, -turned, rtol=1e-6, atol=1e-7)
+
+
+def test_a_head_without_columns():
+    hidden, weight = torch.zeros(3, 0), torch.zeros(5, 0)
+    teacher, teacher_weight = torch.zeros(3, 4), torch.zeros(5, 4)
+    message = "hidden and .*weight must have at least one column, got 0"
+    with pytest.raises(ValueError, match=f"student_{message}"):
+        linear_divergence(hidden, weight, teacher, teacher_weight)
+    with pytest.raises(ValueError, match=f"teacher_{message}"):
+        linear_divergence(teacher, teacher_weight, hidden, weight)
+    with pytest.raises(ValueError, match=message):
+        token_logprob(hidden, weight, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=message):
+        sample_from_hidden(hidden, weight, SampleKeys(0, torch.arange(3), 0))
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "triton", "reference"])
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+def test_a_logit_that_leaves_the_range_of_fp32(plan, impl):
+    """3e38 / 0.7 is infinite: its row is NaN, as the softmax of such logits, and no other."""
+    tensors = [x.clone() for x in cases.random_pair(torch.float32).tensors]
+    tensors[1][:, 0] = 0.0
+    tensors[1][7, 0] = 1.0
+    clean = linear_divergence(*tensors, temperature=0.7, plan=plan, impl=impl)
+    tensors[0][2, 0] = 3e38
+    out = linear_divergence(*tensors, temperature=0.7, plan=plan, impl=impl)
+    others = torch.arange(cases.TOKENS, device=cases.DEVICE) != 2
+    assert out.per_token[2].isnan() and out.loss.isnan()
+    assert torch.equal(out.per_token[others], clean.per_token[others])
+    within = linear_divergence(*tensors, temperature=1.0, plan=plan, impl=impl)
+    assert within.loss.isfinite()
