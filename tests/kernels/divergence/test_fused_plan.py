@@ -82,15 +82,8 @@ def test_any_upstream_gradient():
 
 
 def test_no_tokens():
-    case = _small("random_pair", torch.float32)
-    out = linear_divergence(
-        case.student_hidden[:0],
-        case.student_weight,
-        case.teacher_hidden[:0],
-        case.teacher_weight,
-        plan="fused",
-        impl="triton",
-    )
+    case = _small("random_pair", torch.float32).rows(slice(0))
+    out = linear_divergence(*case.tensors, plan="fused", impl="triton")
     assert out.loss == 0 and out.per_token.shape == (0,)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from esr_kernels import JSD, Jeffreys, KLMix, SkewForwardKL, SkewReverseKL, TotalVariation
-from esr_kernels.common import matmul
 from tests.kernels import cases
 
 DIVERGENCES = [
@@ -111,25 +110,10 @@ def test_chunking_does_not_change_the_result(plan, chunks):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("damage", ["zero dX", "halve dX", "zero dW", "halve dW", "bf16 logits"])
+@pytest.mark.parametrize("damage", cases.DAMAGES)
 def test_the_suite_notices_a_wrong_gradient(damage, plan, monkeypatch):
     """A mutation check: the criterion above must fail when the op is broken on purpose."""
-    name = {"dX": "hidden_gradient", "dW": "weight_gradient"}.get(damage[-2:])
-    if name is None:
-        project = matmul.project
-
-        def rounded(hidden, weight, out, ids=None):
-            return out.copy_(project(hidden, weight, out, ids).to(torch.bfloat16))
-
-        monkeypatch.setattr(matmul, "project", rounded)
-    else:
-        compute = getattr(matmul, name)
-        factor = 0.0 if damage.startswith("zero") else 0.5
-
-        def damaged(*args, alpha, accumulate):
-            compute(*args, alpha=alpha * factor, accumulate=accumulate)
-
-        monkeypatch.setattr(matmul, name, damaged)
+    cases.damage_products(monkeypatch, damage)
     for dtype in (torch.float32, torch.bfloat16):
         for make in (cases.random_pair, cases.nearly_equal):
             case = make(dtype)
