@@ -90,6 +90,10 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
         (["compare", "CONFIG", "eval.max_new_tokens=400"], "context overflow"),
         (["evaluate", "CONFIG", "--model", "builtin:nothing"], "no such built-in model"),
         (["report", "nowhere"], "nowhere"),
+        (["sample", "CONFIG", "--prompt", "1" * 200], "the longest prompt has 200 tokens"),
+        (["sample", "CONFIG", "--prompt", "1", "--max-new-tokens", "500"], "with 500 new ones exc"),
+        (["sample", "CONFIG", "--prompt", "1", "student.model=/nowhere"], "no such directory"),
+        (["sample", "CONFIG", "--prompt", "1", "rollout.tsk=sums"], "did you mean 'rollout.task'"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(
@@ -102,11 +106,30 @@ def test_an_error_is_one_line_and_exit_code_2(
     assert "\n" not in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "a", "--oot"], ["fetch", "gpt"]])
-def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("trian", "invalid choice: 'trian'"),
+        ("train a --oot", "unrecognized arguments: --oot"),
+        ("fetch gpt", "invalid choice: 'gpt'"),
+        *(
+            (f"compare a --jobs {n}", f"got {n}, must be a whole")
+            for n in ("0", "-1", "two", "1.5")
+        ),
+        ("sample a", "required: --prompt"),
+        ("sample a --prompt 1 --samples 0", "--samples"),
+        ("sample a --prompt 1 --temperature -1", "--temperature"),
+        ("sample a --prompt 1 --top-p 1.5", "--top-p"),
+        ("sample a --prompt 1 --top-k 2.5", "--top-k"),
+    ],
+)
+def test_usage_errors_are_exit_code_2(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
+        main(arguments.split())
+    assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_out_of_memory_says_what_to_do(

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from esr_train.arms import Arms
-from esr_train.cli import main
 from esr_train.compare import compare, default_jobs
 from esr_train.config import Config
 from esr_train.metrics import read_rows
@@ -156,13 +155,3 @@ def test_small_models_on_a_cpu_get_a_process_for_each_thread(
         assert default_jobs(arms) == 3
     monkeypatch.setattr("esr_train.compare.SMALL_PARAMETERS", 1000)
     assert default_jobs(arms) == 1
-
-
-@pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5"])
-def test_jobs_that_are_no_number_of_processes_are_refused(
-    jobs: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["compare", "any.yaml", "--jobs", jobs])
-    assert caught.value.code == 2
-    assert f"--jobs: got {jobs}, must be a whole number of at least 1" in capsys.readouterr().err
