@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 
 from esr_train import cli
 from esr_train.cli import main
-from esr_train.config import Config, load_config, to_yaml
+from esr_train.config import load_config, to_yaml
 from esr_train.metrics import read_rows
-
-MakeConfig = Callable[..., Config]
+from tests.tiny import MakeConfig
 
 
 @pytest.fixture
@@ -83,9 +81,10 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
     [
         (["train", "nowhere.yaml"], "nowhere.yaml is not a file"),
         (["train", "CONFIG", "optim.lrr=1"], "did you mean 'optim.lr'"),
-        (["compare", "CONFIG", "loss.divergence=kl"], "loss.divergence"),
+        (["compare", "CONFIG", "loss.divergence=revers_kl"], "loss.divergence: "),
         (["compare", "CONFIG", "student.model=/nowhere"], "no such directory"),
-        (["compare", "CONFIG", "rollout.task=nothing"], "rollout.task"),
+        (["compare", "CONFIG", "rollout.task=sumz"], "rollout.task: "),
+        (["compare", "CONFIG", "rollout.task=prompts", "eval.problems=9999"], "eval.problems: "),
         (["compare", "CONFIG", "arms=[]"], "compare needs a list"),
         (["compare", "CONFIG", "eval.max_new_tokens=400"], "context overflow"),
         (["evaluate", "CONFIG", "--model", "builtin:nothing"], "no such built-in model"),

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from esr_train.cli import main
-from esr_train.config import Config, to_yaml
-from tests.tiny import by_transformers, char_tokenizer, tiny_llama
-
-MakeConfig = Callable[..., Config]
+from esr_train.config import to_yaml
+from tests.tiny import MakeConfig, by_transformers, char_tokenizer, tiny_llama
 
 
 @pytest.fixture

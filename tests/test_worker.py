@@ -17,12 +17,11 @@ import torch
 
 from esr_train.arms import Arms
 from esr_train.compare import compare, default_jobs
-from esr_train.config import Config
 from esr_train.metrics import read_rows
 from esr_train.run_dir import write_run_files
 from esr_train.worker import ArmError, run_side_by_side
+from tests.tiny import MakeConfig
 
-MakeConfig = Callable[..., Config]
 ARMS = [{"name": "esr-3", "max_new_tokens": 3}, {"name": "full", "max_new_tokens": 6}]
 TIMINGS = ("seconds", "peak_bytes", "train_seconds")
 

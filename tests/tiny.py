@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from esr_train.config import Config
+
+MakeConfig = Callable[..., Config]  # the fixture `make_config`
 ALPHABET = "0123456789+=abcdefghij ."
 TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -227,14 +227,8 @@ def _leaves(case: Case, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], d
 
 def oracle(case: Case, divergence: Any) -> dict[str, Tensor]:
     leaves, options = _leaves(case, torch.float64)
-    output = oracle_module.linear_divergence(
-        leaves["student_hidden"],
-        leaves["student_weight"],
-        case.teacher_hidden,
-        case.teacher_weight,
-        divergence,
-        **options,
-    )
+    student = leaves["student_hidden"], leaves["student_weight"]
+    output = oracle_module.linear_divergence(*student, *case.tensors[2:], divergence, **options)
     return _results(case, leaves, output)
 
 
@@ -281,13 +275,7 @@ def plain(case: Case, divergence: Any, rounds_dz: bool = False) -> dict[str, Ten
         hidden, weight, bias = behind_rounding(hidden, weight, options.get("student_bias"))
         options["student_bias"] = bias
     output = oracle_module.linear_divergence(
-        hidden,
-        weight,
-        case.teacher_hidden,
-        case.teacher_weight,
-        divergence,
-        dtype=torch.float32,
-        **options,
+        hidden, weight, *case.tensors[2:], divergence, dtype=torch.float32, **options
     )
     return _results(case, leaves, output)
 
@@ -295,14 +283,8 @@ def plain(case: Case, divergence: Any, rounds_dz: bool = False) -> dict[str, Ten
 def ours(case: Case, divergence: Any, **how: Any) -> dict[str, Tensor]:
     leaves, options = _leaves(case, None)
     options["token_weights"] = case.options.get("token_weights")
-    output = linear_divergence(
-        leaves["student_hidden"],
-        leaves["student_weight"],
-        case.teacher_hidden,
-        case.teacher_weight,
-        divergence,
-        **{**options, **how},
-    )
+    student = leaves["student_hidden"], leaves["student_weight"]
+    output = linear_divergence(*student, *case.tensors[2:], divergence, **{**options, **how})
     return _results(case, leaves, output._asdict())
 
 

@@ -57,6 +57,12 @@ def _assert_equal(run, leaves, backend="aot_eager"):
         assert cases.relative_error(ours, expected) < 1e-5
 
 
+def _assert_alike(loss, expected, leaf):
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    (ours,), (exact,) = (torch.autograd.grad(value, leaf) for value in (loss, expected))
+    assert cases.relative_error(ours, exact) < 1e-5
+
+
 @pytest.mark.parametrize(
     "make, divergence, plan, reduction",
     [
@@ -129,9 +135,7 @@ def test_one_graph_serves_any_number_of_tokens():
         loss = run(hidden[:tokens], case.teacher_hidden[:tokens], weights)
         few = case.rows(slice(tokens))
         expected = linear_divergence(*few.tensors, token_weights=weights).loss
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-        (ours,) = torch.autograd.grad(loss, hidden)
-        assert cases.relative_error(ours, torch.autograd.grad(expected, hidden)[0]) < 1e-5
+        _assert_alike(loss, expected, hidden)
     assert counter.frame_count <= 2
 
 
@@ -143,9 +147,7 @@ def test_a_compiler_told_that_every_size_varies(plan):
         hidden = case.student_hidden.requires_grad_()
         loss = compiled(*case.tensors, plan=plan).loss
         expected = linear_divergence(*case.tensors, plan=plan).loss
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-        (ours,) = torch.autograd.grad(loss, hidden)
-        assert cases.relative_error(ours, torch.autograd.grad(expected, hidden)[0]) < 1e-5
+        _assert_alike(loss, expected, hidden)
 
 
 def test_the_plan_of_a_graph_holds_up_to_a_number_of_tokens():
