@@ -21,9 +21,10 @@ def path(make_config: MakeConfig, tmp_path: Path) -> Path:
     return path
 
 
-def test_train_report_and_evaluate(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+Capture = pytest.CaptureFixture[str]
+
+
+def test_train_report_and_evaluate(path: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "run"
     assert main(["train", str(path), "steps=2", "--out", str(out)]) == 0
     printed = capsys.readouterr()
@@ -49,7 +50,7 @@ def test_train_report_and_evaluate(
 
 
 def test_compare_ends_with_the_path_of_the_report(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    path: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "run"
     assert main(["compare", str(path), "--out", str(out), "--steps", "1", "optim.lr=0.001"]) == 0
@@ -61,7 +62,7 @@ def test_compare_ends_with_the_path_of_the_report(
 def test_a_dry_run_prints_the_config_and_estimates_and_stops(
     path: Path,
     command: str,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -96,7 +97,7 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(
-    path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    path: Path, arguments: list[str], message: str, capsys: Capture
 ) -> None:
     arguments = [str(path) if a == "CONFIG" else a for a in arguments]
     assert main(arguments) == 2
@@ -112,10 +113,7 @@ def test_an_error_is_one_line_and_exit_code_2(
         ("trian", "invalid choice: 'trian'"),
         ("train a --oot", "unrecognized arguments: --oot"),
         ("fetch gpt", "invalid choice: 'gpt'"),
-        *(
-            (f"compare a --jobs {n}", f"got {n}, must be a whole")
-            for n in ("0", "-1", "two", "1.5")
-        ),
+        *((f"compare a --jobs {n}", f"got {n}, must be a whole") for n in "0 -1 two 1.5".split()),
         ("sample a", "required: --prompt"),
         ("sample a --prompt 1 --samples 0", "--samples"),
         ("sample a --prompt 1 --temperature -1", "--temperature"),
@@ -123,16 +121,14 @@ def test_an_error_is_one_line_and_exit_code_2(
         ("sample a --prompt 1 --top-k 2.5", "--top-k"),
     ],
 )
-def test_usage_errors_are_exit_code_2(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_errors_are_exit_code_2(arguments: str, message: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments.split())
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_out_of_memory_says_what_to_do(
-    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")

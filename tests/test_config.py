@@ -165,8 +165,7 @@ def test_the_configuration_stays_small_and_explained() -> None:
 
 @pytest.mark.parametrize("name", ["esr_train.config", "esr_train.report"])
 def test_a_quick_command_imports_nothing_slow(name: str) -> None:
-    code = (
-        f"import sys, {name}; print({{'torch', 'transformers', 'matplotlib'}} & {{*sys.modules}})"
-    )
+    slow = {"torch", "transformers", "matplotlib"}
+    code = f"import sys, {name}; print({slow} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
