@@ -21,6 +21,7 @@ def _tensors() -> list[torch.Tensor]:
     return [tensor.cpu() for tensor in cases.random_pair(torch.float32).tensors]
 
 
+_STASH = plan_linear_divergence(23, 1003, 24, 40, device="cpu", dtype=torch.float32, plan="stash")
 _WRONG = [
     ({"divergence": "reverse-kl"}, "got 'reverse-kl'; did you mean 'reverse_kl'"),
     ({"divergence": "kl"}, "divergence must be one of.*'kl'"),
@@ -51,6 +52,8 @@ _WRONG = [
     ({"plan": "magic"}, "plan must be.*'magic'"),
     ({"impl": "cuda"}, "impl must be one of.*'cuda'"),
     ({"plan": "stash", "reduction": "none"}, "cannot serve reduction='none'"),
+    ({"plan": _STASH, "reduction": "none"}, "plan='stash'.*cannot serve reduction='none'"),
+    ({"plan": _STASH, "memory_budget": 1 << 20}, "memory_budget must be None with a Plan"),
     ({"memory_budget": 10}, "memory_budget of 10 bytes is too small"),
     ({"memory_budget": -1}, "memory_budget must be a positive"),
     ({"memory_budget": "1GB"}, "memory_budget must be a positive whole number of bytes, got '1GB'"),
@@ -147,12 +150,6 @@ def test_a_plan_for_any_way_of_naming_a_device():
 def test_a_plan_of_impossible_sizes(sizes, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         plan_linear_divergence(*sizes, **{"device": "cpu", **options})
-
-
-def test_a_budget_beside_a_plan():
-    plan = plan_linear_divergence(23, 1003, 24, 40, device="cpu", dtype=torch.float32)
-    with pytest.raises(ValueError, match="memory_budget must be None with a Plan"):
-        linear_divergence(*_tensors(), plan=plan, memory_budget=1 << 20)
 
 
 def test_a_gradient_buffer_without_a_backward():
