@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from esr_kernels import JSD, Jeffreys, KLMix, SkewForwardKL, SkewReverseKL, TotalVariation
+from esr_kernels.divergence.plan import Problem
+from esr_kernels.divergence.planner import make_plan
 from tests.kernels import cases
 
 DIVERGENCES = [
@@ -99,13 +101,16 @@ def test_identical_models_have_no_divergence_and_no_gradient(divergence, plan, i
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("chunks", ["one", "many"])
-def test_chunking_does_not_change_the_result(plan, chunks):
+@pytest.mark.parametrize(("chunks", "mebibytes"), [("one", 24), ("many", 14)])
+def test_chunking_does_not_change_the_result(plan, chunks, mebibytes):
     """Many tokens, a budget that forces several chunks, and still no worse than plain PyTorch."""
     case = cases._pair(300, 2501, (24, 40), (2.0, 2.0), torch.float32)
-    budget = 24 << 20 if chunks == "one" else 18 << 20
+    fp32 = torch.float32
+    problem = Problem(300, 2501, 24, 40, fp32, fp32, cases.DEVICE, rows="torch")
+    made = make_plan(problem, plan, mebibytes << 20)
+    assert (made.token_chunk < 300 or made.vocab_chunk < 2501) == (chunks == "many")
     truth, baseline = cases.oracle(case, "reverse_kl"), cases.plain(case, "reverse_kl")
-    result = cases.ours(case, "reverse_kl", plan=plan, memory_budget=budget, impl="torch")
+    result = cases.ours(case, "reverse_kl", plan=made, impl="torch")
     cases.assert_as_good_as_plain(result, baseline, truth)
 
 
