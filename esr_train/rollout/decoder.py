@@ -44,8 +44,8 @@ class SharedPrefixDecoder:
     def __init__(self, model: nn.Module, shape: Shape) -> None:
         self.model: Any = model
         device = next(self.model.parameters()).device
-        layers: int = self.model.config.num_hidden_layers
-        self.cache = PrefixCache(layers, shape, device)
+        config: Any = model.config
+        self.cache = PrefixCache(config.num_hidden_layers, shape, device)
 
     def reset(self) -> None:
         """Make the buffers those of a new decoder."""

@@ -85,8 +85,11 @@ class Rows:
         return [row for row, response in enumerate(self.row) if response is not None]
 
     def should_enter(self) -> bool:
-        free = len(self.row) - len(self.live)
-        return self.waiting > 0 and free >= min(_ENTER * len(self.row), self.waiting)
+        """Whether enough of the responses that wait would find a row and their prompt a place."""
+        begun = -self.entered % self.samples  # responses left of the prompt that entered last
+        places = self.place.count(None)
+        fit = min(self.row.count(None), self.waiting, begun + places * self.samples)
+        return fit > 0 and fit >= min(_ENTER * len(self.row), self.waiting)
 
     def enter(self) -> Entry:
         """Give free rows to responses that wait; a place to each prompt that has none yet."""
