@@ -202,7 +202,9 @@ class PrefixRollout:
     def release(self) -> None:
         """Free the buffers and graphs that are kept for the next rollout; it makes new ones."""
         self._kept.clear()
-        self._graphs = None
+        if self._graphs is not None:
+            self._graphs.clear()
+            self._graphs = None
 
     def _run(
         self,
@@ -244,14 +246,10 @@ class PrefixRollout:
 
     def _graphs_on(self, device: torch.device) -> StepGraphs:
         """The graphs of steps, without those of weights that are no longer the model's."""
-        if self._graphs is None:
-            self._graphs = StepGraphs(_recorder(device))
-        if self._graphs.recorder is not None:
-            state = device, weights_state(self.model)
-            if state != self._graphs.weights:
-                self._kept.clear()
-                self._graphs = StepGraphs(_recorder(device))
-                self._graphs.weights = state
+        state = weights_state(self.model)
+        if self._graphs is None or self._graphs.weights != state:
+            self.release()
+            self._graphs = StepGraphs(_recorder(device), state)
         return self._graphs
 
     def _lanes(self, model: nn.Module, requests: Requests, budget: int) -> Lanes:

@@ -39,20 +39,14 @@ class StepGraphs:
     it. The keys used longest ago go first. Without a recorder every call runs its step.
     """
 
-    def __init__(self, recorder: Recorder | None) -> None:
+    def __init__(self, recorder: Recorder | None, weights: Hashable = None) -> None:
         self.recorder = recorder
-        self.weights: Hashable = None
+        self.weights = weights  # `weights_state` of the model whose steps these are
         self._calls: dict[Hashable, int] = {}
         self._graphs: OrderedDict[Hashable, Step] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._graphs)
-
-    def check_weights(self, state: Hashable) -> None:
-        """Drop all graphs if the weights are not those that they were captured with."""
-        if state != self.weights:
-            self.clear()
-            self.weights = state
 
     def clear(self) -> None:
         self._calls.clear()
@@ -148,9 +142,9 @@ def weights_state(model: nn.Module) -> Hashable:
     moved, or after adapters were merged, switched or scaled.
     """
     tensors = tuple(
-        (name, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        for named in (model.named_parameters(), model.named_buffers())
-        for name, tensor in named
+        (name, tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        for found in (model.named_parameters(), model.named_buffers())
+        for name, tensor in found
     )
     adapters = tuple(
         (name, *(str(getattr(module, part, None)) for part in _ADAPTER_STATE))
