@@ -164,13 +164,13 @@ def test_a_row_alone_samples_what_it_did_among_others(monkeypatch: pytest.Monkey
     one where it does not.
     """
     sizes: list[tuple[int, int]] = []  # rows and prompts that are left, at every compaction
-    select = PrefixCache.select
+    place = PrefixCache.place
 
-    def watched(cache: PrefixCache, *arguments: Any) -> None:
-        select(cache, *arguments)
-        sizes.append((len(cache.prompt_of_row), cache.prompts))
+    def watched(cache: PrefixCache, place_of_row: list[int], prompts: int) -> None:
+        place(cache, place_of_row, prompts)
+        sizes.append((cache.rows, len({place // 3 for place in place_of_row})))
 
-    monkeypatch.setattr(PrefixCache, "select", watched)
+    monkeypatch.setattr(PrefixCache, "place", watched)
     engine = PrefixRollout(tiny_llama(5), TOKENIZER)
     prompts = [[token, 3] for token in range(2, 26)]
     batch = engine.generate(prompts, 3, 40, 1.0, (0,))

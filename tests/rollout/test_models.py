@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from esr_train.models import ModelError
-from esr_train.rollout import PrefixRollout, RolloutBatch, cache, decoder, engine
+from esr_train.rollout import PrefixRollout, RolloutBatch, cache, decoder, loop
 from tests.tiny import SETTINGS, by_transformers, char_tokenizer, tiny_llama
 
 TOKENIZER = char_tokenizer()
@@ -65,7 +65,7 @@ def assert_greedy_is_theirs(model: Any, samples: int = 1, length: int = 16) -> R
 @pytest.fixture
 def eager_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go as soon as they have ended."""
-    monkeypatch.setattr(engine, "_should_compact", lambda gone, *_: gone > 0)
+    monkeypatch.setattr(loop, "_should_shrink", lambda gone, *_: gone > 0)
 
 
 @pytest.mark.usefixtures("eager_compaction")

@@ -16,6 +16,7 @@ from esr_kernels import (
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
+    plan_linear_divergence,
 )
 from esr_kernels.divergence.losses import kernel_form, resolve_divergence
 from esr_kernels.divergence.plan import Problem

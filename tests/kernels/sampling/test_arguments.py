@@ -34,7 +34,12 @@ _BAD_CALLS = [
     ({"logits": torch.zeros(2, 0)}, ValueError, "at least one class"),
     ({"logits": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "logits must be one of"),
     ({"logits": [[1.0]]}, TypeError, "logits must be a torch.Tensor, got list"),
-    ({"keys": SampleKeys("a", _ROW_IDS, 0)}, TypeError, "keys.seed must be an int, got str"),
+    ({"keys": SampleKeys("a", _ROW_IDS, 0)}, TypeError, "keys.seed must be an int or a tensor"),
+    (
+        {"keys": SampleKeys(torch.zeros(2, dtype=torch.int64), _ROW_IDS, 0)},
+        ValueError,
+        r"keys.seed must have shape \[1\], got \[2\]",
+    ),
     ({"keys": SampleKeys(1 << 64, _ROW_IDS, 0)}, ValueError, "keys.seed must be from -2"),
     ({"keys": SampleKeys(0, _ROW_IDS[:1], 0)}, ValueError, r"keys.rows must have shape \[2\]"),
     ({"keys": SampleKeys(0, _ROW_IDS.int(), 0)}, TypeError, "keys.rows must be int64"),

@@ -149,3 +149,18 @@ def test_parameters_need_not_lie_side_by_side():
     bias = _normal(1, 600, seed=3)[0, ::2]
     invalid = (_normal(1, 600, seed=4)[0] > 1.5)[::2]
     _agree(logits, params, bias=bias, invalid=invalid, softcap=30)
+
+
+@pytest.mark.parametrize("seed", [0, -1, (1 << 40) + 12345])
+def test_a_seed_in_memory_is_the_seed(seed):
+    """A CUDA graph reads it at every replay, so that a captured step serves another seed."""
+    logits = SOME.to(DEVICE)
+    rows = torch.arange(len(logits), device=DEVICE)
+    in_memory = torch.tensor([seed], device=DEVICE)
+    for impl in ("triton", "torch"):
+        expected = sample_from_logits(logits, SampleKeys(seed, rows, 3), impl=impl)
+        other = sample_from_logits(logits, SampleKeys(seed + 1, rows, 3), impl=impl)
+        found = sample_from_logits(logits, SampleKeys(in_memory, rows, 3), impl=impl)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.logprob, expected.logprob)
+        assert not torch.equal(other.tokens, expected.tokens)
