@@ -48,19 +48,25 @@ def load_experiment(config: Config) -> Experiment:
     models = [load_model(spec, config.runtime) for spec in (config.student, config.teacher)]
     classes = min(head(model).weight.shape[0] for model in models)
     check_same_tokenizer(tokenizer, teacher_tokenizer, classes)
-    student, teacher_rollout = (PrefixRollout(model, tokenizer, classes) for model in models)
-    teacher = Teacher(teacher_rollout)
     ends = Terminators(
-        *(
-            tuple(eos_ids(model, of_model))
-            for model, of_model in zip(models, (tokenizer, teacher_tokenizer), strict=True)
-        )
+        student=tuple(eos_ids(models[0], tokenizer)),
+        teacher=tuple(eos_ids(models[1], teacher_tokenizer)),
     )
-    merges, merge = config.loss.merge_terminators, None
-    if merges:
-        heads = [head(model).weight.shape[0] for model in models]
-        merge = ends.groups((heads[0], heads[1]), classes)
+    rows = [head(model).weight.shape[0] for model in models]
+    stops = ends.groups((rows[0], rows[1]), classes)
+    merges = config.loss.merge_terminators
+    if merges and not all(stops):
+        raise ConfigError(
+            "loss.merge_terminators: a model has no token that ends an answer; set eos_token_id in "
+            "its generation config"
+        )
+    student, teacher_rollout = (
+        PrefixRollout(model, tokenizer, classes, stop_ids=ids)
+        for model, ids in zip(models, stops, strict=True)
+    )
+    teacher = Teacher(teacher_rollout)
     tokenized = TokenizedTask(task, tokenizer)
     evaluator = Evaluator(config, student, teacher, tokenized) if config.eval.every else None
     described = ends.describe(tokenizer, teacher_tokenizer, merges)
+    merge = stops if merges else None
     return Experiment(student, teacher, teacher_tokenizer, described, merge, tokenized, evaluator)

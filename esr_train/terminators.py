@@ -14,8 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from esr_train.config import ConfigError
-
 # Rows of the student's head and of the teacher's.
 Groups = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -28,15 +26,12 @@ class Terminators:
     teacher: tuple[int, ...]
 
     def groups(self, rows: tuple[int, int], shared: int | tuple[Tensor, Tensor]) -> Groups:
-        """What the loss merges: each model's own ends, and what the other's are to it.
+        """Where sampling stops and what the loss may merge: a model's own ends and the other's.
 
         Args:
             rows: of the student's head and of the teacher's.
             shared: the number of ids that mean the same to both, or for each class that both have
                 the student's id and the teacher's.
-
-        Raises:
-            ConfigError: a model has no token that ends an answer.
         """
         pairs: Iterable[tuple[int, int]]
         if isinstance(shared, int):
@@ -52,12 +47,6 @@ class Terminators:
             tuple(sorted(token for token in group if token < count))
             for group, count in ((student, rows[0]), (teacher, rows[1]))
         ]
-        for name, group in zip(("student", "teacher"), groups, strict=True):
-            if not group:
-                raise ConfigError(
-                    f"loss.merge_terminators: the {name} has no token that ends an answer; set "
-                    "eos_token_id in its generation config"
-                )
         return groups[0], groups[1]
 
     def describe(self, student: Any, teacher: Any, merged: bool) -> str:

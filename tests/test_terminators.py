@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM
 
-from esr_train.config import Config, ConfigError
+from esr_train.config import Config
 from esr_train.experiment import load_experiment
 from esr_train.metrics import read_rows
 from esr_train.terminators import Terminators
@@ -62,9 +62,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def _rate_of_own_end(trainer: Trainer) -> float:
-    """The share of sampled answers that have the student's own terminator."""
+    """The share of sampled answers that end by the student's own terminator."""
     batch = trainer.rollout.generate(trainer.prompts.prompts_for(1), 16, 8, 1.0, ("test",))
-    return float((batch.tokens == OWN).any(1).double().mean())
+    last = batch.tokens.gather(1, batch.lengths[:, None] - 1)[:, 0]
+    return float((last == OWN).double().mean())
 
 
 @pytest.mark.parametrize("merges", [False, True], ids=["apart", "merged"])
@@ -87,6 +88,8 @@ def test_a_student_keeps_its_own_end_only_where_ends_are_merged(
 def test_what_is_printed_at_the_start(config: Config) -> None:
     apart = load_experiment(config)
     assert apart.merge is None
+    # Sampling stops at either end, merged or not.
+    assert apart.student.stop_ids == apart.teacher.rollout.stop_ids == [OWN, OTHERS]
     assert apart.ends.startswith("answers end by: '<eos>' (student); '.' (teacher)\nwarning: ")
     loss = config.loss.model_copy(update={"merge_terminators": True})
     merged = load_experiment(config.model_copy(update={"loss": loss}))
@@ -102,5 +105,3 @@ def test_groups_of_vocabularies_that_are_padded_or_mapped() -> None:
     assert ends.groups((42, 36), 32) == ((3, 5, 40), (3, 5, 33))
     maps = torch.tensor([0, 3, 7]), torch.tensor([1, 2, 5])
     assert ends.groups((42, 36), maps) == ((3, 7, 40), (2, 5, 33))
-    with pytest.raises(ConfigError, match="the student has no token that ends an answer"):
-        Terminators((), (40,)).groups((32, 64), 32)
