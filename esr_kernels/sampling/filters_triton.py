@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.launch import launch
 from esr_kernels.sampling.params import Classes, RowParams
 from esr_kernels.sampling.tiles_triton import (
     empties,
@@ -315,7 +316,7 @@ def cutoffs(
         "RANKED": ranked,
         "CAPACITY": capacity,
     }
-    _candidates_kernel[(rows,)](
+    launch(_candidates_kernel, (rows,), raw)(
         raw,
         raw.stride(0),
         statistics=statistics,
@@ -326,7 +327,7 @@ def cutoffs(
         num_warps=CANDIDATES_BLOCK[1],
         **shared,
     )
-    _cutoff_kernel[(rows,)](
+    launch(_cutoff_kernel, (rows,), raw)(
         raw,
         raw.stride(0),
         lowest_ptr=params.lowest(tops, tops + totals.log()) if params.floors else None,
