@@ -11,9 +11,10 @@ import os
 
 import pytest
 
-_HAS_GPU = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/kfd")
+HAS_GPU = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/kfd")
+GPU_EXP = os.environ.get("ESR_GPU_EXP") == "1"
 SANITIZES = os.environ.get("ESR_TRITON_ON_CPU") == "1"
-if not _HAS_GPU and not SANITIZES:
+if not HAS_GPU and not SANITIZES:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -88,7 +89,7 @@ def _to_the_last_bit(function):
     return of
 
 
-def _like_a_gpu(x):
+def exp_of_a_gpu(x):
     """exp of fp32 as NVIDIA's compiler has it, 2 ** (x * log2 e): the product is rounded, the power
     errs by up to 2**-22 of itself, here by a share of that which the bits decide, and what is below
     the normal numbers is 0 (PTX: ex2.approx.ftz.f32)."""
@@ -107,7 +108,7 @@ def _like_a_gpu(x):
 def _exponential():
     import numpy as np
 
-    return _like_a_gpu if os.environ.get("ESR_GPU_EXP") == "1" else _to_the_last_bit(np.exp)
+    return exp_of_a_gpu if GPU_EXP else _to_the_last_bit(np.exp)
 
 
 def _exponentials_of_the_interpreter() -> None:
