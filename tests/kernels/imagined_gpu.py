@@ -90,6 +90,11 @@ class Imagined(Tensor):
         device = kwargs.get("device", args[0] if args else None)
         if isinstance(device, (str, torch.device)):
             assert torch.device(device).type != "cpu", "a copy to the host waits"
+            if torch.device(device) == self.where:  # to C++ it would be a copy
+                args = args[1:] if args and args[0] is device else args
+                kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")}
+                if not args and not kwargs:
+                    return self
         return super().to(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -226,6 +231,7 @@ def _check_operand(name: str, x: Tensor, like: Tensor, numbers: set[int]) -> Non
     assert x.dtype != torch.float64, f"{name} is fp64"
     if x.is_contiguous():
         return
+    assert x.dim() > 1, f"{name} is a vector of stride {x.stride(0)}"
     strides = {stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1}
     unknown = strides - numbers - {1}
     assert not unknown, f"{name}, {list(x.shape)}, has strides {x.stride()} that it is not given"
