@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.launch import launch
 from esr_kernels.sampling.filters_triton import cutoffs
 from esr_kernels.sampling.params import TILE, Classes, RowParams, Sample
 from esr_kernels.sampling.philox import SampleKeys, key_words, step_tensor
@@ -197,7 +198,7 @@ def draw(
         in_memory = isinstance(keys.seed, Tensor)
         low, high = (0, 0) if in_memory else key_words(keys.seed)
         tiles, depth, warps = DRAW_BLOCK
-        _draw_kernel[(rows,)](
+        launch(_draw_kernel, (rows,), source)(
             source,
             source.stride(0),
             head=None if weight is None else (weight, weight.stride(0), weight.shape[1]),

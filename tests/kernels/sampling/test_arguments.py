@@ -47,6 +47,8 @@ _BAD_CALLS = [
     ({"keys": SampleKeys(0, _ROW_IDS, -1)}, ValueError, "keys.step must not be negative"),
     ({"keys": SampleKeys(0, _ROW_IDS, torch.zeros(3).long())}, ValueError, "keys.step must have"),
     ({"params": SamplingParams(torch.ones(3))}, ValueError, r"temperature .* shape \[2\]"),
+    ({"params": 0.7}, TypeError, r"params must be SamplingParams\(...\)"),
+    ({"params": SamplingParams}, TypeError, r"params must be SamplingParams\(...\)"),
     ({"num_classes": 4}, ValueError, "num_classes must be at most 3"),
     ({"softcap": 0.0}, ValueError, "softcap must be"),
     ({"logit_scale": 0.0}, ValueError, "logit_scale must be"),
