@@ -19,24 +19,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from bench.ahead_of_time import TARGETS, launches_compile
 from bench.kernel_variants import KERNELS, VARIANTS
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_90": "wgmma.mma_async",
@@ -109,42 +101,6 @@ def cdna3_resident_warps(registers: int, shared: int, warps: int) -> int:
     if shared:
         programs.append(64 * 1024 // shared)
     return min(programs) * warps
-
-
-class _AheadOfTime:
-    """As much of a Triton driver as compiling takes."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> str:
-        # Kernels are cached by device.
-        return f"{self._target.backend}:{self._target.arch}"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-@contextmanager
-def _launches_compile(target: GPUTarget) -> Iterator[list[tuple[JITFunction, object]]]:
-    """Every kernel launched inside is compiled and appended to the list."""
-    launched: list[tuple[JITFunction, object]] = []
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):  # type: ignore[no-untyped-def]
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launched.append((self, kernel))
-        return kernel
-
-    driver.set_active(_AheadOfTime(target))
-    JITFunction.run = compile_only
-    try:
-        yield launched
-    finally:
-        JITFunction.run = run
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
@@ -226,12 +182,12 @@ def compile_variants(arch: str, only: list[str]) -> Iterator[Compiled]:
     for name, launch in VARIANTS.items():
         if only and not name.startswith(tuple(only)):
             continue
-        with _launches_compile(TARGETS[arch]) as launched:
+        with launches_compile(TARGETS[arch]) as launched:
             launch()
-        for function, kernel in launched:
-            if not any(kernel is other for other in seen):
-                seen.append(kernel)
-                yield _measure(arch, name, function, kernel)
+        for launch_of in launched:
+            if not any(launch_of.kernel is other for other in seen):
+                seen.append(launch_of.kernel)
+                yield _measure(arch, name, launch_of.function, launch_of.kernel)
 
 
 _HEADER = (
