@@ -60,6 +60,19 @@ class RolloutConfig(_Strict):
     samples: PositiveInt = 1  # responses sampled per prompt
     max_new_tokens: PositiveInt = 100  # N: response tokens sampled and trained on, EOS included
     temperature: float = 1.0  # of the sampling; 0 = greedy
+    # What is sampled from: the k likeliest tokens (0 = all); of those, the fewest that have a share
+    # top_p of the probability; of those, the ones at least min_p times as likely as the likeliest.
+    top_k: NonNegativeInt = 0
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    # Tokens of prompts and responses with keys and values in memory at once; null = as many as half
+    # of a GPU's free memory holds, or 4 GiB on CPU.
+    max_tokens_in_flight: PositiveInt | None = None
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        """What cuts the distribution that is sampled, by the names of `SamplingParams`."""
+        return {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
 
     @field_validator("temperature")
     @classmethod
@@ -105,7 +118,7 @@ class EvalConfig(_Strict):
 
 class CheckpointConfig(_Strict):
     every: NonNegativeInt = 0  # steps between checkpoints; 0 = only at the end
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest one
+    resume: Literal["auto", "never"] = "auto"  # auto: resume from the newest one
 
 
 class ReportConfig(_Strict):
@@ -185,7 +198,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read `path` (YAML), apply "section.key=value" overrides (values in YAML), check the lot."""
+    """Read `path` (YAML), apply "section.key=value" overrides (values in YAML), and check."""
     if not path.is_file():
         raise ConfigError(f"config: {path} is not a file")
     data = _from_yaml(path.read_bytes(), f"config: {path} is not valid YAML") or {}
@@ -244,7 +257,7 @@ def _validated(data: Any, changes: Mapping[str, Any]) -> Config:
 
 
 def _first_error(error: ValidationError) -> ConfigError:
-    """One of pydantic's errors in one line; an unknown key first, as its section may lack it."""
+    """One of pydantic's errors in one line; unknown keys first, which may cause a missing one."""
     unknown = ("extra_forbidden", "invalid_key")
     found = min(error.errors(), key=lambda item: item["type"] not in unknown)
     key, cause = ".".join(map(str, found["loc"])), found.get("ctx", {}).get("error")

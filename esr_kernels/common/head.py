@@ -1,4 +1,4 @@
-"""The public boundary of ops on one head: what is accepted, and the error for what is not."""
+"""Checks of the operands of ops that take a head; each error names the argument."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from esr_kernels.common.arguments import (
     check_tensor,
     one_of,
 )
+from esr_kernels.common.rows import to_device
 from esr_kernels.common.transform import LogitTransform
 
 # Kernels hold scale, softcap and temperature in fp32, where anything larger is infinite.
@@ -24,7 +25,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class Head(NamedTuple):
-    """Checked operands: one dtype, contiguous rows; the classes that exist."""
+    """Checked operands: of one dtype, contiguous, and the number of classes."""
 
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
@@ -44,8 +45,8 @@ def check_head(
 ) -> Head:
     """Raise on the first argument that cannot be used, else return the operands ready for use.
 
-    `prefix` is what the caller's signature has before "hidden" and "weight"; `transform` is checked
-    already (`checked_transform`).
+    `prefix` precedes "hidden" and "weight" in the names of the caller's arguments; `transform` is
+    the result of `checked_transform`.
     """
     hidden_name, weight_name = f"{prefix}hidden", f"{prefix}weight"
     rows_of_head = check_operands(hidden_name, hidden, weight_name, weight)
@@ -60,7 +61,7 @@ def check_head(
         )
     check_impl(impl, hidden_name, hidden)
     hidden, weight = ready(hidden_name, hidden, weight_name, weight)
-    return Head(hidden, weight, bias, transform, classes)
+    return Head(hidden, weight, None if bias is None else bias.contiguous(), transform, classes)
 
 
 def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> int:
@@ -84,6 +85,8 @@ def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: T
             f"{weight_name} must have {hidden.shape[1]} columns as {hidden_name} has, "
             f"got shape {list(weight.shape)}"
         )
+    if hidden.shape[1] == 0:
+        raise ValueError(f"{hidden_name} and {weight_name} must have at least one column, got 0")
     check_tensor(weight_name, weight, like=hidden)
     return weight.shape[0]
 
@@ -120,7 +123,7 @@ def checked_transform(
     for name, value in (temperature, scale, softcap):
         if value is not None or name != softcap[0]:
             check_number(name, value)
-    # Comparisons, which NaN fails too: a compiler may hold a number that changes as a symbol.
+    # Comparisons only, which NaN fails too: a compiler may have a symbol in place of the number.
     if not 0 < temperature[1] <= _LARGEST:
         raise ValueError(f"{temperature[0]} must be finite and above 0, got {temperature[1]}")
     if not 0 < abs(scale[1]) <= _LARGEST:
@@ -145,18 +148,32 @@ def check_impl(impl: str, hidden_name: str, hidden: Tensor) -> None:
 
 
 def checked_token_weights(token_weights: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """The weights [T] of the rows of `hidden`, on its device and in the dtype of its logits."""
+    """The weights [T] of the rows of `hidden`, on its device, in the dtype of its logits,
+    contiguous: kernels read them without a stride."""
     if token_weights is None:
         return None
     check_tensor("token_weights", token_weights, shape=(hidden.shape[0],))
     if token_weights.is_complex() or token_weights.requires_grad:
         raise TypeError("token_weights must be real and carry no gradient; detach them")
+    check_weight_values(token_weights)
     dtype = matmul.logits_dtype(hidden.dtype)
-    return token_weights.to(device=hidden.device, dtype=dtype, non_blocking=True)
+    return to_device(token_weights.to(dtype), hidden.device).contiguous()
+
+
+def check_weight_values(token_weights: Tensor) -> None:
+    """Raise unless every weight is finite; on a GPU they are not read."""
+    if not values_are_at_hand(token_weights):
+        return
+    bad = ~token_weights.isfinite()
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"token_weights must be finite, got {float(token_weights[at])} at position {at}"
+        )
 
 
 def values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether the host can read values: on a GPU it would wait, and a compiler has none."""
+    """Whether the host can read values without synchronising, and not while a compiler traces."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

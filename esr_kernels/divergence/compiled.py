@@ -1,10 +1,10 @@
-"""`linear_divergence` as operators, for compiled code: imported when a compiler traces a call.
+"""`linear_divergence` as operators for torch.compile; imported when a compiler traces a call.
 
-A compiler cannot look into a loop over chunks whose number depends on the batch, so it gets three
-opaque operators: a forward with gradients, a forward without, and the backward of the latter. What
-is not a tensor travels as text and numbers. Plans are made, rows of weight 0 dropped and tensors
-checked for values when an operator runs; only the choice between the two forwards is made at
-compile time, from sizes that do not vary and a single comparison with the number of tokens.
+A compiler cannot trace a loop over chunks whose number depends on the batch, so there are three
+opaque operators: a forward with gradients, a forward without, and the backward of the latter. Their
+other arguments are strings and numbers. Plans are made, rows of weight 0 dropped and values checked
+when an operator runs. Only the choice between the two forwards is made at compile time, from
+constant sizes and one comparison with the number of tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,19 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.rows import active_rows
+from esr_kernels.common.head import checked_token_weights
+from esr_kernels.common.rows import active_rows, to_device
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.arguments import check_id_values, check_label_values
-from esr_kernels.divergence.call import Call, Gradients, Operands, Outputs, Request, Wanted
+from esr_kernels.divergence.call import (
+    Call,
+    Gradients,
+    Operands,
+    Outputs,
+    Request,
+    Wanted,
+    check_model,
+)
 from esr_kernels.divergence.losses import Divergence
 from esr_kernels.divergence.plan import Plan, Problem
 from esr_kernels.divergence.planner import check_stash, make_plan
@@ -77,6 +86,7 @@ def traced(
     plan, spec = request.plan, request.spec
     chunks: list[int] = []
     if isinstance(plan, Plan):
+        check_model(plan.problem, _sizes(request, operands))
         chunks = [plan.token_chunk, plan.logit_chunk, plan.vocab_chunk]
         plan = plan.kind
     if plan == "auto":
@@ -108,11 +118,25 @@ def traced(
     return outputs[: 1 + _FIELDS]
 
 
+def _sizes(request: Request, x: Operands) -> Problem:
+    """What a compiler knows of the problem, with no tokens."""
+    on_cpu = x.student_hidden.device.type == "cpu" and request.impl != "triton"
+    return Problem(
+        0,
+        request.classes,
+        x.student_hidden.shape[1],
+        x.teacher_hidden.shape[1],
+        x.student_hidden.dtype,
+        x.student_weight.dtype,
+        "cpu" if on_cpu else "cuda",
+    )
+
+
 def _stash_limit(request: Request, x: Operands, wanted: Wanted, adds: bool) -> int:
     """`stash_limit` from arguments that are constants to a compiler."""
     return _constant_stash_limit(
         request.memory_budget,
-        # A compiler told that every size varies settles here on those of the models.
+        # With dynamic shapes this specialises the graph on the sizes of the models.
         operator.index(request.classes),
         operator.index(x.student_hidden.shape[1]),
         operator.index(x.teacher_hidden.shape[1]),
@@ -132,16 +156,16 @@ def _stash_limit(request: Request, x: Operands, wanted: Wanted, adds: bool) -> i
 
 @torch.compiler.assume_constant_result
 def _constant_stash_limit(memory_budget: int | None, *sizes: Any) -> int:
-    # The row passes of PyTorch take the most memory.
+    # Those of PyTorch take the most memory.
     problem = replace(Problem(1, *sizes), rows="torch")
     return stash_limit(problem, memory_budget)
 
 
 def stash_limit(problem: Problem, memory_budget: int | None) -> int:
-    """The most tokens, a power of two, up to which "auto" is a stash; -1 where it never is.
+    """The most tokens, a power of two, up to which "auto" is a stash; -1 if it never is.
 
-    What a graph asks instead of planning for its own number of tokens, which must not vary it;
-    `problem.tokens` plays no part.
+    A graph compares its number of tokens with this limit instead of making a plan for it, which
+    would make a graph for each number. `problem.tokens` is not used.
     """
     limit = -1
     try:
@@ -164,8 +188,8 @@ def _subclasses(of: Any) -> Iterator[Any]:
 def _divergence(name: str, parameters: list[float]) -> Divergence:
     found = [c for c in _subclasses(Divergence) if name == f"{c.__module__}.{c.__qualname__}"]
     if not found:
-        raise ValueError(f"divergence {name} is gone")
-    return found[-1](*parameters)  # type: ignore[no-any-return]  # the latest of a notebook's cell
+        raise ValueError(f"divergence {name} is not defined any more")
+    return found[-1](*parameters)  # type: ignore[no-any-return]  # the latest, if a notebook cell ran twice
 
 
 class _Running(NamedTuple):
@@ -183,7 +207,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     *tensors, token_weights, weight_grad = arguments[:_TENSORS]
     operands, o = Operands(*tensors), _Options(*arguments[_TENSORS:])
     hidden = operands.student_hidden
-    # What the boundary could not look at while a compiler traced it.
+    # Values, which could not be checked during tracing.
     for name in ("student", "teacher"):
         ids: Tensor | None = getattr(operands, f"{name}_ids")
         if ids is not None:
@@ -192,7 +216,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     if operands.labels is not None:
         check_label_values(operands.labels, o.classes, o.group is not None)
     active = active_rows(token_weights, o.compact)
-    active = None if active is None else active.to(hidden.device)
+    active = None if active is None else to_device(active, hidden.device)
     group = None
     if o.group is not None:
         from torch.distributed.distributed_c10d import _resolve_process_group
@@ -214,21 +238,19 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     if o.chunks:
         request = replace(request, plan=Plan(o.plan, problem, *o.chunks))
     elif not stashes:
-        # A gradient computed in the backward serves any upstream: "auto" must not stash.
+        # This operator computes gradients in the backward: "auto" must not be a stash.
         problem = replace(problem, per_token_gradient=True)
-    row_weight = token_weights
-    if token_weights is not None:
-        row_weight = token_weights.to(hidden.device, matmul.logits_dtype(hidden.dtype))
+    row_weight = checked_token_weights(token_weights, hidden)
     return _Running(request.call(problem), active, row_weight, operands, wanted, weight_grad)
 
 
 def _apart(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Contiguous copies: what an operator returns shares memory with nothing."""
+    """Contiguous copies: outputs of an operator must not share memory."""
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
 
 
 def _present(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
-    """An operator returns tensors: an empty one for a gradient that nobody wants."""
+    """The gradients, with an empty tensor for each that is not needed."""
     return tuple(like.new_empty(0) if x is None else x for x in gradients)
 
 
@@ -320,7 +342,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    """Out of place: a compiler that owns the stashed memory reuses it."""
+    """Out of place: a compiler reuses the memory of the stash."""
     gradients: list[Tensor | None] = [None] * 3
     if upstream is not None:
         gradients = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,11 @@ def check_keys(keys: SampleKeys, like: Tensor) -> SampleKeys:
         raise TypeError(f"keys must be SampleKeys(seed, rows, step), got {type(keys).__name__}")
     seed, rows, step = keys
     batch = like.shape[0]
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"keys.seed must be an int, got {type(seed).__name__}")
-    if not -(1 << 63) <= seed < 1 << 64:
+    if isinstance(seed, Tensor):
+        _check_int64("keys.seed", seed, [(1,)], like)
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"keys.seed must be an int or a tensor, got {type(seed).__name__}")
+    elif not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"keys.seed must be from -2**63 to 2**64 - 1, got {seed}")
     _check_int64("keys.rows", rows, [(batch,)], like)
     if isinstance(step, Tensor):
@@ -49,7 +53,7 @@ def check_rows(params: SamplingParams, like: Tensor) -> None:
     """Raise unless every tensor among the parameters has a value for each row."""
     if not isinstance(params, SamplingParams):
         raise TypeError(f"params must be SamplingParams(...), got {params!r}")
-    for name in ("temperature", "top_k", "top_p", "min_p"):
+    for name in (field.name for field in fields(params)):
         value = getattr(params, name)
         if isinstance(value, Tensor) and (
             value.shape != (like.shape[0],) or value.device != like.device

@@ -1,4 +1,4 @@
-"""Statistics of tiles of logits in Triton, and what all kernels of the sampler share.
+"""Statistics of tiles of logits in Triton, and functions that all kernels of the sampler share.
 
 One program per (row, 8 tiles) reads the logits once and writes the maximum and the log-sum of each
 tile of 256 classes: 8 bytes a tile.
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.launch import launch
 from esr_kernels.common.logits_triton import transform_logits
 from esr_kernels.sampling.params import TILE, Classes, RowParams
 
@@ -110,7 +111,7 @@ def tile_statistics(
     statistics = empties(2, rows, tiles, like=raw)
     block, warps = STATISTICS_BLOCK
     if rows:
-        _tile_statistics_kernel[(rows, triton.cdiv(tiles, block))](
+        launch(_tile_statistics_kernel, (rows, triton.cdiv(tiles, block)), raw)(
             raw,
             raw.stride(0),
             transform=kernel_transform(classes, params),
@@ -140,5 +141,5 @@ def kernel_transform(
 def empties(
     count: int, *shape: int, like: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, ...]:
-    """Uninitialised tensors, each aligned: for others Triton compiles another kernel."""
+    """Uninitialised tensors, each aligned: Triton compiles another kernel for unaligned ones."""
     return tuple(torch.empty(shape, dtype=dtype, device=like.device) for _ in range(count))
