@@ -47,6 +47,12 @@ class Launched:
     programs: int
     tensor_bytes: int  # of its tensor arguments; those given in tuples count too
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Its compile-time arguments by name; those inside of tuples are left out."""
+        names = self.function.arg_names
+        return {names[at[0]]: x for at, x in self.kernel.src.constants.items() if len(at) == 1}
+
 
 @contextmanager
 def launches_compile(

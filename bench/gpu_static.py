@@ -15,19 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton.runtime.jit import JITFunction
 
-from bench.ahead_of_time import TARGETS, launches_compile
+from bench.ahead_of_time import TARGETS, Launched, launches_compile
 from bench.kernel_variants import KERNELS, VARIANTS
+from bench.machine_code import (
+    code_of,
+    is_async_copy,
+    is_local,
+    is_product,
+    is_wide_load,
+    nvidia_tool,
+)
 
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync",
@@ -55,6 +60,10 @@ class Compiled:
     resident_warps: int  # of one SM or CU
     occupancy: float  # resident warps over the most there can be
     matrix_instructions: int
+    products: int  # instructions of the matrix units in the machine code
+    wide_loads: int  # of 16 bytes a lane, from global memory into registers
+    async_copies_in_loops: int  # from global to shared memory, in the loop that has most
+    local_accesses: int  # loads and stores of spilled registers
 
     @property
     def faults(self) -> list[str]:
@@ -103,19 +112,16 @@ def cdna3_resident_warps(registers: int, shared: int, warps: int) -> int:
     return min(programs) * warps
 
 
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, spilled bytes) from cuobjdump, which comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def resources(kernel: Any) -> tuple[int, int, int]:
+    """(registers and spilled bytes of a thread, columns of tensor memory) of a compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        return *_amd_resources(kernel.asm["amdgcn"]), 0
+    text = nvidia_tool("--dump-resource-usage", cubin=kernel.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
     registers, stack, local = map(int, found.groups())
-    return registers, stack + local
+    return registers, stack + local, getattr(kernel.metadata, "tmem_size", None) or 0
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:
@@ -141,25 +147,22 @@ def _flat(types: Iterable[Any]) -> Iterator[str]:
             yield from _flat(kind)
 
 
-def _measure(arch: str, variant: str, function: JITFunction, kernel) -> Compiled:  # type: ignore[no-untyped-def]
+def _measure(arch: str, variant: str, launched: Launched) -> Compiled:
+    kernel = launched.kernel
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    registers, spilled, columns = resources(kernel)
     if arch == "gfx942":
-        assembly = kernel.asm["amdgcn"]
-        registers, spilled = _amd_resources(assembly)
-        resident = cdna3_resident_warps(registers, shared, warps)
-        most = 32
+        resident, most = cdna3_resident_warps(registers, shared, warps), 32
     else:
-        assembly = kernel.asm["ptx"]
-        registers, spilled = _nvidia_resources(kernel.asm["cubin"])
-        columns = getattr(kernel.metadata, "tmem_size", None) or 0
-        resident = cuda_resident_warps(arch, registers, shared, warps, columns)
-        most = 64
-    constants = {function.arg_names[at[0]]: value for at, value in kernel.src.constants.items()}
-    blocks = [str(constants[name]) for name in function.arg_names if name.startswith("BLOCK")]
+        resident, most = cuda_resident_warps(arch, registers, shared, warps, columns), 64
+    assembly = kernel.asm["amdgcn" if arch == "gfx942" else "ptx"]
+    code = code_of(kernel)
+    in_loops = [loop.body for loop in code.loops]
+    blocks = [str(x) for name, x in launched.constants.items() if name.startswith("BLOCK")]
     pointers = [kind for kind in _flat(kernel.src.signature.values()) if kind.startswith("*")]
     return Compiled(
         arch=arch,
-        kernel=function.fn.__name__.lstrip("_"),
+        kernel=launched.function.fn.__name__.lstrip("_"),
         variant=variant,
         operand=pointers[0],
         blocks="x".join(blocks),
@@ -170,6 +173,12 @@ def _measure(arch: str, variant: str, function: JITFunction, kernel) -> Compiled
         resident_warps=resident,
         occupancy=resident / most,
         matrix_instructions=len(re.findall(re.escape(MATRIX_INSTRUCTION[arch]), assembly)),
+        products=code.count(is_product),
+        wide_loads=code.count(is_wide_load),
+        async_copies_in_loops=max(
+            (code.count(is_async_copy, body) for body in in_loops), default=0
+        ),
+        local_accesses=code.count(is_local),
     )
 
 
@@ -187,7 +196,7 @@ def compile_variants(arch: str, only: list[str]) -> Iterator[Compiled]:
         for launch_of in launched:
             if not any(launch_of.kernel is other for other in seen):
                 seen.append(launch_of.kernel)
-                yield _measure(arch, name, launch_of.function, launch_of.kernel)
+                yield _measure(arch, name, launch_of)
 
 
 _HEADER = (
