@@ -6,8 +6,10 @@ matrix instructions. Needs no GPU.
 
 The launchers of `esr_kernels` run on tensors without data, and every launch is compiled instead of
 executed, with the specialisation that Triton's JIT gives it (alignment of pointers, divisibility of
-strides) and the committed blocks. Exit code 1: a kernel spills on sm_90 or gfx942, the fused kernel
-misses the matrix units, or a kernel of the list below was never launched.
+strides) and the committed blocks. Exit code 1: a kernel spills on sm_90 or gfx942, a fused kernel
+misses the matrix units or, on NVIDIA, copies nothing asynchronously in its loop, a row pass has no
+16-byte loads, or a kernel of the list below was never launched. `make static-all` does the same
+with the other Triton versions that are supported.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ MATRIX_INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 _MUST_NOT_SPILL = ("sm_90", "gfx942")
+# Kernels whose time is that of reading logits.
+_STREAMS = ("row_statistics_kernel", "pull_sums_kernel", "gradient_kernel")
 _RESULTS = Path(__file__).parent / "results" / "gpu_static.json"
 
 
@@ -72,10 +76,22 @@ class Compiled:
         faults = []
         if self.spilled_bytes and self.arch in _MUST_NOT_SPILL:
             faults.append(f"{name} spills {self.spilled_bytes} bytes a thread")
+        if self.local_accesses and self.arch in _MUST_NOT_SPILL:
+            faults.append(f"{name} has {self.local_accesses} accesses to local memory")
+        on_nvidia = self.arch != "gfx942"
         # No NVIDIA matrix unit multiplies full fp32.
-        multiplies = self.operand != "*fp32" or self.arch == "gfx942"
+        multiplies = self.operand != "*fp32" or not on_nvidia
         if "fused" in self.kernel and multiplies and not self.matrix_instructions:
             faults.append(f"{name} has no {MATRIX_INSTRUCTION[self.arch]}")
+        if "fused" in self.kernel and multiplies and not self.products:
+            faults.append(f"{name} has no product in its machine code")
+        # Rows that do not start at 16 bytes arrive element by element.
+        if "fused" in self.kernel and on_nvidia and "odd D" not in self.variant:
+            if not self.async_copies_in_loops:
+                faults.append(f"{name} copies nothing asynchronously in a loop")
+        if self.kernel in _STREAMS and on_nvidia:
+            if not self.wide_loads + self.async_copies_in_loops:
+                faults.append(f"{name} loads no 16 bytes at once")
         return faults
 
 

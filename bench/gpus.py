@@ -20,7 +20,9 @@ class Gpu:
     # What one processor finds in its cache of all that is there. Each half of an NVIDIA L2 keeps
     # its own copy of what both halves read; AMD's Infinity Cache lies before the memory.
     cache: float
-    l2: float  # bytes a second from the cache, stated, not measured
+    # Bytes a second from the cache: three quarters of the 5,120 a clock that NVIDIA states for A100,
+    # at each clock; for B200 and MI300X stated.
+    l2: float
     # FLOP/s that large 16-bit products sustain under the power limit. H100: measured by others
     # (TRL #7244); H200: the middle of Liger #1422; the rest are stated.
     product_rate: float
@@ -39,10 +41,10 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100", "sm_90", "H100_SXM", 132, 1.755e9, 3.35e12, 25e6, 5.5e12, 728e12),
-        Gpu("H200", "sm_90", "H200_SXM", 132, 1.755e9, 4.8e12, 25e6, 5.5e12, 760e12),
+        Gpu("H100", "sm_90", "H100_SXM", 132, 1.755e9, 3.35e12, 25e6, 6.7e12, 728e12),
+        Gpu("H200", "sm_90", "H200_SXM", 132, 1.755e9, 4.8e12, 25e6, 6.7e12, 760e12),
         Gpu("B200", "sm_100", "B200", 148, 1.85e9, 7.7e12, 63e6, 10e12, 1600e12),
-        Gpu("A100", "sm_80", "A100_SXM_80GB", 108, 1.41e9, 2.04e12, 20e6, 4e12, 265e12, 1, 2),
+        Gpu("A100", "sm_80", "A100_SXM_80GB", 108, 1.41e9, 2.04e12, 20e6, 5.4e12, 265e12, 1, 2),
         Gpu("MI300X", "gfx942", None, 304, 2.1e9, 5.3e12, 256e6, 10e12, 600e12, 4, 4, 16),
     )
 }
