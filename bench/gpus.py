@@ -20,8 +20,8 @@ class Gpu:
     # What one processor finds in its cache of all that is there. Each half of an NVIDIA L2 keeps
     # its own copy of what both halves read; AMD's Infinity Cache lies before the memory.
     cache: float
-    # Bytes a second from the cache: three quarters of the 5,120 a clock that NVIDIA states for A100,
-    # at each clock; for B200 and MI300X stated.
+    # Bytes a second from the cache: three quarters of 5,120 a clock, which
+    # NVIDIA gives for A100, at each clock; for B200 and MI300X stated.
     l2: float
     # FLOP/s that large 16-bit products sustain under the power limit. H100: measured by others
     # (TRL #7244); H200: the middle of Liger #1422; the rest are stated.

@@ -61,7 +61,7 @@ def test_loops_of_machine_code_are_found_with_their_instructions():
 def test_a_walk_counts_products_and_the_rest_with_their_bytes():
     def call():
         x, w = empty(8, 32), empty(100, 32)
-        (x @ w.T).float().mul_(2.0)[:, :50].T
+        return (x @ w.T).float().mul_(2.0)[:, :50].T
 
     product, cast, scaled = walk("sm_90", call)
     assert product == Product(8, 100, 32, torch.bfloat16, torch.bfloat16, False)
