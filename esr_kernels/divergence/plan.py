@@ -27,6 +27,10 @@ KINDS = ("stash", "recompute", "fused")
 _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
 # Below this many classes or tokens in a tile a GEMM is no longer a GEMM.
 SMALLEST_TILE = 64
+# A chunk of tokens on a GPU is a multiple of this. Its GEMMs fill their tiles of up to 256 rows,
+# and buffers, gigabytes of them, keep a few sizes however the number of tokens varies: those that
+# varied with it would leave holes in the allocator's cache.
+ROW_STEP = 256
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
 _TORCH_SCRATCH = 4 * 5 * 640_000
 # The fused kernel's share of the vendor GEMM's rate, and its epilogue (25 FLOPs and 2 exponentials
@@ -90,7 +94,8 @@ class Plan:
     """One way to compute a `Problem`.
 
     token_chunk: tokens whose dz exists at once; logit_chunk: tokens whose logits are projected at
-    once (stash); vocab_chunk: classes in a tile (recompute, backward of fused). extra_bytes is the
+    once (stash); either may be a little more than there are tokens, and buffers have that size.
+    vocab_chunk: classes in a tile (recompute, backward of fused). extra_bytes is the
     predicted peak beyond the inputs and the returned gradients; on CPU the buffers stay for the
     next call (`release_workspace`).
     """
@@ -186,8 +191,10 @@ class Plan:
         written_and_read = 2 * logits + (logits if p.two_pass else 0)
         gradient_reads = dz * (int(p.train_hidden) + int(p.train_weight))
         if self.kind == "stash":
-            calls = math.ceil(p.tokens / self.logit_chunk) if p.tokens else 1
-            updates = math.ceil(p.tokens / self.token_chunk) if p.tokens else 1
+            updates, rest = divmod(p.tokens, self.token_chunk)
+            calls = updates * math.ceil(self.token_chunk / self.logit_chunk)
+            calls = max(1, calls + math.ceil(rest / self.logit_chunk))
+            updates = max(1, updates + int(rest > 0))
             # Statistics read both logits, the gradient pass reads them again and writes dz.
             row = written_and_read + logits + dz + gradient_reads
             weight_traffic = calls * heads + updates * int(p.train_hidden) * student_head
@@ -240,6 +247,13 @@ class Plan:
             f"GEMMs {self.gemm_flops / 1e9:.1f} GFLOP (floor {floor / 1e9:.1f}); "
             f"traffic {self.bytes_moved / 1e9:.2f} GB"
         )
+
+
+def padded_tokens(tokens: int, device: str) -> int:
+    """The rows of a chunk that holds all tokens."""
+    if device == "cpu" or tokens <= ROW_STEP:
+        return max(tokens, 1)
+    return -(-tokens // ROW_STEP) * ROW_STEP
 
 
 def _family(device: str) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from esr_kernels.common.launch import split_columns
 from esr_kernels.common.logits_triton import expm1, load_logits, log1p, online_softmax
 from esr_kernels.divergence.losses import Divergence, KernelForm, KernelKind, kernel_form
+from esr_kernels.divergence.merge_triton import merge_rows
 from esr_kernels.divergence.statistics import (
     COLUMNS,
     RowNormalizers,
@@ -31,9 +32,8 @@ from esr_kernels.divergence.statistics import (
     RowStats,
     Tile,
     from_pull_sums,
-    merge_parts,
-    mixed_kl,
     row_normalizers,
+    with_labels,
 )
 
 # (columns in a block, warps), from bench/gpu_static.py: the statistics hold ten accumulators and
@@ -192,6 +192,8 @@ def _pull_sums_kernel(
     s_lse_ptr,
     t_lse_ptr,
     lse_difference_ptr,
+    s_residual_ptr,
+    t_residual_ptr,
     sums_ptr,
     n_cols,
     split_cols,
@@ -206,6 +208,11 @@ def _pull_sums_kernel(
     s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
     s_lse, t_lse = tl.load(s_lse_ptr + row), tl.load(t_lse_ptr + row)
     lse_difference = tl.load(lse_difference_ptr + row)
+    # What rounding left out of the log-sum-exps is a factor of every probability of the row.
+    p_factor, q_factor = (
+        tl.exp(-tl.load(s_residual_ptr + row)),
+        tl.exp(-tl.load(t_residual_ptr + row)),
+    )
     start = split * split_cols
     stop = tl.minimum(start + split_cols, n_cols)
     lane = tl.arange(0, BLOCK)
@@ -216,7 +223,7 @@ def _pull_sums_kernel(
         columns = block + lane
         s, _ = load_logits(s_row, columns, stop, student)
         t, _ = load_logits(t_row, columns, stop, teacher)
-        p, q = tl.exp(s - s_lse), tl.exp(t - t_lse)
+        p, q = tl.exp(s - s_lse) * p_factor, tl.exp(t - t_lse) * q_factor
         log_ratio = _log_ratio(s, t, lse_difference, p, q)
         summand, block_pull = _summand_and_pull(p, q, log_ratio, parameter, KIND)
         value += summand
@@ -241,6 +248,8 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
             stats.student_lse.contiguous(),
             stats.teacher_lse.contiguous(),
             stats.lse_difference.contiguous(),
+            stats.student_residual.contiguous(),
+            stats.teacher_residual.contiguous(),
             sums,
             n_cols=classes,
             split_cols=columns,
@@ -250,7 +259,7 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
             num_warps=warps,
             **_transforms(tile, spec),
         )
-    return sums.sum(1)
+    return sums[:, 0] if splits == 1 else sums.sum(1)
 
 
 @triton.jit
@@ -265,6 +274,8 @@ def _gradient_kernel(
     t_lse_ptr,
     lse_difference_ptr,
     pull_sum_ptr,
+    s_residual_ptr,
+    t_residual_ptr,
     weight_ptr,
     label_ptr,
     label_weight,
@@ -281,16 +292,16 @@ def _gradient_kernel(
     pull_sum = tl.load(pull_sum_ptr + row)
     s, capped = load_logits(s_ptr + row * s_stride, columns, n_cols, student)
     t, _ = load_logits(t_ptr + row * t_stride, columns, n_cols, teacher)
-    p = tl.exp(s - s_lse)
+    p = tl.exp(s - s_lse) * tl.exp(-tl.load(s_residual_ptr + row))
     if KIND == _KL_MIX:  # forward * KL(q||p) + reverse * KL(p||q), without normalisation
         forward, reverse = parameters
         dz = -p * pull_sum
         if reverse is not None:
             dz = tl.where(p == 0, 0.0, -p * (reverse * (t - s) + pull_sum))
         if forward is not None:
-            dz -= forward * tl.exp(t - t_lse)
+            dz -= forward * tl.exp(-tl.load(t_residual_ptr + row)) * tl.exp(t - t_lse)
     else:
-        q = tl.exp(t - t_lse)
+        q = tl.exp(t - t_lse) * tl.exp(-tl.load(t_residual_ptr + row))
         log_ratio = _log_ratio(s, t, tl.load(lse_difference_ptr + row), p, q)
         _, pull = _summand_and_pull(p, q, log_ratio, parameters[0], KIND)
         dz = pull - p * pull_sum
@@ -322,6 +333,8 @@ def tile_gradient_(
             normalizers.teacher_lse.contiguous(),
             normalizers.lse_difference.contiguous(),
             normalizers.pull_sum.contiguous(),
+            normalizers.student_residual.contiguous(),
+            normalizers.teacher_residual.contiguous(),
             weight_ptr=row_weight,
             label_ptr=tile.labels,
             label_weight=float(spec.label_weight),
@@ -338,14 +351,11 @@ def stash_rows_(
     tile: Tile, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> tuple[Tensor, RowStats]:
     """(divergence [n], statistics) of whole rows; writes their dz [n, V], which may be `tile.s`."""
-    stats = merge_parts(tile_stats(tile, spec))
-    mix = spec.divergence.kl_weights
-    if mix is not None:
-        value, pull_sum = mixed_kl(stats, *mix)
-    else:
+    stats, value, pull_sum = merge_rows(tile_stats(tile, spec), tile.labels, spec)
+    if value is None or pull_sum is None:
         value, pull_sum = from_pull_sums(tile_pull_sums(tile, stats, spec))
-    normalizers = row_normalizers(stats, pull_sum, tile.labels, spec)
-    tile_gradient_(tile, normalizers, row_weight, spec, dz)
+        pull_sum = with_labels(pull_sum, tile.labels, spec)
+    tile_gradient_(tile, row_normalizers(stats, pull_sum), row_weight, spec, dz)
     return value, stats
 
 

@@ -26,6 +26,7 @@ from esr_kernels.divergence.call import (
     scaled_to_fp16,
 )
 from esr_kernels.divergence.outputs import cross_entropy, outputs, spread_outputs
+from esr_kernels.divergence.plan import padded_tokens
 from esr_kernels.divergence.statistics import RowStats, Tile
 
 
@@ -65,7 +66,7 @@ def _run_chunks(
     buffers = _Buffers(x, call, gradients.weight)
     hidden_sum = accumulator(gradients.hidden, wide=restore is not None)
     weight_sum = accumulator(gradients.weight, wide=plan.sums_weight_apart)
-    values, stats = [], []
+    results: list[tuple[Tensor, RowStats]] = []
     for start in range(0, tokens, plan.token_chunk):
         chunk = slice(start, min(start + plan.token_chunk, tokens))
         hidden = x.student_hidden[chunk]
@@ -88,8 +89,7 @@ def _run_chunks(
                 call.spec,
                 dz_rows,
             )
-            values.append(value)
-            stats.append(stat)
+            results.append((value, stat))
         if hidden_sum is not None:
             out = hidden_sum[chunk]
             matmul.hidden_gradient(
@@ -101,15 +101,23 @@ def _run_chunks(
             )
         if gradients.bias is not None:
             gradients.bias.add_(dz.sum(0, dtype=dtype), alpha=factor)
-    if not values and weight_sum is not None:
+    if not results and weight_sum is not None:
         weight_sum.zero_()
     finish(gradients.hidden, hidden_sum, restore)
     finish(gradients.weight, weight_sum, restore)
     finish(gradients.bias, gradients.bias, restore)
-    if not values:
-        nothing = torch.empty(0, dtype=dtype, device=x.student_hidden.device)
-        return nothing, RowStats(*[nothing] * len(RowStats._fields))
-    return torch.cat(values), RowStats(*map(torch.cat, zip(*stats, strict=True)))
+    return _all_rows(results, torch.empty(0, dtype=dtype, device=x.student_hidden.device))
+
+
+def _all_rows(results: list[tuple[Tensor, RowStats]], nothing: Tensor) -> tuple[Tensor, RowStats]:
+    """(divergence, statistics) of the rows of all chunks, which come in order."""
+    if len(results) == 1:
+        return results[0]
+    # One launch a chunk and one in all, rather than one for each of eleven fields.
+    chunks = [torch.stack((value, *stats)) for value, stats in results]
+    fields = [nothing] * (1 + len(RowStats._fields))
+    value, *stats = torch.cat(chunks, dim=1).unbind() if chunks else fields
+    return value, RowStats(*stats)
 
 
 class _Buffers:
@@ -117,11 +125,13 @@ class _Buffers:
 
     def __init__(self, x: Operands, call: Call, weight_gradient: Tensor | None) -> None:
         plan, dtype = call.plan, matmul.logits_dtype(x.student_hidden.dtype)
-        tokens, in_place = x.student_hidden.shape[0], plan.problem.in_place
+        in_place = plan.problem.in_place
+        # As a plan made for more tokens has them, or fewer.
+        most = padded_tokens(x.student_hidden.shape[0], plan.problem.device)
         self.device, self.classes = x.student_hidden.device, call.classes
-        height = min(plan.logit_chunk, tokens)
+        height = min(plan.logit_chunk, most)
         dz_dtype = dtype if in_place else x.student_hidden.dtype
-        self.dz = self._rows("dz", min(plan.token_chunk, tokens), dz_dtype)
+        self.dz = self._rows("dz", min(plan.token_chunk, most), dz_dtype)
         self.student = None if in_place else self._rows("student", height, dtype)
         if plan.teacher_in_gradient and weight_gradient is not None:
             per_logit = dtype.itemsize // weight_gradient.dtype.itemsize
