@@ -1,9 +1,9 @@
-"""Checkpoints that survive being stopped at any moment, and resume bit for bit.
+"""Checkpoints: an interrupted save leaves the last one intact; a resumed run repeats bit for bit.
 
     checkpoints/step_000010/model/              Hugging Face format, what `from_pretrained` loads
                            /optimizer.safetensors
                            /trainer_state.json  step, seconds and tokens so far
-    checkpoints/latest                          name of the newest whole one
+    checkpoints/latest                          name of the newest complete one
 
 All randomness is a function of (seed, step), so there is no generator state to save.
 """
@@ -38,10 +38,10 @@ class CheckpointError(RuntimeError):
 def save(
     directory: Path, state: dict[str, Any], model: Any, tokenizer: Any, optimizer: Optimizer
 ) -> Path:
-    """Write checkpoint state["step"] beside the others, then rename it into place.
+    """Write checkpoint state["step"] under a temporary name, then rename it.
 
     Raises:
-        CheckpointError: it could not be written (disk full, ...); what was there before is whole.
+        CheckpointError: it could not be written (disk full, ...); earlier checkpoints are intact.
     """
     name = f"step_{state['step']:06d}"
     temporary, target = directory / (_WRITING + name), directory / name
@@ -59,27 +59,27 @@ def save(
         os.replace(temporary, target)
         (directory / ".latest").write_text(name)
         os.replace(directory / ".latest", directory / "latest")
-    except Exception as error:  # safetensors reports a full disk by an error class of its own
+    except Exception as error:  # safetensors has its own error class for a full disk
         raise CheckpointError(
             f"checkpoint {target} was not written ({type(error).__name__}: {error}); "
-            "earlier ones are whole"
+            "earlier ones are intact"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    # Those being written have another name, so all that match are whole.
+    # Incomplete checkpoints have other names, so all that match are complete.
     for old in (replaced, *sorted(directory.glob("step_*"))[:-KEEP]):
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
+    """The newest complete checkpoint, or None."""
     pointer = directory / "latest"
     return directory / pointer.read_text().strip() if pointer.is_file() else None
 
 
 def load(path: Path, model: Any, optimizer: Optimizer) -> dict[str, Any]:
-    """Put weights and optimizer state back in place; returns the state that `save` was given."""
+    """Restore weights and optimizer state in place; returns the state that was passed to `save`."""
     try:
         stored = AutoModelForCausalLM.from_pretrained(path / "model", dtype=model.dtype)
         model.load_state_dict(stored.state_dict())
@@ -91,9 +91,9 @@ def load(path: Path, model: Any, optimizer: Optimizer) -> dict[str, Any]:
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, put off while `hold` is open.
+    """Raises KeyboardInterrupt on SIGINT and SIGTERM; inside `hold`, at its end.
 
-    An update of the weights is not stopped halfway; everything else is given up at once.
+    So an update of the weights is completed, and anything else is interrupted at once.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():  # only there are signals received
+        if threading.current_thread() is threading.main_thread():  # only it receives signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._received)
         return self

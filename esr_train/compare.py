@@ -3,7 +3,7 @@
 All arms of a seed start from the same weights and see the same prompts in the same order. Which arm
 goes first rotates from seed to seed, so that a machine that slows down or warms up favours none.
 Runs go one after another, or side by side in processes of one thread each; either way all arms are
-timed alike.
+timed in the same way.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from esr_train.report import summary_table, write_report
 from esr_train.run_dir import clear_comparison, write_run_files
 from esr_train.worker import run_side_by_side
 
-# Student and teacher together. Up to here a second thread speeds a step up by a third or less, so
-# one process per core gets more done.
+# Of student and teacher together. Up to this size a second thread speeds up a step by a third or
+# less, so one process per core finishes sooner.
 SMALL_PARAMETERS = 20_000_000
 
 
@@ -96,7 +96,7 @@ def default_jobs(arms: Arms) -> int:
 
 
 def cap_steps(config: Config, max_steps: int | None) -> Config:
-    """`config` with no arm above `max_steps`; None caps nothing."""
+    """`config` with the steps of every arm limited to `max_steps`; unchanged for None."""
     if max_steps is None:
         return config
     arms = [
@@ -107,7 +107,7 @@ def cap_steps(config: Config, max_steps: int | None) -> Config:
 
 
 def _announcement(arms: Arms, order: list[tuple[str, int]], jobs: int) -> str:
-    """How many runs there are, how they run, and how long they may take."""
+    """The number of runs, how they run, and an estimate of the time."""
     threads = torch.get_num_threads()
     if jobs > 1:
         torch.set_num_threads(1)

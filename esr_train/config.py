@@ -105,7 +105,7 @@ class EvalConfig(_Strict):
 
 class CheckpointConfig(_Strict):
     every: NonNegativeInt = 0  # steps between checkpoints; 0 = only at the end
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest one
+    resume: Literal["auto", "never"] = "auto"  # auto: resume from the newest one
 
 
 class ReportConfig(_Strict):
@@ -185,7 +185,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read `path` (YAML), apply "section.key=value" overrides (values in YAML), check the lot."""
+    """Read `path` (YAML), apply "section.key=value" overrides (values in YAML), and check."""
     if not path.is_file():
         raise ConfigError(f"config: {path} is not a file")
     data = _from_yaml(path.read_bytes(), f"config: {path} is not valid YAML") or {}
@@ -244,7 +244,7 @@ def _validated(data: Any, changes: Mapping[str, Any]) -> Config:
 
 
 def _first_error(error: ValidationError) -> ConfigError:
-    """One of pydantic's errors in one line; an unknown key first, as its section may lack it."""
+    """One of pydantic's errors in one line; unknown keys first, which may cause a missing one."""
     unknown = ("extra_forbidden", "invalid_key")
     found = min(error.errors(), key=lambda item: item["type"] not in unknown)
     key, cause = ".".join(map(str, found["loc"])), found.get("ctx", {}).get("error")

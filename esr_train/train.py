@@ -33,17 +33,17 @@ _PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on, such as a loss that is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class Trainer:
-    """Distils the teacher into the student, in place, and writes what it does to `directory`.
+    """Trains the student in place to match the teacher; writes logs and checkpoints to `directory`.
 
     Args:
         config: of this run; an arm of a comparison shares `experiment` with the others.
-        save: write checkpoints, and go on from one that is there.
-        initial: evaluation of the initial weights if it is known, to save the time.
-        on_step: called after each step with its row of metrics.jsonl and the newest evaluation.
+        save: write checkpoints, and resume from the newest one if there is any.
+        initial: evaluation of the initial weights, if it has been computed already.
+        on_step: called after each step with its row of metrics.jsonl and the latest evaluation.
         on_first_rollout: called with the first batch that is sampled.
     """
 

@@ -119,7 +119,7 @@ def test_a_failed_save_leaves_the_previous_one_whole(
     with monkeypatch.context() as patch:
         patch.setattr(target, where.split(".")[-1], _raise(full))
         with pytest.raises(
-            CheckpointError, match="No space left on device.*earlier ones are whole"
+            CheckpointError, match="No space left on device.*earlier ones are intact"
         ):
             trainer._save()
     assert files(directory) == before

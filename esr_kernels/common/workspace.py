@@ -1,4 +1,4 @@
-"""Buffers for logits, and how many bytes of them an op takes by default.
+"""Buffers for logits, and the default of their size in bytes.
 
 PyTorch's CUDA allocator keeps freed memory. Its CPU allocator returns it to the system, and
 touching fresh memory costs a page fault every 4 KiB. So on CPU each thread keeps the largest buffer
@@ -23,7 +23,7 @@ _ABSENT_GPU = 40 << 30, 80 << 30
 
 
 def default_memory_budget(device: str | torch.device) -> int:
-    """Bytes that an op may take beyond its inputs and gradients where the caller names none.
+    """Bytes that an op may use beyond inputs and gradients if the caller gives no budget.
 
     On a GPU an eighth of its memory or half of what is free, whichever is less, rounded down to a
     power of two: 8 GiB of 80, if 16 are free. It is settled when first asked for and stays for the

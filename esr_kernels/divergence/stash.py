@@ -1,4 +1,4 @@
-"""Plan "stash": four matrix products, the fewest there can be, none repeated.
+"""Plan "stash": four matrix products, the fewest possible.
 
 Tokens are processed in chunks. Both models' logits of a chunk exist in memory; one pass computes
 their statistics, one writes dz, the gradient of the student's logits, over them, and two products
@@ -45,7 +45,8 @@ def stash_forward(
     with matmul.plain_precision(x.student_hidden):
         shared = gradients.over_shared_classes(x, call.classes)
         values, stats = _run_chunks(x, weights, factor * call.spec.student.slope, call, shared)
-        of_active = outputs(values, stats, cross_entropy(x, stats, call), weights, factor, call)
+        label_entropy = None if x.labels is None else cross_entropy(x, stats, call)
+        of_active = outputs(values, stats, label_entropy, weights, factor, call)
     if gradients.hidden is not None and active is not None:
         gradients = gradients._replace(hidden=spread_rows(gradients.hidden, active, tokens))
     return spread_outputs(of_active, active, tokens), gradients.in_dtype_of(operands)
@@ -121,7 +122,7 @@ def _all_rows(results: list[tuple[Tensor, RowStats]], nothing: Tensor) -> tuple[
 
 
 class _Buffers:
-    """Logits of a chunk. Where the logits' dtype is that of dz, dz takes the student's place."""
+    """Buffers for the logits of a chunk. A dz of their dtype replaces the student's logits."""
 
     def __init__(self, x: Operands, call: Call, weight_gradient: Tensor | None) -> None:
         plan, dtype = call.plan, matmul.logits_dtype(x.student_hidden.dtype)
