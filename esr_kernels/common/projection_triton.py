@@ -3,6 +3,8 @@ and the keys of their block tables: kind of operands and architecture of the GPU
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -47,13 +49,23 @@ def check_fused(name: str, hidden: Tensor, weight: Tensor) -> None:
 
 
 def current_arch() -> str:
-    """The current GPU's key in the block tables: its own, or that of the nearest smaller one."""
+    """The GPU in use, as the block tables name it: itself, or the nearest smaller one."""
     if triton.knobs.runtime.interpret:
         return "sm_80"
+    return _arch(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _arch(device: object) -> str:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(int(target.arch) // 10, "sm_80")
+
+
+def threads_of_a_warp() -> int:
+    """Threads that run in step on the GPU in use."""
+    return 64 if current_arch() == "gfx942" else 32
 
 
 def operand_kind(*weights: Tensor) -> str:

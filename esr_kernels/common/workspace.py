@@ -33,7 +33,8 @@ def default_memory_budget(device: str | torch.device) -> int:
     device = torch.device(device)
     if device.type == "cpu":
         return _CPU_BUDGET
-    if device.type != "cuda" or not torch.cuda.is_available():
+    has_gpu = torch.version.cuda or torch.version.hip
+    if device.type != "cuda" or not has_gpu or not torch.cuda.is_available():
         return gpu_budget(*_ABSENT_GPU)
     return _budget_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 

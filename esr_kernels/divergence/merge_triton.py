@@ -84,6 +84,7 @@ def _merge_kernel(
     n_rows,
     n_parts,
     parameters,
+    MIXED: tl.constexpr,
     BLOCK: tl.constexpr,
     N_STATS: tl.constexpr,
 ):
@@ -109,7 +110,7 @@ def _merge_kernel(
     tl.store(out + 7 * n_rows, agreement, mask=live)
     tl.store(out + 8 * n_rows, s_residual, mask=live)
     tl.store(out + 9 * n_rows, t_residual, mask=live)
-    if parameters is not None:
+    if MIXED:
         # A term of weight 0 is left out: where a model lacks a class it is infinite.
         forward, reverse = parameters
         value = tl.zeros_like(s_top)
@@ -144,7 +145,8 @@ def merge_rows(
             float(spec.label_weight),
             n_rows=n,
             n_parts=n_parts,
-            parameters=None if mix is None else (mix[0] or None, mix[1] or None),
+            parameters=(None, None) if mix is None else (mix[0] or None, mix[1] or None),
+            MIXED=mix is not None,
             BLOCK=block,
             N_STATS=COLUMNS,
             num_warps=warps,

@@ -5,8 +5,8 @@ statistics  One program per (token, split of the row) reduces both models' logit
 pull sums   The second pass of divergences such as JSD: three sums. Reads 8 bytes an element.
 gradient    One program per (token, block): reads 8 bytes an element, writes dz in its dtype.
 
-Each pass streams blocks of both models' logits through registers: fp32 accumulators stay per lane,
-only the two running maxima are reduced per block. A row is split over programs when there are too
+Each pass streams blocks of both models' logits through registers; fp32 accumulators and the running
+maxima stay per lane, and are reduced once a row. A row is split over programs when there are too
 few tokens to fill the machine; parts merge in a fixed order (`statistics.merge_parts`), so a launch
 repeats bit for bit. Offsets of rows are 64-bit: T * V passes 2**31 at 14,135 tokens of a Qwen
 vocabulary. Transforms are tuples, see `logits_triton.transform_logits`.
@@ -22,7 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.common.launch import split_columns
-from esr_kernels.common.logits_triton import expm1, load_logits, log1p, online_softmax
+from esr_kernels.common.logits_triton import (
+    expm1,
+    lane_max,
+    load_logits,
+    log1p,
+    merge_lanes,
+    online_softmax,
+)
+from esr_kernels.common.projection_triton import threads_of_a_warp
 from esr_kernels.divergence.losses import Divergence, KernelForm, KernelKind, kernel_form
 from esr_kernels.divergence.merge_triton import merge_rows
 from esr_kernels.divergence.statistics import (
@@ -36,10 +44,14 @@ from esr_kernels.divergence.statistics import (
     with_labels,
 )
 
-# (columns in a block, warps), from bench/gpu_static.py: the statistics hold ten accumulators and
-# both loads in registers; at 4 columns a thread 24 warps or more stay resident on sm_90 and gfx942
-# (72-79 registers), at 8 columns 12. The other passes hold less and take 8.
-STATISTICS_BLOCK = (512, 4)
+# A thread of the statistics loads groups of this many neighbouring logits, 128 bits.
+_WIDTH = tl.constexpr(4)
+# (groups of a thread, warps). Counted in the SASS of sm_90 at V = 151,936, without options: 42
+# instructions a pair of logits and 48 registers, 40 of 64 warps resident. With 1 group 46 and 40,
+# with 4 groups 39 and 79. Loads through shared memory (`num_stages`) take 47 and 63: the resident
+# warps have 40 KiB in flight already, so they are not kept.
+STATISTICS_BLOCK = (2, 4)
+# (columns in a block, warps): 8 columns a thread.
 PULL_SUMS_BLOCK = (1024, 4)
 GRADIENT_BLOCK = (1024, 4)
 
@@ -50,10 +62,34 @@ _KL_MIX = tl.constexpr(KernelKind.KL_MIX.value)
 
 
 @triton.jit
-def _first_maximum(z, columns, best, where):
-    """Per lane: the largest logit so far and the first column that has it."""
-    where = tl.where(z > best, columns, where)
-    return tl.maximum(z, best), where
+def _fold(z, difference, block, state):
+    """Fold a block of one model's logits into the statistics of each lane.
+
+    The last of them is the first block that has the lane's maximum.
+    """
+    top, total, centred, difference_sum, where = state
+    block_top = lane_max(z)
+    where = tl.where(block_top > top, block, where)
+    top, total, centred, difference_sum = online_softmax(
+        z, difference, block_top, (top, total, centred, difference_sum), False
+    )
+    return top, total, centred, difference_sum, where
+
+
+@triton.jit
+def _whole_row(row_ptr, offsets, stop, transform, state):
+    """(maximum, sum of exponentials, centred sum, difference sum, argmax) of a row from its lanes.
+
+    The argmax is looked up in the blocks that hold the maximum, which are read once more: to keep
+    it for each lane takes six instructions an element.
+    """
+    top, total, centred, difference_sum, where = state
+    row_top, total, centred, difference_sum = merge_lanes((top, total, centred, difference_sum))
+    classes = tl.where((top == row_top)[None, :, None], where[None, :, None] + offsets, stop)
+    z, _ = load_logits(row_ptr, classes, stop, transform)
+    # The first class that attains the maximum, as torch.argmax on CPU has it.
+    classes = tl.where(z == tl.max(lane_max(z), 0), classes, stop)
+    return row_top, total, centred, difference_sum, tl.min(tl.min(tl.min(classes, 2), 0), 0)
 
 
 @triton.jit
@@ -89,7 +125,8 @@ def _row_statistics_kernel(
     split_cols,
     student,
     teacher,
-    BLOCK: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_LANES: tl.constexpr,
     N_STATS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -97,40 +134,37 @@ def _row_statistics_kernel(
     s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
     start = split * split_cols
     stop = tl.minimum(start + split_cols, n_cols)
-    lane = tl.arange(0, BLOCK)
+    offsets = (
+        tl.arange(0, BLOCK_GROUPS)[:, None, None] * BLOCK_LANES
+        + tl.arange(0, BLOCK_LANES)[None, :, None]
+    )
+    offsets = offsets * _WIDTH + tl.arange(0, _WIDTH)[None, None, :]
 
-    s_max, t_max = -float("inf"), -float("inf")
-    s_sum = tl.zeros([BLOCK], tl.float32)
-    t_sum = tl.zeros([BLOCK], tl.float32)
-    s_difference = tl.zeros([BLOCK], tl.float32)
-    t_difference = tl.zeros([BLOCK], tl.float32)
-    s_centred = tl.zeros([BLOCK], tl.float32)
-    t_centred = tl.zeros([BLOCK], tl.float32)
-    s_best = tl.full([BLOCK], -float("inf"), tl.float32)
-    t_best = tl.full([BLOCK], -float("inf"), tl.float32)
-    s_where = tl.zeros([BLOCK], tl.int32)
-    t_where = tl.zeros([BLOCK], tl.int32)
-    for block in range(start, stop, BLOCK):
-        columns = block + lane
-        s, _ = load_logits(s_row, columns, stop, student)
-        t, _ = load_logits(t_row, columns, stop, teacher)
-        s_best, s_where = _first_maximum(s, columns, s_best, s_where)
-        t_best, t_where = _first_maximum(t, columns, t_best, t_where)
+    s_top = tl.full([BLOCK_LANES], -float("inf"), tl.float32)
+    t_top = tl.full([BLOCK_LANES], -float("inf"), tl.float32)
+    s_where = tl.zeros([BLOCK_LANES], tl.int32) + start
+    t_where = tl.zeros([BLOCK_LANES], tl.int32) + start
+    s_total = tl.zeros([BLOCK_LANES], tl.float32)
+    t_total = tl.zeros([BLOCK_LANES], tl.float32)
+    s_difference = tl.zeros([BLOCK_LANES], tl.float32)
+    t_difference = tl.zeros([BLOCK_LANES], tl.float32)
+    s_centred = tl.zeros([BLOCK_LANES], tl.float32)
+    t_centred = tl.zeros([BLOCK_LANES], tl.float32)
+    for block in range(start, stop, BLOCK_GROUPS * BLOCK_LANES * _WIDTH):
+        s, _ = load_logits(s_row, block + offsets, stop, student)
+        t, _ = load_logits(t_row, block + offsets, stop, teacher)
         difference = t - s
-        s_max, s_sum, s_centred, s_difference = online_softmax(
-            s, difference, tl.max(s, 0), (s_max, s_sum, s_centred, s_difference), False
-        )
-        t_max, t_sum, t_centred, t_difference = online_softmax(
-            t, difference, tl.max(t, 0), (t_max, t_sum, t_centred, t_difference), False
-        )
+        s_state = (s_top, s_total, s_centred, s_difference, s_where)
+        t_state = (t_top, t_total, t_centred, t_difference, t_where)
+        s_top, s_total, s_centred, s_difference, s_where = _fold(s, difference, block, s_state)
+        t_top, t_total, t_centred, t_difference, t_where = _fold(t, difference, block, t_state)
 
-    # The first class that attains the maximum, as torch.argmax on CPU has it.
-    s_first = tl.min(tl.where(s_best == s_max, s_where, n_cols), 0)
-    t_first = tl.min(tl.where(t_best == t_max, t_where, n_cols), 0)
+    s_state = (s_top, s_total, s_centred, s_difference, s_where)
+    t_state = (t_top, t_total, t_centred, t_difference, t_where)
     store_statistics(
         parts_ptr + (row * tl.num_programs(1) + split) * N_STATS,
-        (s_max, tl.sum(s_sum, 0), tl.sum(s_centred, 0), tl.sum(s_difference, 0), s_first),
-        (t_max, tl.sum(t_sum, 0), tl.sum(t_centred, 0), tl.sum(t_difference, 0), t_first),
+        _whole_row(s_row, offsets, stop, student, s_state),
+        _whole_row(t_row, offsets, stop, teacher, t_state),
         None,
     )
 
@@ -138,8 +172,9 @@ def _row_statistics_kernel(
 def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     """Statistics [n, splits, COLUMNS] of a tile of classes."""
     n, classes = tile.s.shape
-    block, warps = STATISTICS_BLOCK
-    splits, columns = split_columns(n, classes, block)
+    groups, warps = STATISTICS_BLOCK
+    lanes = warps * threads_of_a_warp()
+    splits, columns = split_columns(n, classes, groups * lanes * _WIDTH.value)
     parts = torch.empty(n, splits, COLUMNS, dtype=torch.float32, device=tile.s.device)
     if n:
         _row_statistics_kernel[(n, splits)](
@@ -147,7 +182,8 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
             parts,
             n_cols=classes,
             split_cols=columns,
-            BLOCK=block,
+            BLOCK_GROUPS=groups,
+            BLOCK_LANES=lanes,
             N_STATS=COLUMNS,
             num_warps=warps,
             **_transforms(tile, spec),

@@ -37,7 +37,7 @@ def test_every_logit_is_read_once_a_pass(divergence, dtype):
     passes = row_traffic(divergence, dtype)
     assert set(passes) == {"statistics", "gradient"}
     loaded, stored = _a_row_pass(passes, "statistics")
-    assert loaded == 8, "both logits, and nothing else"
+    assert 8 <= loaded < 8.08, "both logits; eight of each once more, to look up the largest"
     assert 0 < stored < 0.08, "40 bytes a split of a row"
     loaded, stored = _a_row_pass(passes, "gradient")
     assert loaded == pytest.approx(8, rel=0.01) and loaded >= 8

@@ -171,6 +171,7 @@ def test_the_default_budget_on_a_gpu(free_gib, total_gib, budget_mib):
 def test_the_default_budget_is_settled_once(monkeypatch):
     """A plan must not change because memory has been taken since the last call."""
     free = iter([(60 << 30, 80 << 30), (1 << 30, 80 << 30)])
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: next(free))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 0)
