@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_INTERPRETS = triton.knobs.runtime.interpret  # reads the environment, at every look
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton loads whole vectors where it sees that a row's length is a multiple of this.
 _ALIGNMENT = 16
@@ -50,7 +51,7 @@ def check_fused(name: str, hidden: Tensor, weight: Tensor) -> None:
 
 def current_arch() -> str:
     """The GPU in use, as the block tables name it: itself, or the nearest smaller one."""
-    if triton.knobs.runtime.interpret:
+    if _INTERPRETS:
         return "sm_80"
     return _arch(triton.runtime.driver.active.get_current_device())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from esr_kernels import cpu
 from esr_kernels.common import matmul
 from esr_kernels.common.fp16_range import fp16_scale
-from esr_kernels.common.rows import take_rows
+from esr_kernels.common.rows import row_range, take_rows
 from esr_kernels.divergence import rows_native, rows_torch
 from esr_kernels.divergence.plan import Plan, Problem
 from esr_kernels.divergence.planner import check_kind, make_plan, row_pass_backend
@@ -81,7 +81,9 @@ class Operands(NamedTuple):
 
 
 def _select(weight: Tensor, ids: Tensor | None, classes: slice) -> tuple[Tensor, Tensor | None]:
-    return (weight[classes], None) if ids is None else (weight, ids[classes])
+    if ids is None:
+        return row_range(weight, classes), None
+    return weight, ids[classes]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ Bytes  From memory: both heads once for every wave of programs that run over the
        (a group of token blocks shares a tile of the heads in the cache, and its hidden states stay
        there from tile to tile), 40 bytes a token and split written. The row passes that this
        replaces move 16 bytes a logit element.
-       From cache: a tile loads (block of tokens + block of classes) * (Ds + Dt) operands, 64 FLOPs a
-       byte: on sm_90 this bandwidth, not the matrix units, bounds the kernel (`plan._FUSED_RATE`).
+       From cache: a tile loads (block of tokens + block of classes) * (Ds + Dt) operands, 64 FLOPs
+       a byte: on sm_90 this bandwidth, not the matrix units, bounds the kernel (`plan._FUSED_RATE`).
 """
 
 from __future__ import annotations

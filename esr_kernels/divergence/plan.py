@@ -33,8 +33,8 @@ SMALLEST_TILE = 64
 ROW_STEP = 256
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
 _TORCH_SCRATCH = 4 * 5 * 640_000
-# The fused kernel's share of the vendor GEMM's rate, and its epilogue, which no product overlaps, as
-# the bytes that move in that time. By counts on sm_90, predicted: a tile of 128 tokens and 128
+# The fused kernel's share of the vendor GEMM's rate, and its epilogue, which no product overlaps,
+# as the bytes that move in that time. By counts on sm_90, predicted: a tile of 128 tokens and 128
 # classes takes (128 + 128) * 2 bytes from L2 for 2 * 128 * 128 FLOPs, so that 5.5 TB/s of L2 feed
 # 64 * 5.5 = 352 of the 660 TFLOP/s of cuBLAS; and 49 instructions a logit pair in its SASS at
 # 29.6e12 lanes a second are the time of 4.5 bytes at 2.7 TB/s.

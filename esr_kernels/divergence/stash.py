@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.rows import spread_rows
+from esr_kernels.common.rows import row_range, spread_rows
 from esr_kernels.common.workspace import borrow_rows, row_stride
 from esr_kernels.divergence.call import (
     Call,
@@ -70,19 +70,22 @@ def _run_chunks(
     results: list[tuple[Tensor, RowStats]] = []
     for start in range(0, tokens, plan.token_chunk):
         chunk = slice(start, min(start + plan.token_chunk, tokens))
-        hidden = x.student_hidden[chunk]
-        dz = buffers.dz[: hidden.shape[0]]
+        hidden = row_range(x.student_hidden, chunk)
+        dz = row_range(buffers.dz, slice(0, hidden.shape[0]))
         if buffers.student is None:
             matmul.project(hidden, x.student_weight, dz, x.student_ids)
         for first in range(chunk.start, chunk.stop, plan.logit_chunk):
             rows = slice(first, min(first + plan.logit_chunk, chunk.stop))
-            t = buffers.teacher[: rows.stop - rows.start]
-            matmul.project(x.teacher_hidden[rows], x.teacher_weight, t, x.teacher_ids)
-            dz_rows = dz[rows.start - start : rows.stop - start]
+            of_buffer = slice(0, rows.stop - rows.start)
+            t = row_range(buffers.teacher, of_buffer)
+            matmul.project(row_range(x.teacher_hidden, rows), x.teacher_weight, t, x.teacher_ids)
+            dz_rows = row_range(dz, slice(rows.start - start, rows.stop - start))
             s = dz_rows
             if buffers.student is not None:
-                s = buffers.student[: rows.stop - rows.start]
-                matmul.project(x.student_hidden[rows], x.student_weight, s, x.student_ids)
+                s = row_range(buffers.student, of_buffer)
+                matmul.project(
+                    row_range(x.student_hidden, rows), x.student_weight, s, x.student_ids
+                )
             labels = None if x.labels is None else x.labels[rows]
             value, stat = call.rows.stash_rows_(
                 Tile(s, t, x.student_bias, x.teacher_bias, labels),
@@ -92,7 +95,7 @@ def _run_chunks(
             )
             results.append((value, stat))
         if hidden_sum is not None:
-            out = hidden_sum[chunk]
+            out = row_range(hidden_sum, chunk)
             matmul.hidden_gradient(
                 dz, x.student_weight, out, x.student_ids, alpha=factor, accumulate=False
             )
