@@ -71,7 +71,8 @@ def counted() -> Iterator[Launches]:
     with (
         mock.patch.object(JITFunction, "run", count),
         mock.patch.object(InterpretedFunction, "__getitem__", interpreted),
-        mock.patch.object(fused_triton, "current_arch", lambda: "sm_90"),
+        mock.patch.object(fused_triton, "current_arch", lambda like: "sm_90"),
+        mock.patch.object(matmul, "_on_gpu", lambda operand: True),
         mock.patch.object(matmul, "_widens", lambda operand: True),
         mock.patch.object(matmul, "plain_precision", lambda like: nullcontext()),
         launches,

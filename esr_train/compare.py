@@ -59,6 +59,7 @@ def compare(
     jobs = min(len(order), default_jobs(arms) if jobs is None else jobs)
     clear_comparison(run_dir)
     write_run_files(run_dir, config, jobs)
+    say(arms.experiment.ends)
     say(_announcement(arms, order, jobs))
     finished: list[tuple[str, int]] = []
     try:

@@ -61,6 +61,7 @@ class Trainer:
         self.config, self.seed, self.directory, self.save = config, seed, directory, save
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
         self.rollout, self.teacher = experiment.student, experiment.teacher
+        self.merge = experiment.merge
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
         self.student: Any = self.rollout.model
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
@@ -119,6 +120,8 @@ class Trainer:
                 config.rollout.max_new_tokens,
                 config.rollout.temperature,
                 (self.seed, "rollout", step),
+                **config.rollout.filters,
+                max_tokens_in_flight=config.rollout.max_tokens_in_flight,
             )
         if self.on_first_rollout:
             self.on_first_rollout(batch)
@@ -178,6 +181,7 @@ class Trainer:
                     self.teacher.head,
                     laid_out.weights,
                     config.loss,
+                    merge=self.merge,
                 )
                 out.loss.backward()
             rows = (out.per_token, out.student_entropy, out.teacher_entropy, out.agreement)

@@ -49,11 +49,12 @@ def check_fused(name: str, hidden: Tensor, weight: Tensor) -> None:
         )
 
 
-def current_arch() -> str:
-    """The GPU in use, as the block tables name it: itself, or the nearest smaller one."""
+def current_arch(like: Tensor) -> str:
+    """The key of the GPU of `like` in the block tables: its own or the nearest smaller one."""
     if _INTERPRETS:
         return "sm_80"
-    return _arch(triton.runtime.driver.active.get_current_device())
+    with torch.cuda.device_of(like):
+        return _arch(triton.runtime.driver.active.get_current_device())
 
 
 @functools.cache
@@ -64,9 +65,9 @@ def _arch(device: object) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(int(target.arch) // 10, "sm_80")
 
 
-def threads_of_a_warp() -> int:
-    """Threads that run in step on the GPU in use."""
-    return 64 if current_arch() == "gfx942" else 32
+def threads_of_a_warp(like: Tensor) -> int:
+    """Threads that run in step on the GPU of `like`."""
+    return 64 if current_arch(like) == "gfx942" else 32
 
 
 def operand_kind(*weights: Tensor) -> str:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.launch import launch
 from esr_kernels.common.logits_triton import transform_logits
 from esr_kernels.divergence.statistics import (
     COLUMNS,
@@ -138,7 +139,7 @@ def merge_rows(
     out = torch.empty(fields, n, dtype=torch.float32, device=parts.device)
     block, warps = MERGE_BLOCK
     if n:
-        _merge_kernel[(triton.cdiv(n, block),)](
+        launch(_merge_kernel, (triton.cdiv(n, block),), parts)(
             parts.contiguous(),
             out,
             labels,
@@ -208,7 +209,7 @@ def cross_entropy(
     out = torch.empty(n, dtype=torch.float32, device=hidden.device)
     block, warps = LABEL_BLOCK
     if n:
-        _cross_entropy_kernel[(n,)](
+        launch(_cross_entropy_kernel, (n,), hidden)(
             hidden,
             hidden.stride(0),
             weight,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from esr_kernels.common.matmul import strip_rows
 from esr_kernels.common.workspace import row_stride
 
 MIB = 1 << 20
@@ -33,6 +34,9 @@ SMALLEST_TILE = 64
 ROW_STEP = 256
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
 _TORCH_SCRATCH = 4 * 5 * 640_000
+# Numbers a token that a merged class takes besides its members' logits, and the block that the
+# derivative of a softcap takes then (PyTorch's row passes have room for it).
+_MERGED_COLUMNS, _MERGED_SCRATCH = 30, 4 * 640_000
 # The fused kernel's share of the vendor GEMM's rate, and its epilogue, which no product overlaps,
 # as the bytes that move in that time. By counts on sm_90, predicted: a tile of 128 tokens and 128
 # classes takes (128 + 128) * 2 bytes from L2 for 2 * 128 * 128 FLOPs, so that 5.5 TB/s of L2 feed
@@ -66,6 +70,7 @@ class Problem:
     mapped: bool = False
     weight_grad_given: bool = False  # the head's gradient is added to a buffer of the caller
     train_bias: bool = False
+    merged: tuple[int, int] = (0, 0)  # classes of student and teacher that are merged into one
     rows: str = "triton"  # what computes the row passes: "triton", "torch" or "native" (C, on CPU)
 
     @property
@@ -118,12 +123,15 @@ class Plan:
             row = row_stride(p.classes)
             logits = self.logit_chunk * row * p.logit_bytes * buffers
             dz = self.token_chunk * row * p.gradient_bytes
-            return logits + dz + self._accumulator_bytes + scratch
+            buffers_of_call = self._accumulator_bytes + self._gathered_bytes + self._merged_bytes
+            return logits + dz + buffers_of_call + scratch
         tile = 2 * p.logit_bytes if self._has_tiles else 0
         if p.needs_gradient and not p.in_place:
             tile += p.gradient_bytes
         parts = _PART_BYTES * self._fused_splits if self.kind == "fused" else 0
-        return p.tokens * (self.vocab_chunk * tile + parts) + self._accumulator_bytes + scratch
+        by_token = p.tokens * (self.vocab_chunk * tile + parts)
+        buffers_of_call = self._accumulator_bytes + self._gathered_bytes + self._merged_bytes
+        return by_token + buffers_of_call + scratch
 
     @property
     def _has_tiles(self) -> bool:
@@ -136,6 +144,15 @@ class Plan:
         programs = math.ceil(self.problem.tokens / _FUSED_TILE)
         tiles = math.ceil(self.problem.classes / SMALLEST_TILE)
         return min(tiles, max(1, _FUSED_PROGRAMS // max(programs, 1)))
+
+    @property
+    def sums_hidden_apart(self) -> bool:
+        """Whether a stash sums the hidden gradient in an fp32 buffer before it takes its dtype.
+
+        fp16 is scaled back there, and a merged class adds to it after the last chunk.
+        """
+        p = self.problem
+        return p.hidden_dtype.itemsize < 4 and (p.hidden_dtype == torch.float16 or any(p.merged))
 
     @property
     def sums_weight_apart(self) -> bool:
@@ -166,10 +183,44 @@ class Plan:
             if p.train_weight and p.weight_grad_given:
                 # Holds the gradient until the upstream factor is known; it is not returned.
                 weight += p.classes * p.student_dim * p.weight_gradient_bytes
-            fp16 = p.hidden_dtype == torch.float16
-            return weight + (p.tokens * p.student_dim * 4 if p.train_hidden and fp16 else 0)
+            apart = p.train_hidden and self.sums_hidden_apart
+            return weight + (p.tokens * p.student_dim * 4 if apart else 0)
         narrow = p.hidden_dtype.itemsize < 4
         return p.tokens * p.student_dim * 4 if p.train_hidden and narrow else 0
+
+    @property
+    def _merged_bytes(self) -> int:
+        """The biases that remove the members, their logits and their rows of the heads."""
+        p, (student, teacher) = self.problem, self.problem.merged
+        if not student:
+            return 0
+        vectors = p.classes * (3 * p.logit_bytes + 3)
+        logits = p.tokens * p.logit_bytes * (4 * student + 2 * teacher + _MERGED_COLUMNS)
+        rows = student * p.student_dim * (p.weight_dtype.itemsize + p.logit_bytes)
+        rows += teacher * p.teacher_dim * p.weight_dtype.itemsize
+        block = _MERGED_SCRATCH if self.kind == "stash" and p.rows == "native" else 0
+        return vectors + logits + rows + block
+
+    @property
+    def _gathered_bytes(self) -> int:
+        """A strip of a mapped head, or of its gradient, and the sum over strips of hidden
+        gradients."""
+        p = self.problem
+        if not p.mapped:
+            return 0
+        classes = p.classes if self.kind == "stash" else min(self.vocab_chunk, p.classes)
+        strips = [
+            strip_rows(classes, dim, _family(p.device)) * dim * p.weight_dtype.itemsize
+            for dim in (p.student_dim, p.teacher_dim)
+        ]
+        own = strip_rows(classes, p.student_dim, _family(p.device)) * p.student_dim
+        if p.train_hidden:
+            tokens = self.token_chunk if self.kind == "stash" else p.tokens
+            strips.append(strips[0] + tokens * p.student_dim * p.logit_bytes)
+        if p.train_weight:
+            # Beside the strip, index_add_ takes no copy.
+            strips.append(own * (4 if self.sums_weight_apart else p.weight_gradient_bytes))
+        return max(strips)
 
     @property
     def gemm_flops(self) -> int:
@@ -263,3 +314,8 @@ def padded_tokens(tokens: int, device: str) -> int:
 
 def _family(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
+
+
+def merged_sizes(merge: tuple[tuple[int, ...], tuple[int, ...]] | None) -> tuple[int, int]:
+    """`Problem.merged` of a call."""
+    return (0, 0) if merge is None else (len(merge[0]), len(merge[1]))

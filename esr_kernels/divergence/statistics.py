@@ -137,11 +137,18 @@ def merge_rows(
     The last two are None for a divergence that takes a second pass.
     """
     stats = merge_parts(parts)
+    return stats, *without_second_pass(stats, labels, spec)
+
+
+def without_second_pass(
+    stats: RowStats, labels: Tensor | None, spec: RowSpec
+) -> tuple[Tensor | None, Tensor | None]:
+    """The last two results of `merge_rows`."""
     mix = spec.divergence.kl_weights
     if mix is None:
-        return stats, None, None
+        return None, None
     value, pull_sum = mixed_kl(stats, *mix)
-    return stats, value, with_labels(pull_sum, labels, spec)
+    return value, with_labels(pull_sum, labels, spec)
 
 
 class RowNormalizers(NamedTuple):
