@@ -43,12 +43,15 @@ def scale_logits(z, classes, inside, transform):
 @triton.jit
 def cap_logits(x, transform):
     """(transformed logits, tanh of the softcap) of `scale_logits`' result: the second half."""
-    _, _, softcap, inv_temperature = transform
+    bias_ptr, _, softcap, inv_temperature = transform
     capped = x
     if softcap is not None:
         capped = tanh(x / softcap)
-        # A class that a bias of -inf removed stays removed: its tanh of -1 is a finite logit.
-        x = tl.where(x == -float("inf"), x, capped * softcap)
+        z = capped * softcap
+        if bias_ptr is not None:
+            # A class that a bias of -inf removed stays removed: its tanh of -1 is a finite logit.
+            z = tl.where(x == -float("inf"), x, z)
+        x = z
     return x * inv_temperature, capped
 
 

@@ -96,6 +96,19 @@ def _fold(z, difference, classes, n_classes, state):
 
 
 @triton.jit
+def _present(inside, classes, operands, transform):
+    """`inside` without the classes that a bias of -inf removes, which a softcap would bring back.
+
+    A mask of [BLOCK_V] takes fewer registers than a comparison of the tile's logits.
+    """
+    bias_ptr = operands[2]
+    _, scale, softcap, _ = transform
+    if bias_ptr is not None and softcap is not None:
+        inside = inside & (tl.load(bias_ptr + classes).to(tl.float32) * scale != -float("inf"))
+    return inside
+
+
+@triton.jit
 def _masked_transform(z, inside, transform):
     """Transformed logits of a tile, -inf where `inside` is false; the bias is in `z` already."""
     z, _ = transform_logits(z, 0, True, transform)
@@ -147,9 +160,9 @@ def _fused_statistics_kernel(
         inside = classes < stop
         live = tl.minimum(classes, n_classes - 1)
         s = project(s_operands, live_rows, live, BLOCK_D)
-        s = _masked_transform(s, inside, student)
+        s = _masked_transform(s, _present(inside, live, s_operands, student), student)
         t = project(t_operands, live_rows, live, BLOCK_D)
-        t = _masked_transform(t, inside, teacher)
+        t = _masked_transform(t, _present(inside, live, t_operands, teacher), teacher)
         difference = t - s
         s_state = (s_top, s_total, s_centred, s_difference, s_where)
         t_state = (t_top, t_total, t_centred, t_difference, t_where)
