@@ -31,8 +31,10 @@ _STRIP_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 26}
 _STRIP_STEP = 64
 
 
-def plain_precision(like: Tensor) -> torch.autocast:
+def plain_precision(like: Tensor) -> contextlib.AbstractContextManager[object]:
     """Turns autocast off: operands have been cast already, and logits are fp32."""
+    if not torch.is_autocast_enabled(like.device.type):
+        return contextlib.nullcontext()  # A tenth of the time, at every call.
     return torch.autocast(like.device.type, enabled=False)
 
 
