@@ -54,8 +54,27 @@ class RuntimeConfig(_Strict):
     trust_remote_code: bool = False  # run model code that comes with a hub repository
 
 
+class DataConfig(_Strict):
+    """Where problems come from; `subset` to `grader` are for files and hub datasets."""
+
+    # sums, prompts, prompts:PATH.txt, reasoning_gym:NAME, a .jsonl, .json or .parquet file, or a
+    # dataset of the Hugging Face hub
+    task: str = Field(default="sums", min_length=1)
+    subset: str | None = None  # of a hub dataset, such as main
+    split: str = "train"  # the split that is trained on
+    # What is held out: a file, the name of another split, or null for every 10th problem
+    heldout: str | None = None
+    prompt: str = "prompt"  # column with text, or with a list of {role, content} messages
+    answer: str | None = None  # column that the grader compares with; null = answers are not graded
+    teacher_prompt: str | None = None  # column with the teacher's own prompt; null = the student's
+    grader: str | None = None  # exact, math, function_call, python, or an import path a.b:function
+    allow_code: bool = False  # grader python: run the code in answers, in a process without network
+    chat: bool | None = None  # through the chat template; null = if the tokenizer has one
+    system: str | None = None  # system message before every prompt
+    chat_template_kwargs: dict[str, Any] = {}  # such as {enable_thinking: false}
+
+
 class RolloutConfig(_Strict):
-    task: str = "sums"  # sums, prompts, or prompts:PATH.txt
     prompts: PositiveInt = 16  # prompts per step
     samples: PositiveInt = 1  # responses sampled per prompt
     max_new_tokens: PositiveInt = 100  # N: response tokens sampled and trained on, EOS included
@@ -98,9 +117,20 @@ class OptimConfig(_Strict):
 
 class EvalConfig(_Strict):
     every: NonNegativeInt = 0  # steps between evaluations; 0 = no evaluation
-    problems: PositiveInt = 64  # held-out problems
+    problems: PositiveInt | None = None  # held-out problems; null = all, but at most 64
+    samples: PositiveInt = 1  # sampled answers a problem, beside the greedy one: avg@k, pass@k
     max_new_tokens: PositiveInt = 256  # longest answer in an evaluation
     teacher_text: NonNegativeInt = 0  # tokens of teacher text a problem to measure KL on; 0 = off
+    student_text: NonNegativeInt = 0  # the same on the student's own sampled answers
+    # Positions at which divergences are also reported apart: 0-31, 32-99, ... and the rest
+    position_bins: list[PositiveInt] = []
+
+    @field_validator("position_bins")
+    @classmethod
+    def _check_bins(cls, bins: list[int]) -> list[int]:
+        if bins != sorted(set(bins)):
+            raise ValueError("must be increasing")
+        return bins
 
 
 class CheckpointConfig(_Strict):
@@ -126,6 +156,7 @@ class Config(_Strict):
     student: ModelConfig  # the model that is trained
     teacher: ModelConfig  # the model that it is trained to match
     runtime: RuntimeConfig = RuntimeConfig()
+    data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()

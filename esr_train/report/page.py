@@ -127,7 +127,7 @@ def _reading(run: Run) -> list[str]:
     ]
     if run.config.eval.every:
         text.append(f"Every evaluation uses {run.config.eval.problems} held-out problems.")
-    if run.config.rollout.task == "sums":
+    if run.config.data.task == "sums":
         text.append(
             "The task is sums: a model organism, built so that the student has one good and one "
             "bad mode. It shows how the method can work; it is not evidence about LLMs."
