@@ -9,7 +9,7 @@ from esr_kernels.divergence.losses import resolve_divergence
 from esr_train.config import Config, ConfigError
 from esr_train.data import TokenizedTask
 from esr_train.evaluate import Evaluator
-from esr_train.models import head, load_model, load_tokenizer
+from esr_train.models import compiled, head, load_pair, load_tokenizer
 from esr_train.rollout import PrefixRollout
 from esr_train.tasks import load_task
 from esr_train.teacher import Teacher, check_same_tokenizer
@@ -30,7 +30,7 @@ def load_experiment(config: Config) -> Experiment:
     """Load all that a run needs.
 
     Raises:
-        ConfigError, ModelError, FetchError, ContextError: a part that cannot be used.
+        AdapterError, ConfigError, ContextError, FetchError, ModelError: a part that cannot be used.
     """
     try:
         resolve_divergence(config.loss.divergence)
@@ -42,11 +42,11 @@ def load_experiment(config: Config) -> Experiment:
         raise ConfigError(f"rollout.task: {error}") from error
     tokenizer = load_tokenizer(config.student, config.runtime)
     teacher_tokenizer = load_tokenizer(config.teacher, config.runtime)
-    models = [load_model(spec, config.runtime) for spec in (config.student, config.teacher)]
+    models = load_pair(config)
     classes = min(head(model).weight.shape[0] for model in models)
     check_same_tokenizer(tokenizer, teacher_tokenizer, classes)
     student, teacher_rollout = (PrefixRollout(model, tokenizer, classes) for model in models)
-    teacher = Teacher(teacher_rollout)
+    teacher = Teacher(teacher_rollout, compiled(models[1], config.runtime))
     tokenized = TokenizedTask(task, tokenizer)
     evaluator = Evaluator(config, student, teacher, tokenized) if config.eval.every else None
     return Experiment(student, teacher, teacher_tokenizer, tokenized, evaluator)

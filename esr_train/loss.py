@@ -85,5 +85,7 @@ def divergence_from_hidden(
         # Models with one tokenizer may be padded to any size: that is no mistake to warn of.
         num_classes=min(len(student.weight), len(teacher.weight)),
         reduction="sum",
+        # The reference has autograd's gradients only.
+        weight_grad=None if config.impl == "reference" else student.weight_grad,
         impl=config.impl,
     )
