@@ -28,6 +28,7 @@ from esr_kernels import SamplingParams
 from esr_train.checkpoint import CheckpointError, Interrupt
 from esr_train.compare import Interrupted, cap_steps, compare
 from esr_train.config import (
+    EVAL_PROBLEMS,
     Config,
     ConfigError,
     arm_config,
@@ -219,7 +220,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         return _print_plan(config)
     experiment = load_experiment(config)
     evaluator = experiment.evaluator or Evaluator(
-        config, experiment.student, experiment.teacher, experiment.tokenized
+        config,
+        experiment.student,
+        experiment.teacher,
+        experiment.tokenized,
+        experiment.alignment,
     )
     metrics, samples = evaluator.evaluate()
     print(json.dumps({"metrics": metrics, "samples": samples}, indent=2, ensure_ascii=False))
@@ -275,9 +280,10 @@ def _print_plan(config: Config) -> None:
         )
     if config.eval.every:
         print(
-            f"evaluation every {config.eval.every} steps: {config.eval.problems} problems, answers "
-            f"of at most {config.eval.max_new_tokens} tokens, {config.eval.teacher_text} tokens "
-            "of teacher text each"
+            f"evaluation every {config.eval.every} steps: "
+            f"{config.eval.problems or f'up to {EVAL_PROBLEMS}'} problems, answers of at most "
+            f"{config.eval.max_new_tokens} tokens, {config.eval.teacher_text} tokens of teacher "
+            "text each"
         )
 
 

@@ -81,26 +81,36 @@ class PromptEncoder:
 
 
 class TokenizedTask:
-    """A task, and its prompts in the tokens of student and teacher."""
+    """A task, and its prompts in the tokens of student and teacher.
+
+    `same_tokens`: the teacher reads the student's tokens.
+    """
 
     def __init__(
-        self, task: Task, tokenizer: Any, config: DataConfig, teacher_tokenizer: Any = None
+        self,
+        task: Task,
+        tokenizer: Any,
+        config: DataConfig,
+        teacher_tokenizer: Any = None,
+        same_tokens: bool = True,
     ) -> None:
         self.task, self.tokenizer = task, tokenizer
         self.encode = PromptEncoder(tokenizer, config)
-        own = config.teacher_prompt is not None
-        self._encode_for_teacher = PromptEncoder(teacher_tokenizer, config) if own else None
+        self._for_teacher = None
+        if config.teacher_prompt is not None or not same_tokens:
+            self._for_teacher = PromptEncoder(teacher_tokenizer, config)
 
     def ids(self, problem: Problem) -> list[int]:
         """Token ids of a prompt."""
         return self.encode(problem.prompt)
 
     def teacher_ids(self, problem: Problem) -> list[int] | None:
-        """Token ids of the prompt that only the teacher sees, in its own chat template; None where
-        it sees the student's."""
-        if problem.teacher_prompt is None or self._encode_for_teacher is None:
+        """Token ids of the teacher's own prompt, or of the same one in its own tokens, by its own
+        chat template; None where it reads the student's."""
+        if self._for_teacher is None:
             return None
-        return self._encode_for_teacher(problem.teacher_prompt)
+        own = problem.teacher_prompt
+        return self._for_teacher(problem.prompt if own is None else own)
 
 
 class PromptStream:

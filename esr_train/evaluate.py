@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from esr_train.alignment import Alignment
-from esr_train.config import Config, ConfigError, LossConfig
+from esr_train.config import EVAL_PROBLEMS, Config, ConfigError, LossConfig
 from esr_train.data import TokenizedTask
 from esr_train.loss import divergence_from_hidden
 from esr_train.models import head
@@ -30,7 +30,6 @@ from esr_train.rollout import PrefixRollout, RolloutBatch
 from esr_train.teacher import Sequences, Teacher, hidden_rows
 
 SEED = 0  # of the held-out problems and everything sampled on them
-MOST_BY_DEFAULT = 64  # problems, where `eval.problems` names no number
 SHOWN = 4  # decoded answers kept per evaluation
 _TOKENS = 4096  # of texts in a forward pass, padding included
 
@@ -54,7 +53,7 @@ class Evaluator:
         self.task, self.tokenizer = tokenized.task, tokenized.tokenizer
         self.alignment = alignment
         there = self.task.count("heldout")
-        count = config.eval.problems or min(MOST_BY_DEFAULT, there or MOST_BY_DEFAULT)
+        count = config.eval.problems or min(EVAL_PROBLEMS, there or EVAL_PROBLEMS)
         try:
             self.problems = self.task.problems("heldout", count, SEED)
         except ValueError as error:

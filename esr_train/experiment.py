@@ -6,23 +6,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from esr_kernels.divergence.losses import resolve_divergence
+from esr_train.alignment import Alignment
 from esr_train.config import Config, ConfigError
 from esr_train.data import TokenizedTask
 from esr_train.evaluate import Evaluator
-from esr_train.models import head, load_model, load_tokenizer
+from esr_train.models import compiled, head, load_pair, load_tokenizer
 from esr_train.rollout import PrefixRollout
 from esr_train.tasks import load_task
-from esr_train.teacher import Teacher, check_same_tokenizer
+from esr_train.teacher import Teacher
+from esr_train.vocabulary import shared_vocabulary
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A student and a teacher with a common tokenizer, and the task that they work on."""
+    """A student and a teacher, what their vocabularies share, and the task that they work on."""
 
     student: PrefixRollout  # samples from the model that is trained
     teacher: Teacher
     teacher_tokenizer: Any
-    tokenized: TokenizedTask  # the task, with the student's tokenizer
+    tokenized: TokenizedTask  # the task's prompts, for both models
+    alignment: Alignment  # what of a text is compared
     evaluator: Evaluator | None  # None if eval.every is 0
 
 
@@ -30,23 +33,29 @@ def load_experiment(config: Config) -> Experiment:
     """Load all that a run needs.
 
     Raises:
-        ConfigError, ModelError, FetchError, ContextError: a part that cannot be used.
+        AdapterError, ConfigError, ContextError, FetchError, ModelError: a part that cannot be used.
     """
     try:
         resolve_divergence(config.loss.divergence)
     except ValueError as error:
         raise ConfigError(f"loss.divergence: {error}") from error
-    try:
-        task = load_task(config.rollout.task)
-    except ValueError as error:
-        raise ConfigError(f"rollout.task: {error}") from error
+    task = load_task(config.data)
     tokenizer = load_tokenizer(config.student, config.runtime)
     teacher_tokenizer = load_tokenizer(config.teacher, config.runtime)
-    models = [load_model(spec, config.runtime) for spec in (config.student, config.teacher)]
-    classes = min(head(model).weight.shape[0] for model in models)
-    check_same_tokenizer(tokenizer, teacher_tokenizer, classes)
-    student, teacher_rollout = (PrefixRollout(model, tokenizer, classes) for model in models)
-    teacher = Teacher(teacher_rollout)
-    tokenized = TokenizedTask(task, tokenizer)
-    evaluator = Evaluator(config, student, teacher, tokenized) if config.eval.every else None
-    return Experiment(student, teacher, teacher_tokenizer, tokenized, evaluator)
+    models = load_pair(config)
+    heads = [head(model).weight for model in models]
+    vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer, (len(heads[0]), len(heads[1])))
+    vocabulary = vocabulary.on(heads[0].device)
+    # With other tokenizers each model samples from all of its own tokens.
+    classes = vocabulary.classes if vocabulary.same_tokens else None
+    student = PrefixRollout(models[0], tokenizer, classes)
+    teacher_rollout = PrefixRollout(models[1], teacher_tokenizer, classes)
+    teacher = Teacher(teacher_rollout, compiled(models[1], config.runtime))
+    tokenized = TokenizedTask(
+        task, tokenizer, config.data, teacher_tokenizer, vocabulary.same_tokens
+    )
+    alignment = Alignment(vocabulary, tokenizer, teacher_tokenizer)
+    evaluator = None
+    if config.eval.every:
+        evaluator = Evaluator(config, student, teacher, tokenized, alignment)
+    return Experiment(student, teacher, teacher_tokenizer, tokenized, alignment, evaluator)

@@ -94,5 +94,7 @@ def divergence_from_hidden(
         student_ids=vocabulary.student_ids,
         teacher_ids=vocabulary.teacher_ids,
         reduction="sum",
+        # The reference has autograd's gradients only.
+        weight_grad=None if config.impl == "reference" else student.weight_grad,
         impl=config.impl,
     )

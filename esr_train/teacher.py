@@ -6,6 +6,7 @@ last position of the prompt. Only these rows are kept, so no logits are computed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,22 +44,30 @@ def sequences(batch: RolloutBatch, weights: Tensor, device: torch.device) -> Seq
     return Sequences(*(x.to(device) for x in (ids, mask, rows, row_weights, token)))
 
 
-def hidden_rows(model: Any, batch: Sequences) -> Tensor:
-    """The model's hidden states [T, D] at the rows of a batch, differentiable."""
+def hidden_rows(model: Any, batch: Sequences, forward: Callable[..., Any] | None = None) -> Tensor:
+    """The model's hidden states [T, D] at the rows of a batch, differentiable.
+
+    `forward` is its decoder, compiled; None calls the decoder as it is.
+    """
     # Right padding: causal attention does not reach it, and positions count from 0.
-    output = decoder(model)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    run = forward or decoder(model)
+    output = run(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)[batch.rows]
 
 
 class Teacher:
-    """A frozen model in the same process; `rollout` samples its text."""
+    """A frozen model in the same process; `rollout` samples its text.
 
-    def __init__(self, rollout: PrefixRollout) -> None:
-        self.rollout = rollout
+    Its weights may be those that the student has below its adapters (`models.load_pair`): nobody
+    writes to them.
+    """
+
+    def __init__(self, rollout: PrefixRollout, forward: Callable[..., Any] | None = None) -> None:
+        self.rollout, self.forward = rollout, forward
         self.model = rollout.model.requires_grad_(False)
         self.head = head(self.model)
 
     @torch.no_grad()
     def hidden_rows(self, batch: Sequences) -> Tensor:
         """Hidden states [T, D] at the rows of a batch."""
-        return hidden_rows(self.model, batch)
+        return hidden_rows(self.model, batch, self.forward)

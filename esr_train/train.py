@@ -26,7 +26,7 @@ from esr_train.metrics import JsonLines, Spans
 from esr_train.models import head
 from esr_train.optim import Optimizer, learning_rate
 from esr_train.rollout import RolloutBatch
-from esr_train.teacher import hidden_rows, sequences
+from esr_train.teacher import hidden_rows
 
 # Averages over the trained tokens of a step.
 _PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
@@ -62,6 +62,7 @@ class Trainer:
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
         self.rollout, self.teacher = experiment.student, experiment.teacher
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
+        self.alignment = experiment.alignment
         self.student: Any = self.rollout.model
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
         self.optimizer = Optimizer(self.student)
@@ -160,16 +161,22 @@ class Trainer:
     def _gradient(self, step: int, batch: RolloutBatch, spans: Spans) -> dict[str, float]:
         """Accumulate the gradient of the batch; returns its loss and sums over its tokens."""
         config = self.config
-        weights = token_weights(batch, config.loss, (self.seed, "window", step))
+        comparable = self.alignment.comparable(batch)
+        weights = token_weights(batch, config.loss, (self.seed, "window", step), comparable)
+        own = self.prompts.teacher_prompts_for(step)  # one for each prompt, or None
+        each = config.rollout.samples
         sums = torch.zeros(2 + len(_PER_TOKEN), dtype=torch.float64, device=self.device)
         size = config.optim.micro_batch or len(batch.prompts)
         # Sorted by length, so that a micro-batch has little padding.
         for part in batch.lengths.argsort(stable=True).split(size):
-            laid_out = sequences(batch.select(part), weights[part], self.device)
+            prompts = None if own is None else [own[row // each] for row in part.tolist()]
+            laid_out, read = self.alignment.pair(
+                batch.select(part), weights[part], prompts, self.device
+            )
             if len(laid_out.rows) == 0:
                 continue
             with spans("teacher"):
-                teacher_hidden = self.teacher.hidden_rows(laid_out)
+                teacher_hidden = self.teacher.hidden_rows(read)
             with spans("student"):
                 out = divergence_from_hidden(
                     hidden_rows(self.student, laid_out),
@@ -177,6 +184,7 @@ class Trainer:
                     teacher_hidden,
                     self.teacher.head,
                     laid_out.weights,
+                    self.alignment.vocabulary,
                     config.loss,
                 )
                 out.loss.backward()
@@ -213,8 +221,9 @@ class Trainer:
         length = self.config.rollout.max_new_tokens
         for step in range(1, self.config.steps + 1):
             prompts = self.prompts.prompts_for(step)
-            for rollout in (self.rollout, self.teacher.rollout):
-                rollout.check_fits(prompts, length)
+            self.rollout.check_fits(prompts, length)
+            read = self.prompts.teacher_prompts_for(step)
+            self.teacher.rollout.check_fits(prompts if read is None else read, length)
             if step * self.prompts.per_step >= len(self.prompts.problems):
                 break  # every prompt has been checked
 

@@ -85,7 +85,7 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
         (["train", "CONFIG", "optim.lrr=1"], "did you mean 'optim.lr'"),
         (["compare", "CONFIG", "loss.divergence=kl"], "loss.divergence"),
         (["compare", "CONFIG", "student.model=/nowhere"], "no such directory"),
-        (["compare", "CONFIG", "rollout.task=nothing"], "rollout.task"),
+        (["compare", "CONFIG", "data.task=nothing"], "data.task"),
         (["compare", "CONFIG", "arms=[]"], "compare needs a list"),
         (["compare", "CONFIG", "eval.max_new_tokens=400"], "context overflow"),
         (["evaluate", "CONFIG", "--model", "builtin:nothing"], "no such built-in model"),

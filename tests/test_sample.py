@@ -71,8 +71,7 @@ def test_greedy_is_what_transformers_generates(
         (["--prompt", "1" * 200], "the longest prompt has 200 tokens"),
         (["--prompt", "1", "--max-new-tokens", "500"], "with 500 new ones exceeds"),
         (["--prompt", "1", "student.model=/nowhere"], "no such directory"),
-        (["--prompt", "1", "rollout.task=nothing"], "rollout.task"),
-        (["--prompt", "1", "rollout.tsk=sums"], "did you mean 'rollout.task'"),
+        (["--prompt", "1", "data.tsk=sums"], "did you mean 'data.task'"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from esr_train.config import Config, ConfigError, LossConfig, OptimConfig
+from esr_train.config import Config, ConfigError, DataConfig, LossConfig, OptimConfig
 from esr_train.data import PromptStream, TokenizedTask
 from esr_train.experiment import load_experiment
 from esr_train.loss import token_weights
@@ -188,7 +188,7 @@ def test_a_batch_with_nothing_to_train_on_is_a_step_of_zero(
 
 
 def test_prompts_depend_on_seed_and_step_alone() -> None:
-    tokenized = TokenizedTask(load_task("sums"), char_tokenizer())
+    tokenized = TokenizedTask(load_task(DataConfig()), char_tokenizer(), DataConfig())
     a, b, c = (PromptStream(tokenized, 4, seed) for seed in (0, 0, 1))
     assert a.problems_for(3) == b.problems_for(3) != c.problems_for(3)
     assert a.problems_for(3) != a.problems_for(4)
@@ -202,7 +202,7 @@ def test_a_prompt_is_encoded_once() -> None:
         calls.append(text)
         return tokenizer(text)
 
-    tokenized = TokenizedTask(load_task("sums"), counting)
+    tokenized = TokenizedTask(load_task(DataConfig()), counting, DataConfig())
     stream = PromptStream(tokenized, 4, 0)
     first = stream.prompts_for(1)
     assert stream.prompts_for(1) == first == [list(tokenizer(t)["input_ids"]) for t in calls]
@@ -212,14 +212,18 @@ def test_a_prompt_is_encoded_once() -> None:
 def test_a_task_of_chat_messages_needs_a_chat_template() -> None:
     tokenizer = char_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="rollout.task: .*no chat template"):
-        TokenizedTask(load_task("prompts"), tokenizer)
+    data = DataConfig(task="prompts")
+    tokenized = TokenizedTask(load_task(data), tokenizer, data)
+    with pytest.raises(ConfigError, match="data.task: .*need a chat template"):
+        PromptStream(tokenized, 1, 0).prompts_for(1)
 
 
 def test_an_epoch_uses_every_prompt_once(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("".join(f"{i}\n" for i in range(100, 120)))
-    tokenized = TokenizedTask(load_task(f"prompts:{path}"), char_tokenizer())
+    tokenized = TokenizedTask(
+        load_task(DataConfig(task=f"prompts:{path}")), char_tokenizer(), DataConfig()
+    )
     stream = PromptStream(tokenized, 3, 0)
     size = len(stream.problems)
     assert 3 < size < 20
@@ -268,7 +272,7 @@ def test_models_that_do_not_fit_together_are_refused(
     ("changes", "message"),
     [
         ({"loss__divergence": "revers_kl"}, "loss.divergence: .*reverse_kl.*'revers_kl'"),
-        ({"rollout__task": "sumz"}, "rollout.task: .*sumz.*'sums'"),
+        ({"data__task": "sumz"}, "data.task: .*sumz.*'sums'"),
         ({"rollout__task": "prompts", "eval__problems": 9999}, "eval.problems: .*9999"),
     ],
 )
