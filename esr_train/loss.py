@@ -15,6 +15,8 @@ from esr_train.models import Head
 from esr_train.rollout import RolloutBatch
 from esr_train.vocabulary import Vocabulary
 
+_MASS_ROWS = 64
+
 
 def token_weights(
     batch: RolloutBatch,
@@ -98,3 +100,14 @@ def divergence_from_hidden(
         weight_grad=None if config.impl == "reference" else student.weight_grad,
         impl=config.impl,
     )
+
+
+@torch.no_grad()
+def shared_mass(hidden: Tensor, head: Head, lse: Tensor, config: LossConfig) -> float:
+    """Mean share of a model's probability that the classes of a divergence have.
+
+    `lse` [T] is the log-sum-exp over these classes. Measured on the first rows, since it takes the
+    logits of the whole vocabulary.
+    """
+    logits = head.logits(hidden[:_MASS_ROWS]) / config.temperature
+    return float((lse[:_MASS_ROWS] - logits.logsumexp(-1)).exp().mean())

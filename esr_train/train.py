@@ -21,7 +21,7 @@ from esr_train.config import Config
 from esr_train.data import PromptStream
 from esr_train.evaluate import Evaluation
 from esr_train.experiment import Experiment
-from esr_train.loss import divergence_from_hidden, token_weights
+from esr_train.loss import divergence_from_hidden, shared_mass, token_weights
 from esr_train.metrics import JsonLines, Spans
 from esr_train.models import head
 from esr_train.optim import Optimizer, learning_rate
@@ -30,6 +30,8 @@ from esr_train.teacher import hidden_rows
 
 # Averages over the trained tokens of a step.
 _PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
+# With other tokenizers: the share of each model's probability that is on tokens of both.
+_SHARED = ("student_shared_mass", "teacher_shared_mass")
 
 
 class TrainingError(RuntimeError):
@@ -143,6 +145,7 @@ class Trainer:
                 "step": step,
                 "loss": sums["loss"],
                 **{key: sums[key] / trained for key in _PER_TOKEN},
+                **{key: sums[key] for key in ("aligned_share", *_SHARED) if key in sums},
                 "response_length": tokens / len(batch.prompts),
                 "eos_rate": float(batch.finished_by_eos.double().mean()),
                 "tokens": tokens,
@@ -166,6 +169,8 @@ class Trainer:
         own = self.prompts.teacher_prompts_for(step)  # one for each prompt, or None
         each = config.rollout.samples
         sums = torch.zeros(2 + len(_PER_TOKEN), dtype=torch.float64, device=self.device)
+        student = head(self.student)
+        masses: list[tuple[float, float]] = []  # of other tokenizers: what they share
         size = config.optim.micro_batch or len(batch.prompts)
         # Sorted by length, so that a micro-batch has little padding.
         for part in batch.lengths.argsort(stable=True).split(size):
@@ -178,9 +183,10 @@ class Trainer:
             with spans("teacher"):
                 teacher_hidden = self.teacher.hidden_rows(read)
             with spans("student"):
+                hidden = hidden_rows(self.student, laid_out)
                 out = divergence_from_hidden(
-                    hidden_rows(self.student, laid_out),
-                    head(self.student),
+                    hidden,
+                    student,
                     teacher_hidden,
                     self.teacher.head,
                     laid_out.weights,
@@ -188,11 +194,25 @@ class Trainer:
                     config.loss,
                 )
                 out.loss.backward()
+            if comparable is not None:
+                masses.append(
+                    (
+                        shared_mass(hidden, student, out.student_lse, config.loss),
+                        shared_mass(
+                            teacher_hidden, self.teacher.head, out.teacher_lse, config.loss
+                        ),
+                    )
+                )
             rows = (out.per_token, out.student_entropy, out.teacher_entropy, out.agreement)
             sums[0] += out.loss.detach()
             sums[1] += len(laid_out.rows)
             sums[2:] += torch.stack([row.double().sum() for row in rows])
-        return dict(zip(("loss", "trained_tokens", *_PER_TOKEN), sums.tolist(), strict=True))
+        found = dict(zip(("loss", "trained_tokens", *_PER_TOKEN), sums.tolist(), strict=True))
+        if comparable is not None and masses:
+            shares = torch.tensor(masses, dtype=torch.float64).mean(0).tolist()
+            found["aligned_share"] = int(comparable.sum()) / int(batch.lengths.sum())
+            found |= dict(zip(_SHARED, shares, strict=True))
+        return found
 
     def _evaluate(self) -> None:
         """Evaluate if it is due at this step and has not been done; `train_seconds` excludes it."""
