@@ -73,9 +73,7 @@ def load_adapter(model: Any, source: str) -> Any:
         model = peft.get_peft_model(model, settings)
         put_adapter(model, tensors)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise AdapterError(
-            f"adapter {source!r} cannot be used with this model: {error}"
-        ) from error
+        raise AdapterError(f"adapter {source!r} cannot be used with this model: {error}") from error
     return model.requires_grad_(False)
 
 

@@ -38,7 +38,7 @@ class _Strict(BaseModel):
 
 
 class LoraConfig(_Strict):
-    """Low-rank adapters: weight + alpha / r * B @ A, of which A [r, in] and B [out, r] are trained."""
+    """Low-rank adapters: weight + alpha / r * B @ A; A [r, in] and B [out, r] are trained."""
 
     r: PositiveInt = 32
     alpha: PositiveFloat = 64.0

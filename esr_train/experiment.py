@@ -7,7 +7,7 @@ from typing import Any
 
 from esr_kernels.divergence.losses import resolve_divergence
 from esr_train.config import Config, ConfigError
-from esr_train.data import TokenizedTask
+from esr_train.data import PromptStream, TokenizedTask
 from esr_train.evaluate import Evaluator
 from esr_train.models import compiled, head, load_pair, load_tokenizer
 from esr_train.rollout import PrefixRollout
@@ -50,3 +50,13 @@ def load_experiment(config: Config) -> Experiment:
     tokenized = TokenizedTask(task, tokenizer)
     evaluator = Evaluator(config, student, teacher, tokenized) if config.eval.every else None
     return Experiment(student, teacher, teacher_tokenizer, tokenized, evaluator)
+
+
+def check_context(config: Config, experiment: Experiment, seed: int) -> None:
+    """Raise ContextError before any work if a prompt of any step does not fit."""
+    prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
+    for step in range(1, config.steps + 1):
+        for rollout in (experiment.student, experiment.teacher.rollout):
+            rollout.check_fits(prompts.prompts_for(step), config.rollout.max_new_tokens)
+        if step * prompts.per_step >= len(prompts.problems):
+            break  # every prompt has been checked

@@ -44,9 +44,7 @@ def sequences(batch: RolloutBatch, weights: Tensor, device: torch.device) -> Seq
     )
 
 
-def hidden_rows(
-    model: Any, batch: Sequences, forward: Callable[..., Any] | None = None
-) -> Tensor:
+def hidden_rows(model: Any, batch: Sequences, forward: Callable[..., Any] | None = None) -> Tensor:
     """The model's hidden states [T, D] at the rows of a batch, differentiable.
 
     `forward` is its decoder, compiled; None calls the decoder as it is.
