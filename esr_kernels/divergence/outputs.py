@@ -19,13 +19,18 @@ _OTHER_RANK = -1
 def outputs(
     values: Tensor,
     stats: RowStats,
-    cross_entropy: Tensor,
+    cross_entropy: Tensor | None,
     row_weight: Tensor | None,
     factor: float,
     call: Call,
 ) -> Outputs:
-    """(loss, the [n] fields of `LinearDivergence`) of the active rows."""
+    """(loss, the [n] fields of `LinearDivergence`) of the active rows.
+
+    `cross_entropy` [n] is None for a call without labels.
+    """
     rows = values
+    if cross_entropy is None:
+        cross_entropy = torch.zeros_like(values)
     if call.spec.label_weight:  # 0 times an infinite cross-entropy would be NaN
         rows = values + call.spec.label_weight * cross_entropy
     reduction = "none" if call.reduction == "none" else "sum"  # the weights of a mean sum to 1
@@ -55,8 +60,7 @@ def spread_outputs(of_active: Outputs, active: Tensor | None, tokens: int) -> Ou
 
 def cross_entropy(x: Operands, stats: RowStats, call: Call) -> Tensor:
     """-log p(label) [n]; 0 where there is no label. The label's logit is one dot product a row."""
-    if x.labels is None:
-        return torch.zeros_like(stats.student_lse)
+    assert x.labels is not None
     dtype = stats.student_lse.dtype
     here = (x.labels >= 0) & (x.labels < call.classes)
     label = torch.where(here, x.labels, 0)

@@ -57,7 +57,8 @@ def recompute_forward(
     weights, factor = call.row_weights(row_weight, active, x.student_hidden.shape[0])
     with matmul.plain_precision(x.student_hidden):
         values, stats, normalizers = _statistics(x, call)
-        of_active = outputs(values, stats, cross_entropy(x, stats, call), weights, factor, call)
+        label_entropy = None if x.labels is None else cross_entropy(x, stats, call)
+        of_active = outputs(values, stats, label_entropy, weights, factor, call)
     kept = RowNormalizers(*(spread_rows(field, active, tokens) for field in normalizers))
     return spread_outputs(of_active, active, tokens), kept
 

@@ -44,7 +44,8 @@ def stash_forward(
     with matmul.plain_precision(x.student_hidden):
         shared = gradients.over_shared_classes(x, call.classes)
         values, stats = _run_chunks(x, weights, factor * call.spec.student.slope, call, shared)
-        of_active = outputs(values, stats, cross_entropy(x, stats, call), weights, factor, call)
+        label_entropy = None if x.labels is None else cross_entropy(x, stats, call)
+        of_active = outputs(values, stats, label_entropy, weights, factor, call)
     if gradients.hidden is not None and active is not None:
         gradients = gradients._replace(hidden=spread_rows(gradients.hidden, active, tokens))
     return spread_outputs(of_active, active, tokens), gradients.in_dtype_of(operands)
