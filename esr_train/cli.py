@@ -3,6 +3,7 @@
     esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
     esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--dry-run]
     esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
+    esr-train export   RUN_DIR --out DIR [--merge] [--best] [--arm NAME] [--seed N]
     esr-train sample   CONFIG.yaml [key=value ...] --prompt TEXT [--samples G] [--teacher]
     esr-train report   RUN_DIR
     esr-train fetch    smollm2
@@ -25,6 +26,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from esr_kernels import SamplingParams
+from esr_train.adapters import AdapterError
 from esr_train.checkpoint import CheckpointError, Interrupt
 from esr_train.compare import Interrupted, cap_steps, compare
 from esr_train.config import (
@@ -38,6 +40,7 @@ from esr_train.config import (
 )
 from esr_train.evaluate import Evaluator
 from esr_train.experiment import Experiment, load_experiment
+from esr_train.export import export
 from esr_train.fetch import FetchError, fetch_smollm2
 from esr_train.models import ModelError
 from esr_train.progress import progress_bar, progress_text
@@ -49,6 +52,7 @@ from esr_train.train import Trainer, TrainingError
 from esr_train.worker import ArmError
 
 ERRORS = (
+    AdapterError,
     ArmError,
     CheckpointError,
     ConfigError,
@@ -128,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
                 "as PyTorch has threads if the models are small and on the CPU, else 1",
             )
     _add_sample(commands)
+    summary = "write the model of a run to a directory that other tools load"
+    command = commands.add_parser("export", help=summary, description=summary)
+    command.set_defaults(run=_export)
+    command.add_argument("run_dir", type=Path)
+    command.add_argument("--out", type=Path, required=True, help="a directory with nothing in it")
+    command.add_argument("--merge", action="store_true", help="add an adapter into its base")
+    command.add_argument("--best", action="store_true", help="the best model, not the final one")
+    command.add_argument("--arm", default="train", help="of a comparison")
+    command.add_argument("--seed", type=int, help="default: the first of the run")
     summary = "write report.html and the rest again from the files of a run"
     command = commands.add_parser("report", help=summary, description=summary)
     command.set_defaults(run=_report)
@@ -256,6 +269,19 @@ def _report(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     print(path)
+
+
+def _export(options: argparse.Namespace) -> None:
+    print(
+        export(
+            options.run_dir,
+            options.out,
+            options.arm,
+            options.seed,
+            best=options.best,
+            merge=options.merge,
+        )
+    )
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from esr_kernels.divergence.losses import resolve_divergence
 from esr_train.alignment import Alignment
 from esr_train.config import Config, ConfigError
-from esr_train.data import TokenizedTask
+from esr_train.data import PromptStream, TokenizedTask
 from esr_train.evaluate import Evaluator
 from esr_train.models import compiled, head, load_pair, load_tokenizer
 from esr_train.rollout import PrefixRollout
@@ -59,3 +59,15 @@ def load_experiment(config: Config) -> Experiment:
     if config.eval.every:
         evaluator = Evaluator(config, student, teacher, tokenized, alignment)
     return Experiment(student, teacher, teacher_tokenizer, tokenized, alignment, evaluator)
+
+
+def check_context(config: Config, experiment: Experiment, seed: int) -> None:
+    """Raise ContextError before any work if a prompt of any step does not fit."""
+    prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
+    for step in range(1, config.steps + 1):
+        asked, length = prompts.prompts_for(step), config.rollout.max_new_tokens
+        experiment.student.check_fits(asked, length)
+        read = prompts.teacher_prompts_for(step)
+        experiment.teacher.rollout.check_fits(asked if read is None else read, length)
+        if step * prompts.per_step >= len(prompts.problems):
+            break  # every prompt has been checked

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from esr_train.adapters import add_lora, base_of, load_adapter
-from esr_train.config import Config, ModelConfig, RuntimeConfig, TeacherConfig
+from esr_train.config import Config, ModelConfig, RuntimeConfig
 from esr_train.fetch import fetch_smollm2
 from esr_train.tasks import BUILTIN_MODELS, builtin_model_path
 
@@ -77,6 +77,11 @@ def load_model(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
     return _completed(_base(spec, runtime), spec)
 
 
+def stored_dtype(spec: ModelConfig) -> torch.dtype:
+    """The dtype that a model's weights have on disk."""
+    return AutoConfig.from_pretrained(_source(spec.model)).dtype or torch.float32
+
+
 def load_pair(config: Config) -> tuple[Any, Any]:
     """The student, with a fresh LoRA if `student.lora` asks for one, and the teacher.
 
@@ -84,8 +89,10 @@ def load_pair(config: Config) -> tuple[Any, Any]:
     with layers dropped or an adapter or neither, shares their memory.
     """
     spec, runtime = config.student, config.runtime
+    if spec.lora and base_of(_source(spec.model)):
+        raise ModelError(f"student.lora: {spec.model!r} is an adapter itself; merge it by export")
     student = _base(spec, runtime)
-    if spec.lora and config.teacher.model == spec.model:
+    if spec.lora and _source(config.teacher.model) == _source(spec.model):
         # Before the student is changed.
         teacher = _completed(share_weights(student), config.teacher)
     else:
@@ -128,14 +135,12 @@ def _completed(model: Any, spec: ModelConfig) -> Any:
     """`model` without the layers that `spec` drops, and with the adapter that it names."""
     if spec.drop_layers:
         drop_layers(model, spec.drop_layers)
-    adapters = [source] if base_of(source := _source(spec.model)) else []
-    if isinstance(spec, TeacherConfig) and spec.adapter:
-        adapters.append(spec.adapter)
-    if len(adapters) > 1:
-        raise ModelError(f"teacher.adapter: {spec.model!r} is an adapter itself; name its base")
-    for path in adapters:
-        model = load_adapter(model, path).eval()
-    return model
+    adapter, source = getattr(spec, "adapter", None), _source(spec.model)
+    if base_of(source):
+        if adapter:
+            raise ModelError(f"teacher.adapter: {spec.model!r} is an adapter itself; name its base")
+        adapter = source
+    return load_adapter(model, adapter).eval() if adapter else model
 
 
 def share_weights(model: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from esr_train.config import OptimConfig
+from esr_train.models import ModelError
 
 GRAD_CLIP = 1.0  # L2 norm of the whole gradient
 _MASTER, _STATE = "master/", "adamw/"
@@ -38,13 +39,13 @@ class Optimizer:
     detaches the optimizer from a model that is trained on by another one.
 
     Raises:
-        ValueError: nothing in the model is trainable.
+        ModelError: nothing in the model is trainable.
     """
 
     def __init__(self, model: Any) -> None:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise ValueError(
+            raise ModelError(
                 "the student has no trainable weights: an adapter is only trained by student.lora, "
                 "on a whole model; `esr-train export --merge` makes one of an adapter"
             )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import torch
 
 from esr_train import checkpoint
 from esr_train.config import Config
-from esr_train.data import PromptStream
+from esr_train.data import PromptStream, seed_from
 from esr_train.evaluate import Evaluation
-from esr_train.experiment import Experiment
+from esr_train.experiment import Experiment, check_context
 from esr_train.loss import divergence_from_hidden, shared_mass, token_weights
 from esr_train.metrics import JsonLines, Spans
-from esr_train.models import head
+from esr_train.models import compiled, head, training_mode
 from esr_train.optim import Optimizer, learning_rate
 from esr_train.rollout import RolloutBatch
 from esr_train.teacher import hidden_rows
@@ -44,6 +45,7 @@ class Trainer:
     Args:
         config: of this run; an arm of a comparison shares `experiment` with the others.
         save: write checkpoints, and go on from one that is there.
+        save_end: write one at the end, too.
         initial: evaluation of the initial weights if it is known, to save the time.
         on_step: called after each step with its row of metrics.jsonl and the newest evaluation.
         on_first_rollout: called with the first batch that is sampled.
@@ -56,11 +58,13 @@ class Trainer:
         directory: Path,
         seed: int,
         save: bool = True,
+        save_end: bool = True,
         initial: Evaluation | None = None,
         on_step: Callable[[dict[str, Any], dict[str, float]], None] | None = None,
         on_first_rollout: Callable[[RolloutBatch], None] | None = None,
     ) -> None:
-        self.config, self.seed, self.directory, self.save = config, seed, directory, save
+        self.config, self.seed, self.directory = config, seed, directory
+        self.save, self.save_end = save, save_end
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
         self.rollout, self.teacher = experiment.student, experiment.teacher
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
@@ -68,15 +72,16 @@ class Trainer:
         self.student: Any = self.rollout.model
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
         self.optimizer = Optimizer(self.student)
+        self.forward = compiled(self.student, config.runtime)
         self.device = head(self.student).weight.device
-        # Progress, as it is saved in checkpoints.
-        self.state: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "tokens": 0}
+        # Progress, as it is saved in checkpoints; `best` is the best evaluation, (value, step).
+        self.state: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "tokens": 0, "best": None}
         self.saved_step = -1
         self.latest_metrics: dict[str, float] = {}
-        self._check_context()
+        check_context(config, experiment, seed)
 
     def run(self) -> None:
-        """Train to config.steps, from the newest checkpoint if there is one.
+        """Train to config.steps, from the newest whole checkpoint if there is one; call it once.
 
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM; a checkpoint of the last whole step is saved.
@@ -92,6 +97,7 @@ class Trainer:
             with checkpoint.Interrupt() as interrupt:
                 self._loop(interrupt)
         finally:
+            self.optimizer.close()
             for file in (self.metrics, self.evals, self.samples):
                 file.close()
 
@@ -106,11 +112,16 @@ class Trainer:
                     self.on_step(row, self.latest_metrics)
                 if every and row["step"] % every == 0:
                     self._save()
-        finally:
-            # After the last step, a signal or an error: the weights are those of state["step"].
-            # If the last update made them infinite or NaN, the older checkpoint is kept.
-            if all(bool(p.isfinite().all()) for p in self.student.parameters()):
+            if self.save_end:
                 self._save()
+        except checkpoint.CheckpointError:
+            raise
+        except BaseException:
+            # The weights are those of state["step"]. If the last update made them infinite or NaN,
+            # the older checkpoint is kept.
+            if all(bool(p.isfinite().all()) for p in self.optimizer.parameters.values()):
+                self._save()
+            raise
 
     def step(self, step: int, interrupt: checkpoint.Interrupt) -> dict[str, Any]:
         """One optimizer step; returns the row that it writes to metrics.jsonl."""
@@ -170,6 +181,8 @@ class Trainer:
         each = config.rollout.samples
         sums = torch.zeros(2 + len(_PER_TOKEN), dtype=torch.float64, device=self.device)
         student = head(self.student)
+        student = replace(student, weight_grad=self.optimizer.weight_grad(student.weight))
+        torch.manual_seed(seed_from(self.seed, "dropout", step))
         masses: list[tuple[float, float]] = []  # of other tokenizers: what they share
         size = config.optim.micro_batch or len(batch.prompts)
         # Sorted by length, so that a micro-batch has little padding.
@@ -182,8 +195,8 @@ class Trainer:
                 continue
             with spans("teacher"):
                 teacher_hidden = self.teacher.hidden_rows(read)
-            with spans("student"):
-                hidden = hidden_rows(self.student, laid_out)
+            with spans("student"), training_mode(self.student):
+                hidden = hidden_rows(self.student, laid_out, self.forward)
                 out = divergence_from_hidden(
                     hidden,
                     student,
@@ -225,6 +238,7 @@ class Trainer:
         if step == 0:
             self.initial = evaluation
         self.latest_metrics, samples = evaluation
+        self._keep_best()
         for sample in samples:
             self.samples.write({"step": step, **sample})
         self.evals.write(
@@ -236,31 +250,46 @@ class Trainer:
             }
         )
 
-    def _check_context(self) -> None:
-        """Raise ContextError before any work if a prompt of any step does not fit."""
-        length = self.config.rollout.max_new_tokens
-        for step in range(1, self.config.steps + 1):
-            prompts = self.prompts.prompts_for(step)
-            self.rollout.check_fits(prompts, length)
-            read = self.prompts.teacher_prompts_for(step)
-            self.teacher.rollout.check_fits(prompts if read is None else read, length)
-            if step * self.prompts.per_step >= len(self.prompts.problems):
-                break  # every prompt has been checked
-
     def _resume(self) -> None:
-        path = checkpoint.latest(self.directory / "checkpoints")
-        if not self.save or path is None:
+        directory = self.directory / "checkpoints"
+        if not self.save:
             return
-        if self.config.checkpoint.resume == "never":
+        if self.config.checkpoint.resume == "never" and checkpoint.latest(directory):
             raise checkpoint.CheckpointError(
-                f"{path.parent} holds checkpoints and checkpoint.resume is never; "
+                f"{directory} holds checkpoints and checkpoint.resume is never; "
                 "choose another --out, or remove them"
             )
-        self.state = checkpoint.load(path, self.student, self.optimizer)
-        self.saved_step = self.state["step"]
+        state = checkpoint.resume(directory, self.student, self.optimizer)
+        if state is None:
+            return
+        if state.get("data", self.state["data"]) != self.state["data"]:
+            raise checkpoint.CheckpointError(
+                f"{directory} was trained on other problems than data.task "
+                f"{self.config.data.task!r} has now; choose another --out, or put the data back"
+            )
+        self.state, self.saved_step = state, state["step"]
 
     def _save(self) -> None:
         if self.save and self.saved_step != self.state["step"]:
-            directory = self.directory / "checkpoints"
-            checkpoint.save(directory, self.state, self.student, self.tokenizer, self.optimizer)
+            checkpoint.save(
+                self.directory / "checkpoints",
+                self.state,
+                self.student,
+                self.tokenizer,
+                self.optimizer,
+                self.config.checkpoint.keep,
+            )
             self.saved_step = self.state["step"]
+
+    def _keep_best(self) -> None:
+        """Save the model if its evaluation, just made, is the best so far of a trained one."""
+        report, step = self.config.report, self.state["step"]
+        value = self.latest_metrics.get(report.metric)
+        wanted = self.save and self.config.checkpoint.keep_best and step > 0
+        if not wanted or value is None or math.isnan(value):
+            return
+        sign = 1 if report.higher_is_better else -1
+        best = self.state["best"]
+        if best is None or sign * value > sign * best[0]:
+            self.state["best"] = [value, step]
+            checkpoint.save_best(self.directory / "checkpoints", step, self.student, self.tokenizer)

@@ -6,7 +6,7 @@ same format, each step's metrics and how each run ended. What libraries print go
 
 A worker ends when its stdin closes, which happens however the parent ends. It is in a session of
 its own, so that Ctrl-C in a terminal reaches the parent alone, which kills the workers: all they
-have written is flushed, and a comparison saves no checkpoints.
+have written is flushed, and a checkpoint is whole or not there.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from esr_train.checkpoint import CheckpointError
 from esr_train.config import Config, ConfigError
 from esr_train.experiment import load_experiment
 from esr_train.metrics import read_rows
@@ -142,3 +143,19 @@ def test_a_longer_vocabulary_is_used_as_far_as_both_have_it(
     assert trainer.alignment.vocabulary.classes == len(char_tokenizer()) < 32
     assert trainer.rollout.classes == trainer.teacher.rollout.classes == len(char_tokenizer())
     assert row["loss"] > 0
+
+
+def test_a_run_does_not_go_on_with_other_data(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    config = make_config(data={"task": questions(path)}, steps=1, eval__every=0)
+
+    def train(config: Config) -> None:
+        Trainer(config, load_experiment(config), tmp_path / "run", 0).run()
+
+    train(config)
+    train(make_config(data={"task": questions(path)}, steps=2, eval__every=0))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(CheckpointError, match="was trained on other problems than data.task"):
+        train(make_config(data={"task": str(path)}, steps=3, eval__every=0))
