@@ -37,6 +37,12 @@ class Alignment:
             found[row, list(positions)] = True
         return found
 
+    def as_teacher_reads(self, batch: RolloutBatch, row: int) -> list[int]:
+        """The tokens of a response that the teacher is given."""
+        if self.vocabulary.same_tokens:
+            return batch.response(row)
+        return self._teacher_tokens(batch, row)[1]
+
     def pair(
         self,
         batch: RolloutBatch,

@@ -201,7 +201,7 @@ def _train(options: argparse.Namespace) -> None:
             run_dir / "arms" / "train" / f"seed{seed}",
             seed,
             on_step=on_step,
-            on_first_rollout=lambda batch: bar.write(_decoded(experiment, batch)),
+            on_first_rollout=lambda *first: bar.write(_decoded(experiment, *first)),
         )
         write_run_files(run_dir, config)
         try:
@@ -313,18 +313,20 @@ def _print_plan(config: Config) -> None:
         )
 
 
-def _decoded(experiment: Experiment, batch: RolloutBatch) -> str:
-    """The first prompt and response with special tokens, through both tokenizers."""
-    lines = []
-    for who, tokenizer in (
-        ("student", experiment.tokenized.tokenizer),
-        ("teacher", experiment.teacher_tokenizer),
+def _decoded(experiment: Experiment, batch: RolloutBatch, teacher_prompt: list[int]) -> str:
+    """The first prompt and response with special tokens, as each model reads them."""
+    response = batch.response(0)
+    read = experiment.alignment.as_teacher_reads(batch, 0)
+    lines = [experiment.alignment.vocabulary.note or "student and teacher share a vocabulary"]
+    for who, tokenizer, prompt, answer in (
+        ("student", experiment.tokenized.tokenizer, batch.prompts[0], response),
+        ("teacher", experiment.teacher_tokenizer, teacher_prompt, read),
     ):
-        prompt, response = (
-            tokenizer.decode(ids, skip_special_tokens=False)
-            for ids in (batch.prompts[0], batch.response(0))
-        )
-        lines.append(f"first prompt, to the {who}: {prompt!r}\nfirst response: {response!r}")
+        texts = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (prompt, answer))
+        lines += [
+            f"first {what}, to the {who}: {text!r}"
+            for what, text in zip(("prompt", "response"), texts, strict=True)
+        ]
     return "\n".join(lines)
 
 

@@ -48,7 +48,8 @@ class Trainer:
         save_end: write one at the end, too.
         initial: evaluation of the initial weights if it is known, to save the time.
         on_step: called after each step with its row of metrics.jsonl and the newest evaluation.
-        on_first_rollout: called with the first batch that is sampled.
+        on_first_rollout: called with the first batch that is sampled and the prompt that the
+            teacher sees before its first response.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Trainer:
         save_end: bool = True,
         initial: Evaluation | None = None,
         on_step: Callable[[dict[str, Any], dict[str, float]], None] | None = None,
-        on_first_rollout: Callable[[RolloutBatch], None] | None = None,
+        on_first_rollout: Callable[[RolloutBatch, list[int]], None] | None = None,
     ) -> None:
         self.config, self.seed, self.directory = config, seed, directory
         self.save, self.save_end = save, save_end
@@ -76,6 +77,7 @@ class Trainer:
         self.device = head(self.student).weight.device
         # Progress, as it is saved in checkpoints; `best` is the best evaluation, (value, step).
         self.state: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "tokens": 0, "best": None}
+        self.state["data"] = self.prompts.digest
         self.saved_step = -1
         self.latest_metrics: dict[str, float] = {}
         check_context(config, experiment, seed)
@@ -135,7 +137,8 @@ class Trainer:
                 (self.seed, "rollout", step),
             )
         if self.on_first_rollout:
-            self.on_first_rollout(batch)
+            own = self.prompts.teacher_prompts_for(step)
+            self.on_first_rollout(batch, batch.prompts[0] if own is None else own[0])
             self.on_first_rollout = None
         sums = self._gradient(step, batch, spans)
         with spans("student"):
