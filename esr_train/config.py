@@ -62,7 +62,7 @@ class TeacherConfig(ModelConfig):
 
 class RuntimeConfig(_Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 on CUDA, else fp32
-    attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa
+    attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa or eager
     gradient_checkpointing: bool = False  # keep a layer's inputs alone, and run it again backward
     compile: bool = False  # torch.compile forward passes over whole sequences; not the sampling
     liger: bool = False  # norm, rotary embedding and MLP of liger-kernel; needs CUDA

@@ -111,10 +111,11 @@ def _base(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
     source = base_of(source) or source
     on_cuda = device().type == "cuda"
     dtype = runtime.dtype if runtime.dtype != "auto" else "bfloat16" if on_cuda else "float32"
-    attention = runtime.attention
+    attention: str | None = runtime.attention
     if attention == "auto":
         flash = on_cuda and dtype != "float32" and importlib.util.find_spec("flash_attn")
-        attention = "flash_attention_2" if flash else "sdpa"
+        # None is sdpa where the model has it: not Gemma 2, whose scores are soft-capped.
+        attention = "flash_attention_2" if flash else None
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
