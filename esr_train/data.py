@@ -1,7 +1,7 @@
 """Prompts as token ids, and which of them a step trains on.
 
 The order is a function of the seed and the step alone. Runs with the same seed see the same prompts
-at the same step whatever else differs between them, and a resumed run needs no data position.
+at the same step, even if they differ otherwise, and a resumed run needs no data position.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from esr_train.config import ConfigError
 from esr_train.tasks import Problem, Task
 
-POOL = 8192  # training problems asked of a task; an epoch goes through them once
+POOL = 8192  # training problems requested from a task; an epoch has each of them once
 
 
 def seed_from(*parts: int | str) -> int:
-    """A 63-bit seed from what it is for, such as (seed, "rollout", step)."""
+    """A 63-bit seed derived from `parts`, such as (seed, "rollout", step)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -26,7 +26,7 @@ def seed_from(*parts: int | str) -> int:
 class TokenizedTask:
     """A task and a tokenizer; each problem is encoded once.
 
-    A prompt goes through the chat template, up to where the answer starts, or is encoded as it is.
+    A prompt is formatted by the chat template, up to the start of the answer, or encoded unchanged.
     """
 
     def __init__(self, task: Task, tokenizer: Any) -> None:
@@ -60,7 +60,7 @@ class PromptStream:
     """The training prompts of every step."""
 
     def __init__(self, tokenized: TokenizedTask, per_step: int, seed: int) -> None:
-        # A task with few prompts repeats them to fill the pool; an epoch should not.
+        # A task with few prompts repeats them to fill the pool; an epoch has each of them once.
         self.problems = list(dict.fromkeys(tokenized.task.problems("train", POOL, seed)))
         self.tokenized, self.per_step, self.seed = tokenized, per_step, seed
         self._epoch, self._order = -1, [0]
@@ -68,14 +68,14 @@ class PromptStream:
     def problems_for(self, step: int) -> list[Problem]:
         """`per_step` problems for step 1, 2, ...; every epoch is shuffled afresh."""
         size, first = len(self.problems), (step - 1) * self.per_step
-        picked = []
+        chosen = []
         for position in range(first, first + self.per_step):
             epoch, index = divmod(position, size)
             if epoch != self._epoch:
                 generator = torch.Generator().manual_seed(seed_from(self.seed, "epoch", epoch))
                 self._epoch, self._order = epoch, torch.randperm(size, generator=generator).tolist()
-            picked.append(self.problems[self._order[index]])
-        return picked
+            chosen.append(self.problems[self._order[index]])
+        return chosen
 
     def prompts_for(self, step: int) -> list[list[int]]:
         """Token ids of the prompts of a step."""

@@ -1,7 +1,7 @@
-"""Measuring a student on held-out problems: its answers, and its divergence from the teacher.
+"""Evaluation of a student on held-out problems: its answers and its divergence from the teacher.
 
 The problems, the teacher's text and the sampling seeds are fixed, so all arms and seeds of a
-comparison get the same questions.
+comparison have the same problems.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Evaluation = tuple[dict[str, float], list[dict[str, Any]]]  # metrics, decoded a
 
 
 class Evaluator:
-    """Holds the questions, and the teacher's text on them once it is needed."""
+    """Held-out problems, and the teacher's text on them, which is sampled at the first use."""
 
     def __init__(
         self, config: Config, student: PrefixRollout, teacher: Teacher, tokenized: TokenizedTask
@@ -64,14 +64,14 @@ class Evaluator:
         return metrics, shown
 
     def _answers(self) -> tuple[RolloutBatch, RolloutBatch]:
-        """Greedy and sampled answers, from one rollout: each step costs little more for both."""
+        """Greedy and sampled answers from one rollout, whose steps cost little more for both."""
         prompts = self.prompts if self.scored else self.prompts[:SHOWN]
         rows = torch.arange(len(prompts))
         temperature = torch.zeros(2 * len(rows))
         temperature[len(rows) :] = self.config.rollout.temperature or 1.0
         batch = self.student.generate(
             prompts * 2,
-            # Not two samples per prompt: some caches cannot be repeated.
+            # Not two samples per prompt: the caches of some models cannot be repeated.
             1,
             self.config.eval.max_new_tokens,
             temperature,
@@ -97,7 +97,7 @@ class Evaluator:
         if self._teacher_text is None:
             self._teacher_text = self._write_teacher_text()
         student = self.student.model
-        # At temperature 1, whatever the training loss uses.
+        # At temperature 1, also if the training loss has another.
         loss = LossConfig(impl=self.config.loss.impl)
         total = torch.zeros(4, dtype=torch.float64)
         for batch, teacher_hidden in self._teacher_text:

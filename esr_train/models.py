@@ -1,4 +1,4 @@
-"""Loading causal language models, and reaching their decoder and output head separately.
+"""Loads causal language models, and gives access to their decoder and output head.
 
 The loss works on hidden states and head weights, so that [tokens, vocab] logits never exist. `Head`
 holds what turns hidden states into logits: weight, bias, soft-cap and scale. `check_head`, which
@@ -235,11 +235,11 @@ def check_head(model: Any) -> None:
     known = head(model)
     layer, weight = model.get_output_embeddings(), known.weight
     for name, parameter in layer.named_parameters():
-        # An adapter may add nothing yet, and something after the first step.
+        # An adapter may leave the logits unchanged before the first step only.
         if parameter.requires_grad and parameter is not weight and parameter is not known.bias:
             raise ModelError(
-                f"{type(model).__name__}: its head trains {name} beside a weight and a bias, which "
-                "logits from hidden states leave out; take the head out of target_modules"
+                f"{type(model).__name__}: its head trains {name} besides weight and bias, which "
+                "logits from hidden states do not include; remove the head from target_modules"
             )
     ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
     with torch.no_grad():
@@ -314,7 +314,7 @@ def _not_loaded(model: str, source: str, what: str, error: Exception) -> str:
     if Path(source).is_dir():
         return f"{what} {model!r}: {source} could not be loaded: {reason}"
     return (
-        f"{what} {model!r}: not a local directory and not to be had from the Hugging Face hub "
+        f"{what} {model!r}: not a local directory, and not loaded from the Hugging Face hub "
         f"({type(error).__name__}: {reason}). Give builtin:NAME, smollm2, the path of a model "
         "directory, or a hub id that this machine can reach"
     )
