@@ -1,4 +1,4 @@
-"""Fused ops for on-policy distillation: exact two-model divergences from hidden states."""
+"""Fused ops for on-policy distillation: divergences, log-probs, sampling and decode attention."""
 
 from esr_kernels.attention.op import RowGroups, group_rows, shared_prefix_attention
 from esr_kernels.common.workspace import default_memory_budget, release_workspace

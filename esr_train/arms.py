@@ -60,14 +60,9 @@ class Arms:
                 parameters[key].copy_(weight)
         config, directory = self.configs[name], _directory(run_dir, name, seed)
         trainer = Trainer(
-            config,
-            self.experiment,
-            directory,
-            seed,
-            save_end=config.checkpoint.keep_models,
-            initial=self._initial,
-            on_step=on_step,
+            config, self.experiment, directory, seed, initial=self._initial, on_step=on_step
         )
+        trainer.save_end = config.checkpoint.keep_models
         trainer.run()
         self._initial = trainer.initial
         (directory / _FINISHED).touch()

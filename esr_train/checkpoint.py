@@ -1,4 +1,4 @@
-"""Checkpoints that survive being stopped at any moment, and resume bit for bit.
+"""Checkpoints: an interrupted save leaves the last one intact; a resumed run repeats bit for bit.
 
     checkpoints/step_000010/model/              Hugging Face format, or an adapter as peft stores it
                            /optimizer.safetensors
@@ -6,8 +6,8 @@
                            /files.json          size and SHA-256 of the others
     checkpoints/best_000008/                    the model that was best in an evaluation
 
-A directory is written under another name and renamed when it is whole. `resume` reads the newest
-one whose files are those of files.json: what a crash or a bad disk has damaged is passed over. All
+A directory is written under another name and renamed when it is complete. `resume` skips
+with a warning those whose files are not the ones in files.json, after a crash or on a bad disk. All
 randomness is a function of (seed, step), so there is no generator state to save.
 """
 
@@ -49,10 +49,10 @@ def save(
     optimizer: Optimizer,
     keep: int = 2,
 ) -> Path:
-    """Write checkpoint state["step"] beside the others; the newest `keep` stay.
+    """Write checkpoint state["step"] under a temporary name, rename it, keep the newest `keep`.
 
     Raises:
-        CheckpointError: it could not be written (disk full, ...); what was there before is whole.
+        CheckpointError: it could not be written (disk full, ...); earlier checkpoints are intact.
     """
     step = state["step"]
     with _aside(directory / f"{_STEP}{step:06d}") as path:
@@ -61,7 +61,7 @@ def save(
         save_file(tensors, path / "optimizer.safetensors")
         (path / "trainer_state.json").write_text(json.dumps(state))
         (path / _FILES).write_text(json.dumps(_digests(path), indent=2))
-    # Those of later steps were passed over by `resume`.
+    # Those of later steps are damaged: `resume` skipped them.
     older = [path for path in _all(directory, _STEP) if _number(path) <= step]
     for path in set(_all(directory, _STEP)) - set(older[-keep:]):
         shutil.rmtree(path, ignore_errors=True)
@@ -69,10 +69,10 @@ def save(
 
 
 def save_best(directory: Path, step: int, model: Any, tokenizer: Any) -> Path:
-    """Write the model of a step, in the place of the best one so far.
+    """Write the model of a step, then remove the best one before it.
 
     Raises:
-        CheckpointError: it could not be written; the best one so far is whole.
+        CheckpointError: it could not be written; the best one so far is intact.
     """
     target = directory / f"{_BEST}{step:06d}"
     with _aside(target) as path:
@@ -84,12 +84,12 @@ def save_best(directory: Path, step: int, model: Any, tokenizer: Any) -> Path:
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest whole checkpoint, or None; says so where one is passed over."""
+    """The newest intact checkpoint, or None; logs a warning for each damaged one."""
     for path in reversed(_all(directory, _STEP)):
         problem = _damage(path)
         if not problem:
             return path
-        logger.warning("checkpoint %s is passed over: %s", path, problem)
+        logger.warning("checkpoint %s is damaged and skipped: %s", path, problem)
     return None
 
 
@@ -99,12 +99,12 @@ def best(directory: Path) -> Path | None:
 
 
 def resume(directory: Path, model: Any, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Put weights and optimizer state of the newest whole checkpoint in place.
+    """Put weights and optimizer state of the newest intact checkpoint in place.
 
     Returns the state that `save` was given, None if there is no checkpoint.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole or fits this model.
+        CheckpointError: there are checkpoints, and none is intact or fits this model.
     """
     _clear(directory)
     path = latest(directory)
@@ -112,7 +112,7 @@ def resume(directory: Path, model: Any, optimizer: Optimizer) -> dict[str, Any] 
         return load(path, model, optimizer)
     if _all(directory, _STEP):
         raise CheckpointError(
-            f"no checkpoint in {directory} is whole; remove them all to start anew"
+            f"no checkpoint in {directory} is intact; remove them all to start again"
         )
     return None
 
@@ -159,14 +159,14 @@ def _aside(target: Path) -> Iterator[Path]:
     except Exception as error:  # safetensors reports a full disk by an error class of its own
         raise CheckpointError(
             f"checkpoint {target} was not written ({type(error).__name__}: {error}); "
-            "earlier ones are whole"
+            "earlier ones are intact"
         ) from error
     finally:
         _clear(directory)
 
 
 def _clear(directory: Path) -> None:
-    """Undo what a save that failed or was killed has left."""
+    """Remove what a failed or killed save has left; restore what it was about to replace."""
     for path in list(directory.glob(_REPLACED + "*")):
         target = directory / path.name.removeprefix(_REPLACED)
         if target.exists():
@@ -201,7 +201,7 @@ def _digests(directory: Path) -> dict[str, list[Any]]:
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with the files of a checkpoint; empty if nothing is."""
+    """What is wrong with the files of a checkpoint; "" if they are intact."""
     try:
         expected = json.loads((path / _FILES).read_text())
         found = _digests(path)
@@ -214,9 +214,9 @@ def _damage(path: Path) -> str:
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, put off while `hold` is open.
+    """Raises KeyboardInterrupt on SIGINT and SIGTERM; inside `hold`, at its end.
 
-    An update of the weights is not stopped halfway; everything else is given up at once.
+    So an update of the weights is completed, and anything else is interrupted at once.
     """
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():  # only there are signals received
+        if threading.current_thread() is threading.main_thread():  # only it receives signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._received)
         return self

@@ -67,7 +67,7 @@ ERRORS = (
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parse(arguments)
-    transformers_logging.disable_progress_bar()  # ours is the only one on the screen
+    transformers_logging.disable_progress_bar()  # only our own bar is shown
     try:
         with Interrupt():
             options.run(options)
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"esr-train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        # Out of memory on a GPU is a class of its own, on a CPU a sentence.
+        # Out of memory is an exception of its own on a GPU; on a CPU only the message says so.
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         first = str(error).split(". ")[0]
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse a command line in which key=value may stand anywhere."""
+    """Parse a command line that may have key=value at any position."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if text.startswith("-") or "overrides" not in options]
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run, summary in (
-        (_train, "distil a teacher into a student; goes on where it stopped"),
+        (_train, "train a student to match a teacher; resumes where it stopped"),
         (_compare, "train with several rollout lengths and write a report"),
         (_evaluate, "measure a student on held-out problems"),
     ):
@@ -117,18 +117,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, help="YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-4")
         command.add_argument(
-            "--dry-run", action="store_true", help="print the resolved config and estimates, stop"
+            "--dry-run", action="store_true", help="only print the resolved config and estimates"
         )
         if run is _evaluate:
             command.add_argument("--model", help="evaluate this model instead of the student")
         else:
             command.add_argument("--out", type=Path, help="run directory; default runs/CONFIG...")
         if run is _compare:
-            command.add_argument("--steps", type=_positive, help="at most so many steps an arm")
+            command.add_argument("--steps", type=_positive, help="limit of the steps of each arm")
             command.add_argument(
                 "--jobs",
                 type=_positive,
-                help="runs at a time, above 1 each in a process with one thread; default: as many "
+                help="runs at a time; above 1, each in a process with one thread; default: as many "
                 "as PyTorch has threads if the models are small and on the CPU, else 1",
             )
     _add_sample(commands)
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sample(commands: Any) -> None:
-    summary = "answer prompts, and print what each token was worth"
+    summary = "sample answers to prompts, with the log-prob of each token"
     command = commands.add_parser("sample", help=summary, description=summary)
     command.set_defaults(run=_sample)
     command.add_argument("config", type=Path, help="YAML file, see configs/")
@@ -161,26 +161,26 @@ def _add_sample(commands: Any) -> None:
     command.add_argument(
         "--prompt", action="append", required=True, help="may be given several times"
     )
-    command.add_argument("--samples", type=_positive, help="answers a prompt; rollout.samples")
+    command.add_argument("--samples", type=_positive, help="per prompt; default rollout.samples")
     command.add_argument(
-        "--max-new-tokens", type=_positive, help="of an answer; rollout.max_new_tokens"
+        "--max-new-tokens", type=_positive, help="of an answer; default rollout.max_new_tokens"
     )
     for name, meaning in (
-        ("temperature", "0 is greedy; rollout.temperature"),
-        ("top_k", "sample from the k likeliest tokens"),
-        ("top_p", "from the fewest that have this share of the probability"),
-        ("min_p", "from those at least this share as likely as the likeliest"),
+        ("temperature", "0 is greedy; default rollout.temperature"),
+        ("top_k", "sample from the k most probable tokens"),
+        ("top_p", "sample from the fewest tokens with this share of the probability"),
+        ("min_p", "sample from tokens of at least this share of the largest probability"),
     ):
         option = f"--{name.replace('_', '-')}"
         command.add_argument(option, type=_sampling_parameter(name), help=meaning)
-    command.add_argument("--seed", type=int, default=0, help="another one samples other answers")
-    command.add_argument("--teacher", action="store_true", help="ask the teacher instead")
+    command.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    command.add_argument("--teacher", action="store_true", help="sample from the teacher")
 
 
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     seed = config.seeds[0]
-    # A run of `train` is a comparison with one arm: reports read both.
+    # `train` is a comparison with one arm, so that one report serves both commands.
     arm = {"name": "train", "max_new_tokens": config.rollout.max_new_tokens}
     changes = {"seeds": [seed], "arms": [arm], "report.baseline": None}
     config = with_overrides(config, changes)
@@ -210,7 +210,7 @@ def _train(options: argparse.Namespace) -> None:
             step = trainer.state["step"]
             raise Interrupted(
                 f"interrupted: step {step} of {config.steps} is saved in {trainer.directory}; "
-                "the same command goes on from there"
+                "the same command resumes from there"
             ) from error
     print(f"model: {trainer.directory / 'checkpoints' / f'step_{config.steps:06d}' / 'model'}")
     print(write_report(run_dir))
@@ -337,7 +337,7 @@ def _positive(text: str) -> int:
 
 
 def _sampling_parameter(name: str) -> Callable[[str], Any]:
-    """Parser of a field of SamplingParams, which knows what is allowed."""
+    """A parser for a field of SamplingParams, which checks the value."""
 
     def parse(text: str) -> Any:
         value: Any

@@ -3,8 +3,8 @@
 All arms of a seed start from the same weights and see the same prompts in the same order. Which arm
 goes first rotates from seed to seed, so that a machine that slows down or warms up favours none.
 Runs go one after another, or side by side in processes of one thread each; either way all arms are
-timed alike. A comparison that was stopped goes on where it was: runs that had finished are left as
-they are, others go on from their newest checkpoint (`checkpoint.every`) or start again.
+timed in the same way. A comparison that was interrupted resumes: runs that had finished are left as
+they are, the others resume from their newest checkpoint (`checkpoint.every`) or start again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from esr_train.report import summary_table, write_report
 from esr_train.run_dir import check_comparison, clear_comparison, write_run_files
 from esr_train.worker import run_side_by_side
 
-# Student and teacher together. Up to here a second thread speeds a step up by a third or less, so
-# one process per core gets more done.
+# Of student and teacher together. Up to this size a second thread speeds up a step by a third or
+# less, so one process per core finishes sooner.
 SMALL_PARAMETERS = 20_000_000
 
 
@@ -119,7 +119,7 @@ def default_jobs(arms: Arms) -> int:
 
 
 def cap_steps(config: Config, max_steps: int | None) -> Config:
-    """`config` with no arm above `max_steps`; None caps nothing."""
+    """`config` with the steps of every arm limited to `max_steps`; unchanged for None."""
     if max_steps is None:
         return config
     arms = [
@@ -130,7 +130,7 @@ def cap_steps(config: Config, max_steps: int | None) -> Config:
 
 
 def _announcement(arms: Arms, order: list[tuple[str, int]], jobs: int) -> str:
-    """How many runs there are, how they run, and how long they may take."""
+    """The number of runs, how they run, and an estimate of the time."""
     threads = torch.get_num_threads()
     if jobs > 1:
         torch.set_num_threads(1)

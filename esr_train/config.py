@@ -64,7 +64,7 @@ class TeacherConfig(ModelConfig):
 
 class RuntimeConfig(_Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 on CUDA, else fp32
-    attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa
+    attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa or eager
     gradient_checkpointing: bool = False  # keep a layer's inputs alone, and run it again backward
     compile: bool = False  # torch.compile forward passes over whole sequences; not the sampling
     liger: bool = False  # norm, rotary embedding and MLP of liger-kernel; needs CUDA
@@ -153,9 +153,10 @@ class EvalConfig(_Strict):
 class CheckpointConfig(_Strict):
     every: NonNegativeInt = 0  # steps between checkpoints; 0 = only at the end
     keep: PositiveInt = 2  # newest checkpoints kept
-    keep_best: bool = True  # keep the model of the evaluation that was best by report.metric, too
+    keep_best: bool = True  # also keep the model with the best report.metric
     keep_models: bool = True  # `compare` keeps the final and the best model of each run
-    resume: Literal["auto", "never"] = "auto"  # never: `compare` replaces what is there
+    # auto: resume from the newest one; never: `train` refuses, `compare` replaces what is there
+    resume: Literal["auto", "never"] = "auto"  # whether an earlier run in --out is resumed
 
 
 class ReportConfig(_Strict):
@@ -246,7 +247,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read `path` (YAML), apply "section.key=value" overrides (values in YAML), check the lot."""
+    """Read `path` (YAML), apply "section.key=value" overrides (values in YAML), and check."""
     if not path.is_file():
         raise ConfigError(f"config: {path} is not a file")
     data = _from_yaml(path.read_bytes(), f"config: {path} is not valid YAML") or {}
@@ -328,7 +329,7 @@ def _check_of_the_model(data: dict[str, Any], changes: Mapping[str, Any]) -> Non
 
 
 def _first_error(error: ValidationError) -> ConfigError:
-    """One of pydantic's errors in one line; an unknown key first, as its section may lack it."""
+    """One of pydantic's errors in one line; unknown keys first, which may cause a missing one."""
     unknown = ("extra_forbidden", "invalid_key")
     found = min(error.errors(), key=lambda item: item["type"] not in unknown)
     key, cause = ".".join(map(str, found["loc"])), found.get("ctx", {}).get("error")

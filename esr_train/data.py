@@ -1,7 +1,7 @@
 """Prompts as token ids, and which of them a step trains on.
 
 The order is a function of the seed and the step alone. Runs with the same seed see the same prompts
-at the same step whatever else differs between them, and a resumed run needs no data position.
+at the same step, even if they differ otherwise, and a resumed run needs no data position.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ POOL = 8192  # problems of an epoch where a task makes them up without end
 
 
 def seed_from(*parts: int | str) -> int:
-    """A 63-bit seed from what it is for, such as (seed, "rollout", step)."""
+    """A 63-bit seed derived from `parts`, such as (seed, "rollout", step)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -125,14 +125,14 @@ class PromptStream:
     def problems_for(self, step: int) -> list[Problem]:
         """`per_step` problems for step 1, 2, ...; every epoch is shuffled afresh."""
         size, first = len(self.problems), (step - 1) * self.per_step
-        picked = []
+        chosen = []
         for position in range(first, first + self.per_step):
             epoch, index = divmod(position, size)
             if epoch != self._epoch:
                 generator = torch.Generator().manual_seed(seed_from(self.seed, "epoch", epoch))
                 self._epoch, self._order = epoch, torch.randperm(size, generator=generator).tolist()
-            picked.append(self.problems[self._order[index]])
-        return picked
+            chosen.append(self.problems[self._order[index]])
+        return chosen
 
     def prompts_for(self, step: int) -> list[list[int]]:
         """Token ids of the prompts of a step."""

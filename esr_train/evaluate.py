@@ -1,4 +1,4 @@
-"""Measuring a student on held-out problems: its answers, and its divergence from the teacher.
+"""Evaluation of a student on held-out problems: its answers and its divergence from the teacher.
 
 The problems, the teacher's text and the sampling seeds are fixed, so all arms and seeds of a
 comparison get the same questions.
@@ -39,7 +39,7 @@ _Scored = tuple[Sequences, Tensor]
 
 
 class Evaluator:
-    """Holds the questions, and the teacher's text on them once it is needed."""
+    """Held-out problems, and the teacher's text on them, which is sampled at the first use."""
 
     def __init__(
         self,

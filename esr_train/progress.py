@@ -1,4 +1,4 @@
-"""What a run says about its progress: an estimate before it starts, then a bar over its steps."""
+"""Progress of a run: an estimate before it starts, then a bar over its steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from esr_train.arms import Arms
 from esr_train.config import Config
 from esr_train.rollout import PrefixRollout
 
-# Forward passes over a batch that a step costs besides its rollout: the teacher's, the student's,
-# and a backward pass of two.
+# Cost of a step besides its rollout, in forward passes over the batch: one of the teacher, one of
+# the student, and a backward pass, which costs two.
 _PASSES = 4
 _TIMED_TOKENS = 8
 
@@ -41,8 +41,8 @@ def progress_text(row: dict[str, Any], metrics: dict[str, float], metric: str) -
 def estimate(arms: Arms, runs: Iterable[tuple[str, int]], jobs: int) -> float:
     """Seconds that the runs of a comparison take if every response has its maximal length.
 
-    A few tokens are timed on this process's threads. Memory that neighbours use at the same time
-    and the start of worker processes are left out.
+    A few tokens are timed on this process's threads. Contention for memory between runs
+    and the start of worker processes are not included.
     """
     clock = _Clock(arms)
     ends = [0.0] * jobs

@@ -1,4 +1,4 @@
-"""A run directory: what is written there before training starts, and who may write there."""
+"""A run directory: the files written before training starts, and checks of an existing one."""
 
 from __future__ import annotations
 

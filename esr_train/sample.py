@@ -1,7 +1,7 @@
 """`esr-train sample`: answers of a student or its teacher, with the log-prob of each token.
 
-The engine is that of training, but samples from the whole vocabulary of the model, where training
-leaves out tokens that the other model has no embedding for.
+It uses the engine of training, but the whole vocabulary of the model; training leaves out tokens
+for which the other model has no embedding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def sample_text(
 ) -> str:
     """Every prompt with `samples` answers, as text for a terminal.
 
-    Prompts go through the chat template as those of training do. Log-probs
+    Prompts are formatted by the chat template as those of training are. Log-probs
     are those of the whole distribution at the temperature, before the filters of `params`.
 
     Raises:

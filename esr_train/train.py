@@ -36,18 +36,17 @@ _SHARED = ("student_shared_mass", "teacher_shared_mass")
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on, such as a loss that is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class Trainer:
-    """Distils the teacher into the student, in place, and writes what it does to `directory`.
+    """Trains the student in place to match the teacher; writes logs and checkpoints to `directory`.
 
     Args:
         config: of this run; an arm of a comparison shares `experiment` with the others.
-        save: write checkpoints, and go on from one that is there.
-        save_end: write one at the end, too.
-        initial: evaluation of the initial weights if it is known, to save the time.
-        on_step: called after each step with its row of metrics.jsonl and the newest evaluation.
+        save: write checkpoints, and resume from the newest one if there is any.
+        initial: evaluation of the initial weights, if it has been computed already.
+        on_step: called after each step with its row of metrics.jsonl and the latest evaluation.
         on_first_rollout: called with the first batch that is sampled and the prompt that the
             teacher sees before its first response.
     """
@@ -59,13 +58,13 @@ class Trainer:
         directory: Path,
         seed: int,
         save: bool = True,
-        save_end: bool = True,
         initial: Evaluation | None = None,
         on_step: Callable[[dict[str, Any], dict[str, float]], None] | None = None,
         on_first_rollout: Callable[[RolloutBatch, list[int]], None] | None = None,
     ) -> None:
         self.config, self.seed, self.directory = config, seed, directory
-        self.save, self.save_end = save, save_end
+        self.save = save
+        self.save_end = True  # write a checkpoint after the last step, too
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
         self.rollout, self.teacher = experiment.student, experiment.teacher
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator

@@ -4,9 +4,9 @@ A worker is `python -m esr_train.worker RUN_DIR`. It loads the models once and t
 seed) after another. It reads them from stdin, one JSON object a line, and writes to stdout, in the
 same format, each step's metrics and how each run ended. What libraries print goes to stderr.
 
-A worker ends when its stdin closes, which happens however the parent ends. It is in a session of
-its own, so that Ctrl-C in a terminal reaches the parent alone, which kills the workers: all they
-have written is flushed, and a checkpoint is whole or not there.
+A worker ends when its stdin closes, which happens however the parent ends. It has its own
+session, so that only the parent receives Ctrl-C from a terminal, and kills the workers: what they
+have written is flushed, and an unfinished checkpoint is ignored.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def main() -> None:
 def _receive(runs: queue.Queue[Run]) -> None:
     for line in sys.stdin:
         runs.put(json.loads(line))
-    os._exit(0)  # at once, whatever the main thread computes: nobody will read the results
+    os._exit(0)  # without waiting for the main thread: nothing reads its results any more
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_a_failed_save_leaves_the_previous_one_whole(
     with monkeypatch.context() as patch:
         patch.setattr(target, where.split(".")[-1], _raise(full))
         with pytest.raises(
-            CheckpointError, match="No space left on device.*earlier ones are whole"
+            CheckpointError, match="No space left on device.*earlier ones are intact"
         ):
             trainer._save()
     assert files(directory) == before
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(
 ) -> None:
     _, directory, _ = saved
     (directory / "step_000002" / "optimizer.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
         build(make_config(), directory.parent, save=True).run()
 
 

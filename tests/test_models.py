@@ -116,7 +116,7 @@ def test_a_hub_model_that_cannot_be_reached_says_what_was_tried(
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", unreachable)
-    with pytest.raises(ModelError, match="not a local directory and not to be had from") as caught:
+    with pytest.raises(ModelError, match="not a local directory, and not loaded from") as caught:
         load_model(ModelConfig(model="someone/model"), RUNTIME)
     assert "\n" not in str(caught.value)
 

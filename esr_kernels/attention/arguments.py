@@ -1,4 +1,4 @@
-"""The operands of decode attention, and the error for what it does not accept."""
+"""Operands of decode attention, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Cache(NamedTuple):
 
 
 class AttentionOptions(NamedTuple):
-    """What is computed from a query and its keys besides their products."""
+    """Scale, soft-cap and window of the scores."""
 
     scale: float
     softcap: float | None

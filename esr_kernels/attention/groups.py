@@ -1,4 +1,4 @@
-"""Which rows share which prompt."""
+"""Groups of rows that share a prompt."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from esr_kernels.common.arguments import check_size, check_tensor
 
 
 class RowGroups(NamedTuple):
-    """The rows of each prompt where their number differs; made by `group_rows`."""
+    """The rows of each prompt if their numbers differ; made by `group_rows`."""
 
-    rows: Tensor  # [P, G] int64; -1 in the places that a smaller group leaves free
+    rows: Tensor  # [P, G] int64; -1 in the unused places of smaller groups
     place: Tensor  # [B] int64; the index of each row in `rows`, flattened
 
 
@@ -64,6 +64,6 @@ def check_groups(groups: RowGroups | None, query: Tensor, prompts: int) -> None:
         inside = 0 <= int(place.min()) <= int(place.max()) < rows.numel()
         found = rows.flatten()[place] if inside else None
         if found is None or not torch.equal(found, torch.arange(batch)):
-            raise ValueError("groups: place must say where each row stands in rows")
+            raise ValueError("groups: place must be the index of each row in rows")
         if int((rows >= 0).sum()) != batch:
             raise ValueError("groups: rows must name each row once, and be -1 in other places")

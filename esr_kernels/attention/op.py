@@ -38,7 +38,7 @@ def shared_prefix_attention(
     window: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention of one query a row over its prompt's keys and then its own.
+    """Attention of one query per row over the keys of its prompt followed by its own keys.
 
     Row b of prompt p sees the keys k_0 .. k_{n-1}, which are the first prefix_lengths[p] of the
     prompt followed by the first suffix_lengths[b] of the row, its query being at position n - 1:
@@ -52,9 +52,9 @@ def shared_prefix_attention(
         query: [B, Hq, D]; heads h * Hq / Hkv to (h + 1) * Hq / Hkv - 1 read key head h.
         prefix_key, prefix_value: [P, Hkv, L, D], the dtype of `query`.
         prefix_lengths: [P] int64, on the device of `query`, from 0 to L.
-        suffix_key, suffix_value: [B, Hkv, N, D]; N may be 0. Views of any strides are fine; best
-            is 1 in the last dimension. Entries beyond the lengths or before a window must be finite
-            in both caches: they may be multiplied by 0.
+        suffix_key, suffix_value: [B, Hkv, N, D]; N may be 0. Any strides are allowed; the
+            last one should be 1. Entries beyond the lengths or before a window must be finite in
+            both caches: they may be multiplied by 0.
         suffix_lengths: [B] int64, from 0 to N, the query's own key included.
         groups: which rows each prompt has, from `group_rows`. None: B = P * G, and rows p * G to
             (p + 1) * G - 1 belong to prompt p.
@@ -69,7 +69,7 @@ def shared_prefix_attention(
 
     Raises:
         ValueError or TypeError naming the argument, what it was and what is allowed. The values
-            of lengths and groups are checked on CPU only, where reading them does not wait.
+            of lengths and groups are checked on CPU only, where that does not synchronise.
 
     Exactness: scores, softmax and sums are fp32 (fp64 for fp64); products have the operands' dtype
         and accumulate in fp32. Repeated calls agree bit for bit.

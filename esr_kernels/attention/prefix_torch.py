@@ -1,4 +1,4 @@
-"""`shared_prefix_attention` in PyTorch: on CPU without a compiler, and for other dtypes than fp32.
+"""`shared_prefix_attention` in PyTorch: on CPU without a compiler, and for dtypes other than fp32.
 
 The queries of a prompt's rows are the rows of one matrix, so that the prefix is a product
 [G * rep, D] x [D, L] for each prompt and key head and is read once; the suffix is a batched product

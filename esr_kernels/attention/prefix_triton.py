@@ -4,11 +4,11 @@ prefix  One program per (prompt, key head, block of the prompt's queries, split 
         queries of all rows of a prompt that read one key head are the rows of a matrix, so a block
         of keys is loaded once for BLOCK_M of them and multiplied on the matrix units. Writes the
         weighted sum of values, the maximum and the sum of exponentials of its split, fp32.
-suffix  One program per (row, key head): merges the splits of the prefix in order, goes on over the
-        row's own keys and writes the output.
+suffix  One program per (row, key head): merges the splits of the prefix in order, continues over
+        the row's own keys and writes the output.
 
 Bytes   The prefix's keys and values once for every block of its queries, the suffix's once;
-        8 (D + 2) a query head and split for what passes between the kernels.
+        8 (D + 2) a query head and split for the partial results of the first kernel.
 FLOPs   4 D for every query head and key it sees; a block of fewer than 16 queries costs 16.
 
 Blocks of keys that lie beyond the lengths or before the window are not loaded. Splits depend on
@@ -33,7 +33,7 @@ from esr_kernels.common.logits_triton import online_maximum, transform_logits
 
 # (bytes of an operand, widest head) -> (queries, keys) of a prefix block. The accumulator takes
 # queries * head / 128 registers of a thread, and keys and values a block each of shared memory.
-# fp32 goes through no matrix unit, and its operands through registers.
+# fp32 uses no matrix unit, and its operands are held in registers.
 PREFIX_BLOCKS: dict[tuple[int, int], tuple[int, int]] = {
     (2, 64): (64, 64),
     (2, 128): (64, 64),
@@ -54,7 +54,7 @@ SUFFIX_KEYS: dict[tuple[int, int], int] = {
 _LEAST = 16
 # Enough programs to fill a large GPU twice.
 _WANTED_PROGRAMS = 256
-# Keys of a split, at least: fewer are not worth the partial sums.
+# Fewest keys of a split: with fewer, the partial sums cost more than the split saves.
 _LEAST_KEYS = 128
 
 

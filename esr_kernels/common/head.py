@@ -1,4 +1,4 @@
-"""The public boundary of ops on one head: what is accepted, and the error for what is not."""
+"""Checks of the operands of ops that take a head; each error names the argument."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class Head(NamedTuple):
-    """Checked operands: one dtype, contiguous rows; the classes that exist."""
+    """Checked operands: of one dtype, with contiguous rows, and the number of classes."""
 
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
@@ -44,8 +44,8 @@ def check_head(
 ) -> Head:
     """Raise on the first argument that cannot be used, else return the operands ready for use.
 
-    `prefix` is what the caller's signature has before "hidden" and "weight"; `transform` is checked
-    already (`checked_transform`).
+    `prefix` precedes "hidden" and "weight" in the names of the caller's arguments; `transform` is
+    the result of `checked_transform`.
     """
     hidden_name, weight_name = f"{prefix}hidden", f"{prefix}weight"
     rows_of_head = check_operands(hidden_name, hidden, weight_name, weight)
@@ -120,7 +120,7 @@ def checked_transform(
     for name, value in (temperature, scale, softcap):
         if value is not None or name != softcap[0]:
             check_number(name, value)
-    # Comparisons, which NaN fails too: a compiler may hold a number that changes as a symbol.
+    # Comparisons only, which NaN fails too: a compiler may have a symbol in place of the number.
     if not 0 < temperature[1] <= _LARGEST:
         raise ValueError(f"{temperature[0]} must be finite and above 0, got {temperature[1]}")
     if not 0 < abs(scale[1]) <= _LARGEST:
@@ -156,7 +156,7 @@ def checked_token_weights(token_weights: Tensor | None, hidden: Tensor) -> Tenso
 
 
 def values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether the host can read values: on a GPU it would wait, and a compiler has none."""
+    """Whether the host can read values without synchronising, and not while a compiler traces."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -18,7 +18,7 @@ def tanh(x):
 
 @triton.jit
 def expm1(x):
-    # exp(x) - 1 loses the digits of a small x, and nearly equal models have only small ones.
+    # exp(x) - 1 loses the digits of small x, which are the usual case for nearly equal models.
     series = x * (1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6)))))
     return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
 
@@ -56,8 +56,8 @@ def transform_logits(z, classes, inside, transform):
     """(transformed logits, tanh of the softcap) of raw logits `z`.
 
     `transform` is (bias_ptr, scale, softcap, inv_temperature), bias_ptr and softcap None for none
-    (`LogitTransform.kernel_argument`). `inside` masks the load of the bias; what lies outside is
-    for the caller to overwrite.
+    (`LogitTransform.kernel_argument`). `inside` masks the load of the bias; the caller overwrites
+    the logits outside.
     """
     return cap_logits(scale_logits(z, classes, inside, transform), transform)
 
@@ -102,7 +102,7 @@ def online_maximum(top, block_top):
 
 @triton.jit
 def weigh(p, x):
-    """p * x, but 0 * inf is 0: a class of probability 0 weighs nothing whatever its logit."""
+    """p * x, but 0 * inf is 0: a class of probability 0 adds 0 whatever its logit."""
     return tl.where(p == 0, 0.0, p * x)
 
 

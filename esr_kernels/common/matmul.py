@@ -1,10 +1,10 @@
-"""Matrix products whose result keeps fp32 whatever the operands: the one place that knows how.
+"""Matrix products with fp32 results for operands of any dtype.
 
-Rounding logits to bf16 before the softmax costs 4-23 % of gradient error while the loss hardly
-moves, so the projection must not. A product of two bf16 or fp16 numbers is exact in fp32, and the
-GPU accumulates in fp32: asking for that output is free. PyTorch has no such product on CPU, where
-the operands are converted instead, the weight in strips so that no fp32 copy of a head exists.
-Strips serve vocabulary maps too: `ids` picks rows of a head, a strip of them at a time.
+Rounding logits to bf16 before the softmax adds 4-23 % of gradient error while the loss hardly
+changes, so logits are not rounded. A product of two bf16 or fp16 numbers is exact in fp32, and the
+GPU accumulates in fp32, so fp32 output costs nothing. PyTorch has no such product on CPU. There the
+operands are converted, the weight in strips, so that no fp32 copy of a head exists. Strips are also
+used for vocabulary maps: `ids` selects rows of a head, one strip at a time.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor
 from esr_kernels import cpu
 from esr_kernels.common.workspace import borrow
 
-# Set where a sanitizer executes the GPU's code path on CPU memory: PyTorch's products stay the
-# CPU's there, whatever device the tensors claim.
+# Set if a sanitizer executes the GPU code path on CPU memory. PyTorch's products run on the CPU
+# then, although the tensors may report another device.
 KERNELS_ON_CPU = os.environ.get("ESR_TRITON_ON_CPU") == "1"
 _STRIP_ELEMENTS = 1 << 22
 
 
 def plain_precision(like: Tensor) -> torch.autocast:
-    """Autocast off: operands were cast at the boundary, and logits stay fp32 from there on."""
+    """Turns autocast off: operands have been cast already, and logits are fp32."""
     return torch.autocast(like.device.type, enabled=False)
 
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What logits of `dtype` operands are held in: fp32, or fp64 for fp64 operands."""
+    """The dtype of logits for operands of `dtype`: fp32, or fp64 for fp64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _widens(operand: Tensor) -> bool:
-    """Whether products of 16-bit operands can be had with fp32 output."""
+    """Whether products of 16-bit operands can have fp32 output."""
     return operand.device.type == "cuda" and not KERNELS_ON_CPU
 
 
@@ -117,9 +117,9 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> No
     """out = alpha * a @ b + accumulate * out, rounded once, to the dtype of `out`."""
     beta = 1.0 if accumulate else 0.0
     if a.dtype.itemsize == 2 and (KERNELS_ON_CPU or a.device.type == "cpu"):
-        # Kernels that are tested without a GPU. oneDNN's AMX product of bf16 reads a column more
-        # where their number is odd: it multiplies what lies between the rows by 0, and that may be
-        # NaN.
+        # For kernels that are tested without a GPU. With an odd number of columns, oneDNN's AMX
+        # product of bf16 reads one element past each row and multiplies it by 0; in the padding
+        # between rows that may be NaN.
         a = a.contiguous()
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)

@@ -27,7 +27,7 @@ def project(operands, rows, classes, BLOCK_D: tl.constexpr):
     weight = weight_ptr + classes.to(tl.int64)[:, None] * weight_stride + lane[None, :]
     logits = tl.zeros([rows.shape[0], classes.shape[0]], tl.float32)
     if bias_ptr is not None:
-        # Here rather than in the epilogue, which has no registers to spare for it.
+        # Not in the epilogue, which has no free registers.
         logits += tl.load(bias_ptr + classes).to(tl.float32)[None, :]
     for start in range(0, depth, BLOCK_D):
         inside = (lane < depth - start)[None, :]
@@ -47,7 +47,7 @@ def check_fused(name: str, hidden: Tensor, weight: Tensor) -> None:
 
 
 def current_arch() -> str:
-    """The GPU in use, as the block tables name it: itself, or the nearest smaller one."""
+    """The current GPU's key in the block tables: its own, or that of the nearest smaller one."""
     if triton.knobs.runtime.interpret:
         return "sm_80"
     target = triton.runtime.driver.active.get_current_target()
@@ -57,7 +57,7 @@ def current_arch() -> str:
 
 
 def operand_kind(*weights: Tensor) -> str:
-    """These heads, as the block tables name them: "16-bit", "fp32" or "unaligned"."""
+    """The key of these heads in the block tables: "16-bit", "fp32" or "unaligned"."""
     if any(weight.shape[1] % _ALIGNMENT for weight in weights):
         return "unaligned"
     return "16-bit" if all(weight.dtype.itemsize == 2 for weight in weights) else "fp32"

@@ -1,4 +1,4 @@
-"""From a value for each row to the loss."""
+"""Reduction of the values of rows to a loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def reduce_rows(values: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """weights * values [T], their sum, or their mean over the sum of the weights.
 
-    `weights` [T] is None for all 1. A row of weight 0 contributes 0, whatever its value, and the
+    `weights` [T] is None for all 1. A row of weight 0 contributes 0, even if its value is NaN. The
     mean over weights that sum to 0 divides by 1.
     """
     if weights is not None:

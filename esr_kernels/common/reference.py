@@ -1,4 +1,4 @@
-"""What several specifications in plain PyTorch share."""
+"""Functions that several references in plain PyTorch share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def transformed_logits(
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) of each row; classes of probability 0 in `a` contribute 0 and no gradient."""
-    live = log_a != -torch.inf  # NaN is
+    live = log_a != -torch.inf  # true for NaN
     log_ratio = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
     return (torch.where(live, log_a, -torch.inf).exp() * log_ratio).sum(-1)
 

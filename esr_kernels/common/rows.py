@@ -1,4 +1,4 @@
-"""Leaving rows out of a computation, and putting its results back in their places."""
+"""Selection of the active rows, and the inverse for their results."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 def active_rows(live: Tensor | None, compact: bool) -> Tensor | None:
     """Indices [n] int64 of the rows where `live` [T] is not 0, or None for all rows.
 
-    Reads values, which synchronises with a GPU: callers set `compact` only where that is free or
-    was asked for.
+    Reads values, which synchronises with a GPU: callers set `compact` only if that is free or
+    requested.
     """
     if live is None or not compact:
         return None
@@ -23,7 +23,7 @@ def take_rows(rows: Tensor, active: Tensor | None) -> Tensor:
 
 
 def spread_rows(rows: Tensor, active: Tensor | None, tokens: int) -> Tensor:
-    """The inverse of `take_rows`: rows at their places among all tokens, the others 0."""
+    """The inverse of `take_rows`: [tokens, ...] with 0 in the rows that are not active."""
     if active is None:
         return rows
     return rows.new_zeros(tokens, *rows.shape[1:]).index_copy(0, active, rows)

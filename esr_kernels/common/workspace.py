@@ -1,4 +1,4 @@
-"""Buffers for logits, and how many bytes of them an op takes by default.
+"""Buffers for logits, and the default of their size in bytes.
 
 PyTorch's CUDA allocator keeps freed memory. Its CPU allocator returns it to the system, and
 touching fresh memory costs a page fault every 4 KiB. So on CPU each thread keeps the largest buffer
@@ -20,7 +20,7 @@ _DEFAULT_BUDGET = {"cuda": 2048 * _MIB, "cpu": 320 * _MIB}
 
 
 def default_memory_budget(device: str | torch.device) -> int:
-    """Bytes that an op may take beyond its inputs and gradients where the caller names none."""
+    """Bytes that an op may use beyond inputs and gradients if the caller gives no budget."""
     return _DEFAULT_BUDGET["cpu" if torch.device(device).type == "cpu" else "cuda"]
 
 

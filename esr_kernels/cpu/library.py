@@ -6,7 +6,7 @@ instructions of this machine, which takes about two seconds. The library is cach
 cached library is executed, so the directory and the file must belong to the user and be writable by
 nobody else.
 
-If the library cannot be built or loaded, a warning says why, and PyTorch does the work.
+If the library cannot be built or loaded, a warning says why, and PyTorch is used instead.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def library() -> ctypes.CDLL | None:
         compiled = ctypes.CDLL(str(_build()))
         check_sizes(compiled)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        _log.warning("No compiled code for the CPU (%s); PyTorch does its work, slower", error)
+        _log.warning(
+            "No compiled code for the CPU (%s); PyTorch is used instead, which is slower", error
+        )
         return None
     return compiled
 

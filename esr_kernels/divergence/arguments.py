@@ -1,4 +1,4 @@
-"""The arguments of `linear_divergence`: what is accepted, and the error for what is not."""
+"""Checks of the arguments of `linear_divergence`; each error names the argument."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from esr_kernels.divergence.plan import KINDS, Plan
 from esr_kernels.divergence.planner import check_stash
 from esr_kernels.divergence.statistics import IGNORED_LABEL
 
-# Class numbers travel through the row statistics as fp32, which counts exactly up to here.
+# Row statistics hold class numbers in fp32, which is exact below this.
 _MOST_CLASSES = 1 << 24
-# Heads of one tokenizer are padded by at most this share of their rows.
+# Heads of one tokenizer differ by at most this share of their rows, by padding.
 _PADDING_SHARE = 0.1
 
 
@@ -55,7 +55,7 @@ class ModelArguments:
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments that are neither model's. `linear_divergence` documents each."""
+    """The arguments that belong to neither model. `linear_divergence` documents each."""
 
     token_weights: Tensor | None = None
     num_classes: int | None = None
@@ -80,7 +80,7 @@ class Inputs:
 
 
 def check_options(options: Options) -> None:
-    """Raise on an option that no tensors could go with."""
+    """Raise on an option that is not allowed with any tensors."""
     one_of("reduction", options.reduction, REDUCTIONS)
     one_of("impl", options.impl, IMPLEMENTATIONS)
     one_of("compact", options.compact, (None, True, False))
@@ -129,7 +129,7 @@ def checked_transforms(
 
 
 def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Options) -> Inputs:
-    """Raise on the first tensor that cannot be used, else return them ready for use."""
+    """Raise on the first tensor that cannot be used, else return the tensors to compute with."""
     ready_tensors = []
     for model in (student, teacher):
         hidden, weight = f"{model.name}_hidden", f"{model.name}_weight"

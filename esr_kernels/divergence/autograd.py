@@ -1,7 +1,7 @@
-"""The eager face of `linear_divergence`: two autograd functions, one for each way to get gradients.
+"""Two autograd functions, one for each way to compute gradients, for eager code.
 
-`compiled` is the face for torch.compile. Eager calls do not go through its operators: an autograd
-function can scale the stashed gradient in place, and costs less to call.
+`compiled` has the operators for torch.compile. Eager calls do not use them: an autograd function
+can scale the stashed gradient in place, and costs less to call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from esr_kernels.divergence.statistics import RowNormalizers
 
 
 def _refuse_double_backward() -> None:
-    # Autograd turns gradients on in a backward only for create_graph=True.
+    # Autograd enables gradients during a backward pass only for create_graph=True.
     if torch.is_grad_enabled():
         raise RuntimeError(
             "linear_divergence has no double backward (create_graph=True); "
@@ -26,7 +26,7 @@ def _refuse_double_backward() -> None:
 
 
 class StashFunction(torch.autograd.Function):
-    """Gradient in the forward pass; the backward scales it by the upstream scalar."""
+    """Computes the gradient in the forward; the backward scales it by the upstream scalar."""
 
     @staticmethod
     def forward(ctx, call, active, row_weight, weight_grad, *operands):  # type: ignore[no-untyped-def]
@@ -68,7 +68,7 @@ class StashFunction(torch.autograd.Function):
 
 
 class RecomputeFunction(torch.autograd.Function):
-    """Keeps a few floats a token; the backward projects again."""
+    """Saves a few floats a token; the backward projects again."""
 
     @staticmethod
     def forward(ctx, call, active, row_weight, weight_grad, *operands):  # type: ignore[no-untyped-def]
@@ -99,7 +99,7 @@ class RecomputeFunction(torch.autograd.Function):
         return _input_gradients(gradients)
 
 
-# Arguments of both before the operands.
+# Number of arguments of both functions before the operands.
 _BEFORE = 4
 _NO_GRADIENTS = Gradients(None, None, None)
 

@@ -1,5 +1,5 @@
-"""One call of `linear_divergence` with checked arguments: its operands, its options, the plan and
-row passes that these lead to, and the buffers for its gradients."""
+"""One call of `linear_divergence` with checked arguments: operands, options, the plan and row
+passes chosen for them, and buffers for the gradients."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class Operands(NamedTuple):
         )
 
     def take(self, active: Tensor | None, row_weight: Tensor | None) -> Operands:
-        """The operands of the active rows; for None of all, with zeros where the weight is 0.
+        """The operands of the active rows. None: all rows, with zeros in rows of weight 0.
 
-        A row of weight 0 has a dz of 0, and 0 * NaN must not reach the gradient of the head.
+        The dz of such a row is 0, and 0 * NaN must not reach the gradient of the head.
         """
         if active is None:
             if row_weight is None:
@@ -120,7 +120,7 @@ class Request:
         )
 
     def call(self, problem: Problem) -> Call:
-        """Raises ValueError where no plan of the wanted kind fits the budget."""
+        """Choose the plan. Raises ValueError if no plan of the requested kind fits the budget."""
         plan = self.plan
         kind = plan.kind if isinstance(plan, Plan) else plan
         if kind == "stash" and not problem.needs_gradient:
@@ -128,12 +128,12 @@ class Request:
         elif not isinstance(plan, Plan):
             plan = make_plan(problem, plan, self.memory_budget)
         elif plan.problem.needs_gradient or not problem.needs_gradient:
-            # Its chunks on these sizes: which buffers a chunk may share depends on them.
+            # Keeps the chunks, but takes these sizes, on which the buffers depend.
             check_kind(kind, problem)
             plan = replace(plan, problem=problem)
         else:
             raise ValueError(
-                "plan was made for a call that wants no gradient, and this one wants some"
+                "plan was made for a call without gradients, and this one computes gradients"
             )
         rows = _row_passes(problem.rows)
         return Call(self.spec, plan, rows, self.classes, self.reduction, self.group)
@@ -141,7 +141,7 @@ class Request:
 
 def _row_passes(backend: str) -> ModuleType:
     if backend == "triton":
-        from esr_kernels.divergence import rows_triton  # Triton is not installed everywhere.
+        from esr_kernels.divergence import rows_triton  # Triton may not be installed.
 
         return rows_triton
     return rows_native if backend == "native" else rows_torch
@@ -149,7 +149,7 @@ def _row_passes(backend: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Call:
-    """The non-tensor side of one call."""
+    """Everything that decides one call besides its tensors."""
 
     spec: RowSpec
     plan: Plan
@@ -163,7 +163,7 @@ class Call:
     ) -> tuple[Tensor | None, float]:
         """(weights of the active rows, a common factor): loss = factor * sum(weight * row).
 
-        Scaling dz before it is rounded, rather than the gradients afterwards, saves a rounding.
+        The factor scales dz before it is rounded, since scaling the gradients would round again.
         """
         if row_weight is not None:
             row_weight = take_rows(row_weight, active)
@@ -176,8 +176,8 @@ class Call:
 
 
 class Gradients(NamedTuple):
-    """Gradients, or buffers for them, of hidden [T, D], weight [Vs, D] and bias [V]; None where
-    not wanted."""
+    """Gradients, or buffers for them, of hidden [T, D], weight [Vs, D] and bias [V]; None if
+    not needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -190,19 +190,19 @@ class Gradients(NamedTuple):
         return self._replace(weight=self.weight[:classes])
 
     def in_dtype_of(self, operands: Operands) -> Gradients:
-        """With the bias's gradient, which is summed in the logits' dtype, in its final dtype."""
+        """The gradients with that of the bias, summed in the logits' dtype, in its final dtype."""
         if self.bias is None or operands.student_bias is None:
             return self
         return self._replace(bias=self.bias.to(operands.student_bias.dtype))
 
 
 def new_gradients(wanted: Wanted, x: Operands, call: Call) -> Gradients:
-    """Uninitialised buffers, but 0 in rows of the head that the models do not share."""
+    """Uninitialised buffers, except for 0 in rows of the head that the models do not share."""
     dtype = matmul.logits_dtype(x.student_hidden.dtype)
     hidden = torch.empty_like(x.student_hidden) if wanted.hidden else None
     weight = bias = None
     if wanted.weight:
-        # What is added to the caller's fp32 memory must not be rounded before.
+        # A gradient that is added to the caller's fp32 buffer must not be rounded first.
         given = call.plan.problem.weight_grad_given
         weight = torch.empty_like(x.student_weight, dtype=dtype if given else None)
         if weight.device.type == "cpu":
@@ -222,7 +222,7 @@ def scaled_to_fp16(row_weight: Tensor | None, hidden: Tensor) -> tuple[Tensor, T
 
 
 def accumulator(gradient: Tensor | None, wide: bool) -> Tensor | None:
-    """Where a gradient is summed: an fp32 buffer if `wide`, else the gradient itself."""
+    """The buffer in which a gradient is summed: fp32 if `wide`, else the gradient itself."""
     if gradient is None or not wide or gradient.dtype.itemsize >= 4:
         return gradient
     return torch.zeros_like(gradient, dtype=torch.float32)

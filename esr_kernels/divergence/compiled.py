@@ -1,10 +1,10 @@
-"""`linear_divergence` as operators, for compiled code: imported when a compiler traces a call.
+"""`linear_divergence` as operators for torch.compile; imported when a compiler traces a call.
 
-A compiler cannot look into a loop over chunks whose number depends on the batch, so it gets three
-opaque operators: a forward with gradients, a forward without, and the backward of the latter. What
-is not a tensor travels as text and numbers. Plans are made, rows of weight 0 dropped and tensors
-checked for values when an operator runs; only the choice between the two forwards is made at
-compile time, from sizes that do not vary and a single comparison with the number of tokens.
+A compiler cannot trace a loop over chunks whose number depends on the batch, so there are three
+opaque operators: a forward with gradients, a forward without, and the backward of the latter. Their
+other arguments are strings and numbers. Plans are made, rows of weight 0 dropped and values checked
+when an operator runs. Only the choice between the two forwards is made at compile time, from
+constant sizes and one comparison with the number of tokens.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _stash_limit(request: Request, x: Operands, wanted: Wanted, adds: bool) -> i
     """`stash_limit` from arguments that are constants to a compiler."""
     return _constant_stash_limit(
         request.memory_budget,
-        # A compiler told that every size varies settles here on those of the models.
+        # With dynamic shapes this specialises the graph on the sizes of the models.
         operator.index(request.classes),
         operator.index(x.student_hidden.shape[1]),
         operator.index(x.teacher_hidden.shape[1]),
@@ -132,16 +132,16 @@ def _stash_limit(request: Request, x: Operands, wanted: Wanted, adds: bool) -> i
 
 @torch.compiler.assume_constant_result
 def _constant_stash_limit(memory_budget: int | None, *sizes: Any) -> int:
-    # The row passes of PyTorch take the most memory.
+    # Those of PyTorch take the most memory.
     problem = replace(Problem(1, *sizes), rows="torch")
     return stash_limit(problem, memory_budget)
 
 
 def stash_limit(problem: Problem, memory_budget: int | None) -> int:
-    """The most tokens, a power of two, up to which "auto" is a stash; -1 where it never is.
+    """The most tokens, a power of two, up to which "auto" is a stash; -1 if it never is.
 
-    What a graph asks instead of planning for its own number of tokens, which must not vary it;
-    `problem.tokens` plays no part.
+    A graph compares its number of tokens with this limit instead of making a plan for it, which
+    would make a graph for each number. `problem.tokens` is not used.
     """
     limit = -1
     try:
@@ -164,8 +164,8 @@ def _subclasses(of: Any) -> Iterator[Any]:
 def _divergence(name: str, parameters: list[float]) -> Divergence:
     found = [c for c in _subclasses(Divergence) if name == f"{c.__module__}.{c.__qualname__}"]
     if not found:
-        raise ValueError(f"divergence {name} is gone")
-    return found[-1](*parameters)  # type: ignore[no-any-return]  # the latest of a notebook's cell
+        raise ValueError(f"divergence {name} is not defined any more")
+    return found[-1](*parameters)  # type: ignore[no-any-return]  # the latest, if a notebook cell ran twice
 
 
 class _Running(NamedTuple):
@@ -183,7 +183,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     *tensors, token_weights, weight_grad = arguments[:_TENSORS]
     operands, o = Operands(*tensors), _Options(*arguments[_TENSORS:])
     hidden = operands.student_hidden
-    # What the boundary could not look at while a compiler traced it.
+    # Values, which could not be checked during tracing.
     for name in ("student", "teacher"):
         ids: Tensor | None = getattr(operands, f"{name}_ids")
         if ids is not None:
@@ -214,7 +214,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     if o.chunks:
         request = replace(request, plan=Plan(o.plan, problem, *o.chunks))
     elif not stashes:
-        # A gradient computed in the backward serves any upstream: "auto" must not stash.
+        # This operator computes gradients in the backward: "auto" must not be a stash.
         problem = replace(problem, per_token_gradient=True)
     row_weight = token_weights
     if token_weights is not None:
@@ -223,12 +223,12 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
 
 
 def _apart(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Contiguous copies: what an operator returns shares memory with nothing."""
+    """Contiguous copies: outputs of an operator must not share memory."""
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
 
 
 def _present(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
-    """An operator returns tensors: an empty one for a gradient that nobody wants."""
+    """The gradients, with an empty tensor for each that is not needed."""
     return tuple(like.new_empty(0) if x is None else x for x in gradients)
 
 
@@ -320,7 +320,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    """Out of place: a compiler that owns the stashed memory reuses it."""
+    """Out of place: a compiler reuses the memory of the stash."""
     gradients: list[Tensor | None] = [None] * 3
     if upstream is not None:
         gradients = [

@@ -1,13 +1,14 @@
-"""Projection and row statistics in one Triton kernel: no logit is ever in memory.
+"""Projection and row statistics in one Triton kernel: no logits are written to memory.
 
-One program owns a block of tokens and one split of the classes. It walks the tiles of its split;
-for each, two matrix products over D accumulate the student's and then the teacher's logits, fp32,
-in registers at the same time. The epilogue applies bias, scale, softcap and temperature and folds
-the tile into ten numbers a token, the columns of `statistics`; reductions run along the classes of
-the tile. Splits merge in a fixed order (`statistics.merge_parts`): a launch repeats bit for bit.
+One program computes a block of tokens and one split of the classes. It loops over the tiles of its
+split. For each, two matrix products over D accumulate the student's and then the teacher's logits,
+fp32, in registers at the same time. The epilogue applies bias, scale, softcap and temperature and
+folds the tile into ten numbers a token, the columns of `statistics`; reductions run along the
+classes of the tile. Splits merge in a fixed order (`statistics.merge_parts`): a launch repeats bit
+for bit.
 
 FLOPs  2 T V (Ds + Dt), the two products; the epilogue adds about 25 T V and 2 T V exponentials.
-Bytes  From memory: both heads once for every wave of programs that walks the same split together
+Bytes  From memory: both heads once for every wave of programs that run over the same split together
        (neighbouring programs differ in tokens, so that they share a head's tile in the cache), the
        hidden states once a tile from the cache, 40 bytes a token and split written. The row passes
        that this replaces move 16 bytes a logit element.
@@ -40,16 +41,16 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# (operand, arch) -> tile, keyed on nothing that changes from step to step. What limits a tile is
-# the register file. A thread has at most 255 registers; the two accumulators take
+# (operand, arch) -> tile, keyed on nothing that changes from step to step. The register file limits
+# the tile. A thread has at most 255 registers; the two accumulators take
 # 2 * tokens * classes / threads of them, the epilogue about as many again for the log-ratio and one
 # model's probabilities on their way into the sums, the ten statistics and the addresses the rest.
 #   sm_90   128 x 128 on 256 threads: 128 registers of accumulators, 255 in all. wgmma reads its
 #           operands from shared memory, (128 + 128) * 64 * 2 bytes a stage: 4 stages, 128 KiB,
 #           hide the latency of loads, which 8 warps alone would not. A larger tile spills.
 #   sm_80   mma.sync holds fragments of the operands in registers too: half the tile.
-#   sm_100  tcgen05 accumulates in tensor memory, but the epilogue wants both tiles in registers at
-#           once, and their way there costs more than it saves: half the tile.
+#   sm_100  tcgen05 accumulates in tensor memory, but the epilogue needs both tiles in registers at
+#           once, and moving them there costs more than it saves: half the tile.
 #   gfx942  512 lanes with up to 256 registers, at two waves to a SIMD: 64 of accumulators, 242 in
 #           all. Two stages are one buffer of 32 KiB in LDS and one in registers.
 #   fp32    no matrix unit of NVIDIA multiplies full fp32; 64 x 64 keeps that arithmetic unspilled.

@@ -7,7 +7,7 @@ respect to the student's logits z is
     dD/dz = u - p * sum(u)
 
 where the *pull* u(p, q, log_ratio) is p * dD/dp up to multiples of p, which cancel: choose the
-multiple that makes it small where p is large. A new divergence is those two functions. They take
+multiple for which it is small where p is large. A new divergence is those two functions. They take
 log_ratio rather than the two logarithms because it keeps its digits when student and teacher nearly
 agree, which is the usual case in on-policy distillation.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from esr_kernels.common.arguments import check_number
 
-# exp(80) is finite in fp32, and of two probabilities e**80 apart the smaller one weighs nothing.
+# exp(80) is finite in fp32, and of two probabilities e**80 apart the smaller one is negligible.
 _LARGEST_LOG_RATIO = 80.0
 
 
@@ -116,8 +116,8 @@ def _check_share(name: str, value: float, ends: str) -> None:
 class JSD(Divergence):
     """Generalised Jensen-Shannon: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1-beta) p.
 
-    The convention of GKD (arXiv 2306.13649), TRL and Liger. Both ends of beta vanish identically,
-    so 0 < beta < 1; say ForwardKL or ReverseKL for the limits that those libraries put there.
+    The convention of GKD (arXiv 2306.13649), TRL and Liger. It is 0 for beta 0 and beta 1, so
+    0 < beta < 1; use ForwardKL or ReverseKL for what those libraries compute there.
     """
 
     beta: float = 0.5
@@ -187,7 +187,7 @@ class TotalVariation(Divergence):
 
 
 class KernelKind(enum.IntEnum):
-    """The families that compiled row passes (Triton, C) know, with their numbers there."""
+    """The kinds of divergence that compiled row passes (Triton, C) have, and their numbers."""
 
     KL_MIX = 0
     JSD = 1
@@ -205,7 +205,7 @@ class KernelForm(NamedTuple):
 
 
 def kernel_form(divergence: Divergence) -> KernelForm | None:
-    """How compiled row passes compute `divergence`; None for one that is defined elsewhere."""
+    """The form of `divergence` in compiled row passes; None if they do not have it."""
     if divergence.kl_weights is not None:
         return KernelForm(KernelKind.KL_MIX, *divergence.kl_weights)
     # By exact type: a subclass may compute something else.
@@ -238,7 +238,7 @@ def resolve_divergence(divergence: Divergence | str) -> Divergence:
     if isinstance(divergence, str) and divergence in _BY_NAME:
         return _BY_NAME[divergence]
     near: list[str] = []
-    if not torch.compiler.is_compiling():  # which could not trace it
+    if not torch.compiler.is_compiling():  # a compiler cannot trace difflib
         near = difflib.get_close_matches(str(divergence), _BY_NAME, n=1)
     raise ValueError(
         f"divergence must be one of {sorted(_BY_NAME)} or a Divergence instance, got {divergence!r}"

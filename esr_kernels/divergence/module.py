@@ -14,7 +14,7 @@ from esr_kernels.divergence.op import LinearDivergence, linear_divergence
 
 _TENSORS = {"student_bias", "teacher_bias", "student_ids", "teacher_ids"}
 _TENSORS |= {"token_weights", "labels", "weight_grad"}
-# Name -> default of the arguments that are no tensors.
+# Name -> default of the arguments that are not tensors.
 _OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(linear_divergence).parameters.items()
@@ -32,7 +32,7 @@ class LinearDivergenceLoss(nn.Module):
 
     Args:
         divergence: as in `linear_divergence`.
-        options: its other keyword arguments, but for the tensors, which go to `forward`:
+        options: its other keyword arguments except for tensors, which are passed to `forward`:
             temperature, teacher_temperature, student_softcap, teacher_softcap,
             student_logit_scale, teacher_logit_scale, num_classes, label_weight, reduction, plan,
             memory_budget, compact, group, impl.

@@ -1,5 +1,5 @@
-"""Exact divergence between a student's and a teacher's next-token distributions, from their hidden
-states and output heads, over the whole vocabulary, without ever holding the [T, V] logits."""
+"""Exact divergence between a student's and a teacher's next-token distributions over the whole
+vocabulary, from hidden states and output heads, with logits within a byte budget."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from esr_kernels.divergence.statistics import RowSpec
 
 
 class LinearDivergence(NamedTuple):
-    """What `linear_divergence` returns. All but `loss` are [T], fp32 and detached.
+    """The result of `linear_divergence`. All fields but `loss` are [T], fp32 and detached.
 
     The entries of rows of weight 0 are 0.
     """
@@ -83,13 +83,13 @@ def linear_divergence(
     Args:
         student_hidden: [T, Ds], the states that the student's head is applied to.
         student_weight: [Vs, Ds], the student's head, same dtype (or autocast to the same).
-        teacher_hidden: [T, Dt] and `teacher_weight` [Vt, Dt]: the same of the teacher, any Dt and
-            dtype. No gradient ever flows to them.
+        teacher_hidden: [T, Dt] and `teacher_weight` [Vt, Dt]: those of the teacher, of any Dt and
+            dtype. They get no gradient.
         divergence: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), "jeffreys", "jsd",
             "skew_forward_kl", "skew_reverse_kl", "total_variation", or an instance such as
             `JSD(beta=0.1)` or `KLMix(0.2, 0.8)`. Beta follows GKD, TRL and Liger.
         token_weights: [T] float weights, None for all 1. A row of weight 0 contributes exactly 0,
-            NaN or not, and is not computed where `compact` allows.
+            even if it is NaN, and is not computed if `compact` allows that.
         temperature: divides both models' logits; `teacher_temperature` overrides the teacher's.
             The loss is not multiplied by temperature**2.
         student_bias: [Vs], trained if it requires a gradient; `teacher_bias` [Vt]. An entry of -inf
@@ -100,31 +100,32 @@ def linear_divergence(
             beyond it are padding: probability 0, gradient 0.
         student_ids, teacher_ids: [V] int64, for models that number the same strings differently:
             class c is row student_ids[c] of the student's head and teacher_ids[c] of the teacher's.
-            All other rows have probability 0 and gradient 0. The ids are distinct; on the CPU that
-            is checked. Heads are gathered a strip at a time, never copied whole.
+            All other rows have probability 0 and gradient 0. The ids must be distinct, which is
+            checked on the CPU. Heads are gathered in strips, not copied as a whole.
         labels: [T] int64 classes for a cross-entropy of weight `label_weight`, -100 for none. They
-            count shared classes: with ids, they index `student_ids`. One that is no class raises
-            on the CPU; on a GPU, where nobody looks, its loss is NaN.
-        weight_grad: [Vs, Ds] fp32 (fp64 for fp64 operands) memory that the backward adds the head's
-            gradient to, unrounded, such as Megatron's `main_grad`; autograd then has none for
-            student_weight, whether or not it requires one. Plan "recompute" adds tile by tile and
-            needs no buffer; "stash" keeps its own until the backward knows the upstream factor.
+            count shared classes: with ids, they index `student_ids`. A label that is no class
+            raises on the CPU; on a GPU, where labels are not checked, its loss is NaN.
+        weight_grad: [Vs, Ds] fp32 (fp64 for fp64 operands), a buffer to which the backward adds the
+            head's gradient without rounding, such as Megatron's `main_grad`. Autograd then gets no
+            gradient for student_weight, even if that requires one. Plan "recompute" adds each tile
+            in place; "stash" stores the gradient until the backward, which has the upstream factor.
         reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).
-        plan: "auto" (no stash for fp16 training, which it would round before the loss scale is
-            known), "stash", "recompute", "fused" (a recompute whose forward is one Triton kernel,
-            GPU only) or a `Plan` from `plan_linear_divergence`.
+        plan: "auto" (the cheapest within the budget; no stash for fp16 training, because a stash
+            rounds gradients before the loss scale is known), "stash", "recompute", "fused" (a
+            recompute whose forward is one Triton kernel, GPU only) or a `Plan` from
+            `plan_linear_divergence`.
         memory_budget: bytes to use beyond inputs and gradients; None takes
-            `default_memory_budget(device)`. Not with a `Plan`, whose chunks are set.
-        compact: drop rows of weight 0 before the GEMMs. None does so when the weights lie on the
-            CPU, where counting them needs no synchronisation; True always, False never.
+            `default_memory_budget(device)`. Must be None with a `Plan`, whose chunks are fixed.
+        compact: whether to drop rows of weight 0 before the GEMMs. None drops them if the weights
+            are on the CPU, where counting them does not synchronise.
         group: a torch.distributed group over whose ranks the vocabulary is sharded. Each rank
             passes all tokens and its own rows of both heads, the same classes of both; shards may
-            be uneven; `labels` are numbered within the rank that owns them, -1 for another rank's
-            (-100 for none). Statistics travel as ten floats a token, and the hidden gradient is
-            summed over ranks in the backward. Takes the recompute plan.
-        impl: "auto" (Triton on GPU; on CPU compiled C where a compiler is found, else PyTorch),
-            "torch", "triton", or "reference" (plain
-            PyTorch with autograd and all logits held, in fp32).
+            be uneven; `labels` are numbered within the rank that owns them, -1 for a label of
+            another rank (-100 for none). Ranks exchange ten floats a token in the forward, and sum
+            the hidden gradient in the backward. Takes the recompute plan.
+        impl: "auto" (Triton on GPU; on CPU compiled C if there is a compiler, else PyTorch; PyTorch
+            for a divergence without a kernel), "torch", "triton", or "reference" (plain PyTorch
+            with autograd and all logits in memory, in fp32).
 
     Returns:
         `LinearDivergence`; only `loss` carries a gradient, to student_hidden, student_weight and
@@ -133,18 +134,18 @@ def linear_divergence(
     Raises:
         ValueError or TypeError naming the argument, what it was and what is allowed.
 
-    Exactness: logits, softmaxes and reductions are fp32 whatever the operands' dtype; the weight
+    Exactness: logits, softmaxes and reductions are fp32 for operands of any dtype; the weight
         gradient accumulates in fp32. On GPU dz is rounded to the operands' dtype for the gradient
         GEMMs. Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or
-        empty batch gives loss 0 and zero gradients. NaN in a row of another weight than 0 stays in
-        that row's outputs, but reaches the whole weight gradient.
-    Memory: within `memory_budget` beyond inputs and gradients, logits of all tokens and classes at
-        once only where they fit it; `plan_linear_divergence` prints the peak.
+        empty batch gives loss 0 and zero gradients. NaN in a row whose weight is not 0 stays
+        in that row's outputs, but reaches the whole weight gradient.
+    Memory: at most `memory_budget` beyond inputs and gradients; logits of all tokens and classes
+        exist at once only if they fit it. The plan of `plan_linear_divergence` has the peak.
     Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
         "recompute" (any number). Neither supports double backward.
     torch.compile: a node of the graph, forward and backward, for any number of tokens up to a limit
-        where "auto" changes from a stash to a recompute. Numbers, the temperature among them, are
-        constants of a graph: one that changes compiles again.
+        at which "auto" changes from a stash to a recompute. Numbers such as the temperature are
+        constants of a graph: another value compiles again.
     Source: GKD (arXiv 2306.13649) for the divergences; the plans are derived in `plan.py`.
 
     Example:
@@ -185,7 +186,7 @@ def linear_divergence(
         return _reference(student, teacher, inputs, options, resolved)
     x = inputs.operands
     wanted = _wanted(x, weight_grad)
-    # Counting rows would synchronise a GPU: by default that is done only where it is free.
+    # Counting rows synchronises a GPU, so by default it is done on the CPU only.
     if compact is None:
         compact = token_weights is not None and token_weights.device.type == "cpu"
     spec = RowSpec(resolved, *transforms, label_weight if labels is not None else 0.0)
@@ -215,7 +216,7 @@ def _wanted(x: Operands, weight_grad: Tensor | None) -> Wanted:
         return wanted
     if not any(wanted):
         raise ValueError(
-            "weight_grad is added to in the backward, and there is none: student_hidden, "
+            "weight_grad is written by the backward pass, and this call has none: student_hidden, "
             "student_weight or student_bias must require a gradient"
         )
     return wanted._replace(weight=True)

@@ -1,4 +1,4 @@
-"""From the divergence and statistics of each row to what `linear_divergence` returns."""
+"""The fields of `linear_divergence`'s result, from the divergence and statistics of each row."""
 
 from __future__ import annotations
 

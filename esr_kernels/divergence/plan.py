@@ -1,12 +1,12 @@
 """A plan to compute a divergence, and what it costs in bytes, FLOPs and memory traffic.
 
 stash      Chunks of tokens. Both models' logits of a chunk exist at once; their gradient replaces
-           them and goes through the two gradient GEMMs immediately. 4 GEMMs, none repeated.
-recompute  The forward keeps a few floats a token. The backward walks tiles of classes, projects
-           them again, and writes each tile of the weight gradient once. 6 GEMMs (8 where the
+           them and is used by the two gradient GEMMs immediately. 4 GEMMs, none repeated.
+recompute  The forward stores a few floats a token. The backward projects one tile of classes after
+           another again, and writes each tile of the weight gradient once. 6 GEMMs (8 where the
            divergence takes two passes), little memory, any upstream gradient.
 fused      A recompute whose forward is one Triton kernel, projections and statistics: no logits in
-           memory at all. For calls that need no gradient, and where its GEMMs, slower than the
+           memory. For calls without gradients, and if its GEMMs, which are slower than the
            vendor's, cost less than writing logits and reading them back.
 
 `planner` chooses among them.
@@ -25,7 +25,7 @@ MIB = 1 << 20
 KINDS = ("stash", "recompute", "fused")
 # FLOPs done in the time that one byte takes to move: H100-class GPU, and a CPU core with AVX2.
 _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
-# Below this many classes or tokens in a tile a GEMM is no longer a GEMM.
+# With fewer classes or tokens in a tile, a GEMM runs far below its usual rate.
 SMALLEST_TILE = 64
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
 _TORCH_SCRATCH = 4 * 5 * 640_000
@@ -36,7 +36,7 @@ _FUSED_RATE = 0.7
 _FUSED_EPILOGUE = 4.4
 # As in `fused_triton`: the tokens of a tile, and the programs wanted. A GPU runs about 128 at once.
 _FUSED_TILE, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 512, 128
-# A token's statistics from one split of the classes, and what merging them takes.
+# Bytes of a token's statistics from one split of the classes, and of merging them.
 _PART_BYTES = 2 * 4 * 10
 
 
@@ -57,9 +57,9 @@ class Problem:
     per_token_gradient: bool = False
     sharded: bool = False
     mapped: bool = False
-    weight_grad_given: bool = False  # the caller has memory that the head's gradient is added to
+    weight_grad_given: bool = False  # the head's gradient is added to a buffer of the caller
     train_bias: bool = False
-    rows: str = "triton"  # who computes the row passes: "triton", "torch" or "native" (C, on CPU)
+    rows: str = "triton"  # what computes the row passes: "triton", "torch" or "native" (C, on CPU)
 
     @property
     def logit_bytes(self) -> int:
@@ -67,7 +67,7 @@ class Problem:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of one element of dz: rounded to the operands' dtype on GPU, kept on CPU."""
+        """Bytes of one element of dz: in the operands' dtype on GPU, the logits' on CPU."""
         return self.logit_bytes if self.device == "cpu" else self.hidden_dtype.itemsize
 
     @property
@@ -119,7 +119,7 @@ class Plan:
 
     @property
     def _has_tiles(self) -> bool:
-        """Whether any pass takes logits from memory (all kinds but a fused one-pass forward)."""
+        """Whether any pass reads logits from memory (all kinds but a fused one-pass forward)."""
         return self.kind != "fused" or self.problem.needs_gradient or self.problem.two_pass
 
     @property
@@ -140,8 +140,8 @@ class Plan:
     def teacher_in_gradient(self) -> bool:
         """Whether the teacher's logits can lie in the memory of the weight gradient.
 
-        That memory is idle until the gradient is written: after the last row pass where all tokens
-        are one chunk, or at the very end where the sum is kept apart.
+        That memory is unused until the gradient is written: after the last row pass if all tokens
+        are one chunk, or at the end if the sum has a buffer of its own.
         """
         p = self.problem
         idle = self.token_chunk >= p.tokens or self.sums_weight_apart
@@ -156,7 +156,7 @@ class Plan:
             apart = p.train_weight and self.sums_weight_apart
             weight = p.classes * p.student_dim * 4 if apart else 0
             if p.train_weight and p.weight_grad_given:
-                # The gradient waits for its upstream factor here, not in memory that is returned.
+                # Holds the gradient until the upstream factor is known; it is not returned.
                 weight += p.classes * p.student_dim * p.weight_gradient_bytes
             fp16 = p.hidden_dtype == torch.float16
             return weight + (p.tokens * p.student_dim * 4 if p.train_hidden and fp16 else 0)
@@ -199,7 +199,7 @@ class Plan:
         pass_from_memory = elements * 2 * logits + tiles * hidden + heads
         total = pass_from_memory * int(p.two_pass)
         if self.kind == "fused":
-            # Programs that run at once and walk the same split share its heads in the cache.
+            # Programs that run at once over the same split share its heads in the cache.
             rounds = math.ceil(p.tokens / (_FUSED_TILE * _FUSED_WAVE))
             total += rounds * heads + hidden + p.tokens * _PART_BYTES * self._fused_splits
         else:
@@ -212,7 +212,7 @@ class Plan:
 
     @property
     def cost(self) -> float:
-        """Roofline price in units of bytes: comparable between plans on one machine only."""
+        """Roofline cost in units of bytes: comparable between plans on one machine only."""
         p = self.problem
         flops: float = self.gemm_flops
         epilogue = 0.0

@@ -22,7 +22,7 @@ from esr_kernels.common.arguments import (
 )
 from esr_kernels.common.workspace import default_memory_budget, row_stride
 from esr_kernels.divergence import rows_native
-from esr_kernels.divergence.losses import Divergence, resolve_divergence
+from esr_kernels.divergence.losses import Divergence, kernel_form, resolve_divergence
 from esr_kernels.divergence.plan import KINDS, SMALLEST_TILE, Plan, Problem
 
 
@@ -30,7 +30,7 @@ from esr_kernels.divergence.plan import KINDS, SMALLEST_TILE, Plan, Problem
 def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = None) -> Plan:
     """The cheapest plan of `kind` ("auto" or one of KINDS) within `memory_budget` bytes.
 
-    Raises ValueError where the kind is unknown, cannot serve the problem, or needs more bytes.
+    Raises ValueError if the kind is unknown, does not support the problem, or needs more bytes.
     """
     if kind != "auto" and kind not in KINDS:
         raise ValueError(f"plan must be 'auto', 'stash', 'recompute' or 'fused', got {kind!r}")
@@ -57,12 +57,12 @@ def make_plan(problem: Problem, kind: str = "auto", memory_budget: int | None = 
 
 
 def check_kind(kind: str, problem: Problem) -> None:
-    """Raise ValueError where plans of this kind cannot serve the problem."""
+    """Raise ValueError if plans of this kind do not support the problem."""
     _refuse(kind, _obstacle(kind, problem))
 
 
 def check_stash(per_token_gradient: bool, sharded: bool) -> None:
-    """`check_kind` of "stash" before there is a `Problem`."""
+    """`check_kind` for "stash", before there is a `Problem`."""
     _refuse("stash", _obstacle_to_stash(per_token_gradient, sharded))
 
 
@@ -87,7 +87,7 @@ def _obstacle_to_stash(per_token_gradient: bool, sharded: bool) -> str | None:
 
 
 def _loses_digits(kind: str, problem: Problem) -> bool:
-    """A stash is rounded before the factor of the backward, under fp16 a loss scale, is known."""
+    """A stash is rounded before the upstream factor is known, which under fp16 is a loss scale."""
     return kind == "stash" and problem.needs_gradient and problem.hidden_dtype == torch.float16
 
 
@@ -107,7 +107,7 @@ def _even_chunks(size: int, smallest: int) -> list[int]:
             chunk = math.ceil(size / splits)
             if chunk >= smallest:
                 chunks.append(chunk)
-    # However the sizes above fall: what fits at one size fits at all larger ones.
+    # Always includes the smallest size, so that a budget that suffices for some size always does.
     return chunks if chunks[-1] <= smallest else [*chunks, smallest]
 
 
@@ -140,11 +140,12 @@ _PLANS_OF_KIND = {"stash": _stash_plans, "recompute": _recompute_plans, "fused":
 
 
 def row_pass_backend(on_gpu: bool, impl: str, dtype: torch.dtype, divergence: Divergence) -> str:
-    """Who computes the row passes: "triton", "native" (compiled C) or "torch"."""
+    """What computes the row passes: "triton", "native" (compiled C) or "torch"."""
     if impl == "torch" or dtype == torch.float64:
         return "torch"
     if on_gpu:
-        return "triton"
+        # A divergence without a kernel runs in PyTorch, unless Triton is requested.
+        return "triton" if impl == "triton" or kernel_form(divergence) is not None else "torch"
     return "native" if rows_native.supports(divergence) else "torch"
 
 
@@ -168,10 +169,10 @@ def plan_linear_divergence(
     memory_budget: int | None = None,
     impl: str = "auto",
 ) -> Plan:
-    """The plan that `linear_divergence` takes for these sizes; print it to read it.
+    """The plan that `linear_divergence` takes for these sizes; `print` shows chunks and costs.
 
     Args:
-        tokens: T, rows of weight 0 not counted where the call leaves them out.
+        tokens: T, without the rows of weight 0 that the call leaves out.
         classes: the classes that both models have; with `group`, those of this rank.
         student_dim, teacher_dim: Ds, Dt.
         dtype: of hidden states and heads; `device`: "cuda", "cpu" or a torch.device.
@@ -182,8 +183,8 @@ def plan_linear_divergence(
         divergence, reduction, group, plan, memory_budget, impl: as in the call.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed; also where no
-        plan of the wanted kind serves the call or fits the budget.
+        ValueError or TypeError naming the argument, what it was and what is allowed; also if no
+        plan of the requested kind supports the call or fits the budget.
 
     Example:
         >>> print(plan_linear_divergence(8192, 151_936, 1536, 3584))

@@ -1,6 +1,6 @@
-"""Plans "recompute" and "fused": a few floats a token between forward and backward.
+"""Plans "recompute" and "fused": a few floats a token are stored between forward and backward.
 
-The forward projects one tile of classes after another and keeps only each row's statistics (a
+The forward projects one tile of classes after another and stores only each row's statistics (a
 "fused" forward computes them in one Triton kernel, with no logits in memory). The backward projects
 the tiles again and writes each tile of the head's gradient once, in its final dtype, while the
 gradient of the hidden states accumulates in fp32. It takes any upstream gradient, any number of
@@ -48,7 +48,7 @@ from esr_kernels.divergence.statistics import (
 def recompute_forward(
     call: Call, active: Tensor | None, row_weight: Tensor | None, operands: Operands
 ) -> tuple[Outputs, RowNormalizers]:
-    """Outputs, and what `recompute_backward` takes of every row.
+    """Outputs, and the normalizers of every row for `recompute_backward`.
 
     `active` [n] int64 are the rows to compute, None for all; the others have weight 0.
     """
@@ -107,7 +107,7 @@ def _tile_parts(x: Operands, call: Call) -> Tensor:
 
 
 def _fused_parts(x: Operands, call: Call) -> Tensor:
-    """The same without logits in memory."""
+    """The statistics of `_tile_parts`, without logits in memory."""
     from esr_kernels.divergence.fused_triton import fused_stats  # Triton may not be installed.
 
     return fused_stats(x, call.spec)
@@ -130,7 +130,7 @@ def recompute_backward(
     wanted: Wanted,
     weight_grad: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of sum(upstream * loss). The head's is added to `weight_grad` where that is given.
+    """Gradients of sum(upstream * loss). The head's is added to `weight_grad` if that is given.
 
     `upstream` is a scalar, or [T] with reduction "none".
     """
@@ -149,13 +149,13 @@ def recompute_backward(
     buffers = gradients._replace(weight=weight_grad) if adds else gradients
     buffers = buffers.over_shared_classes(x, call.classes)
     with matmul.plain_precision(x.student_hidden):
-        _walk_gradients(x, call, rows, scale.contiguous(), buffers, add_weight=adds)
+        _accumulate_gradients(x, call, rows, scale.contiguous(), buffers, add_weight=adds)
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=spread_rows(gradients.hidden, active, tokens))
     return gradients.in_dtype_of(operands)
 
 
-def _walk_gradients(
+def _accumulate_gradients(
     x: Operands,
     call: Call,
     normalizers: RowNormalizers,

@@ -1,7 +1,8 @@
-"""Every public op in plain PyTorch with the public signature: the specification.
+"""`linear_divergence` in plain PyTorch with the public signature: its specification.
 
-Gradients come from autograd, all logits are held, and the arithmetic runs in `dtype` (fp64 by
-default: the oracle of the tests). Slow and large on purpose; use it to check, never to train.
+Gradients come from autograd, all logits are held, and the arithmetic runs in `dtype`: fp64 by
+default, which the tests compare with. For checking, not for training: it is slow and needs memory
+for [T, V] logits.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ from esr_kernels.divergence.losses import (
 
 
 def _log(mixture: Tensor) -> Tensor:
-    """Logarithm that passes no gradient, rather than NaN, to classes that both models lost."""
+    """Logarithm whose gradient is 0, not NaN, at classes of probability 0 under both models."""
     live = mixture > 0
     return torch.where(live, torch.where(live, mixture, 1.0).log(), -torch.inf)
 
 
 def divergence_of_log_probs(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """The divergence of each row, written from its textbook formula and nothing shared."""
+    """The divergence of each row, from its textbook formula, without code of `losses`.
+
+    A divergence that has no formula here is the sum of its summands, so that autograd checks its
+    pull.
+    """
     if isinstance(divergence, KLMix):
         terms = [
             weight * kl(*pair)
@@ -51,7 +56,9 @@ def divergence_of_log_probs(log_p: Tensor, log_q: Tensor, divergence: Divergence
         return kl(log_p, _log(divergence.alpha * p + (1 - divergence.alpha) * q))
     if isinstance(divergence, TotalVariation):
         return 0.5 * (p - q).abs().sum(-1)
-    raise TypeError(f"the reference has no formula for {divergence!r}")
+    exists = (log_p > -torch.inf) | (log_q > -torch.inf)
+    log_ratio = torch.where(exists, log_q, 0.0) - torch.where(exists, log_p, 0.0)
+    return divergence.summand(p, q, log_ratio).sum(-1)
 
 
 def linear_divergence(
@@ -107,8 +114,8 @@ def linear_divergence(
     weights = torch.ones_like(per_token) if token_weights is None else token_weights.to(dtype)
     cross_entropy = torch.zeros_like(per_token)
     if labels is not None:
-        picked = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        cross_entropy = torch.where(labels == -100, 0.0, -picked)
+        at_label = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        cross_entropy = torch.where(labels == -100, 0.0, -at_label)
     row = per_token + label_weight * cross_entropy if label_weight else per_token
     live = weights != 0
     return {

@@ -25,7 +25,7 @@ from esr_kernels.divergence.statistics import (
 
 
 def supports(divergence: Divergence) -> bool:
-    """Whether the C computes this divergence, of fp32 logits."""
+    """Whether the C has this divergence (for fp32 logits) and is available."""
     return kernel_form(divergence) is not None and cpu.is_available()
 
 

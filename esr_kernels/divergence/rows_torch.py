@@ -1,4 +1,4 @@
-"""Row passes in PyTorch: for fp64, for divergences defined by users, and on CPU without a compiler.
+"""Row passes in PyTorch: for fp64, for divergences without a kernel, and on CPU without a compiler.
 
 Every function takes a tile of fp32 (or fp64) raw logits and may overwrite it. Rows are processed in
 blocks that stay in the cache: the passes read or write a block about ten times, main memory three
@@ -58,7 +58,7 @@ def _argmax(z: Tensor) -> tuple[Tensor, Tensor]:
     if whole < classes:
         tops = torch.cat([tops, z[:, whole:].amax(-1, keepdim=True)], dim=1)
     top, strip = tops.max(dim=1, keepdim=True)
-    # Past the end the last class repeats; the first of equals wins, so that is harmless.
+    # Past the end the last class repeats, which is harmless: of equal logits the first is taken.
     inside, width = _strip(z.device)
     columns = torch.addcmul(inside, strip, width).clamp_(max=classes - 1)
     offset = z.gather(1, columns).argmax(1, keepdim=True)
@@ -76,8 +76,8 @@ def _block_statistics(
 ) -> None:
     """Fill `parts` [n, COLUMNS] from a block of transformed logits and their softmaxes.
 
-    Leaves t - s in `difference`, a cached buffer; written over t it would go back to main memory.
-    `needs` says whether the mean differences under p and under q are needed; else they are 0.
+    Leaves t - s in `difference`, which stays in the cache; a write to t would go to main memory.
+    `needs`: whether the mean differences under p and under q are needed; if not, they are 0.
     """
     for column, z, probability in ((0, s, p), (1, t, q)):
         top, argmax = _argmax(z)
@@ -93,8 +93,8 @@ def _block_statistics(
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     total = torch.linalg.vecdot(weights, values)
-    # 0 * inf: a class of probability 0 counts 0 whatever its logit. On CPU, where reading a value
-    # does not synchronise, this is done only when needed.
+    # 0 * inf: a class of probability 0 adds 0, even if its logit is infinite. On CPU, where reading
+    # a value does not synchronise, this is done only if needed.
     if total.device.type != "cpu" or not bool(total.isfinite().all()):
         total = torch.where(weights > 0, weights * values, 0.0).sum(1)
     return total
@@ -148,7 +148,7 @@ def _pull_sums(p: Tensor, q: Tensor, log_ratio: Tensor, spec: RowSpec) -> Tensor
 def tile_gradient_(
     tile: Tile, normalizers: RowNormalizers, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> None:
-    """Write dz [n, V] of a tile whose rows are known; `dz` may be `tile.s`."""
+    """Write dz [n, V] of a tile, given its rows' normalizers; `dz` may be `tile.s`."""
     scratch = _scratch(tile.s, 2)
     for rows in row_blocks(*tile.s.shape):
         block, row = tile.rows(rows), normalizers.rows(rows)
@@ -223,7 +223,7 @@ def _gradient_(
     row_weight: Tensor | None,
     spec: RowSpec,
 ) -> None:
-    """block.s <- w * (u - p * sum(u)), times what of d(transformed)/d(raw) is not constant.
+    """block.s <- w * (u - p * sum(u)) * (1 - tanh^2 of the softcap).
 
     `difference` is t - s; `lse_difference` may be None for mixes of the two KLs. `pull_sum` [n]
     includes the pull of the labels; the pull at the label itself is added here.
@@ -246,7 +246,7 @@ def _gradient_(
             else:
                 difference.mul_(-reverse).sub_(pull_sum)
             if block.may_be_infinite:
-                # A class of probability 0 has no pull, whatever its difference.
+                # The pull of a class of probability 0 is 0, even if its difference is infinite.
                 difference.masked_fill_(p == 0, 0.0)
             torch.mul(difference, p, out=s)
             if forward:

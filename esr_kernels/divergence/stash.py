@@ -1,4 +1,4 @@
-"""Plan "stash": four matrix products, the fewest there can be, none repeated.
+"""Plan "stash": four matrix products, the fewest possible.
 
 Tokens are processed in chunks. Both models' logits of a chunk exist in memory; one pass computes
 their statistics, one writes dz, the gradient of the student's logits, over them, and two products
@@ -114,7 +114,7 @@ def _run_chunks(
 
 
 class _Buffers:
-    """Logits of a chunk. Where the logits' dtype is that of dz, dz takes the student's place."""
+    """Buffers for the logits of a chunk. A dz of their dtype replaces the student's logits."""
 
     def __init__(self, x: Operands, call: Call, weight_gradient: Tensor | None) -> None:
         plan, dtype = call.plan, matmul.logits_dtype(x.student_hidden.dtype)

@@ -1,7 +1,7 @@
-"""Statistics of one token's row of logits, and how parts of a row merge into the whole.
+"""Statistics of one token's row of logits, and their merge.
 
-Each part of a row (see `common.online_softmax`) reports ten numbers, five for each model; parts of
-any kind, tiles of classes, splits over GPU programs or shards of other ranks, merge here.
+Each part of a row (see `common.online_softmax`) has ten statistics, five for each model. Parts of
+any kind are merged here: tiles of classes, splits over GPU programs, shards of ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What the row passes take besides the logits."""
+    """The arguments of the row passes besides the logits."""
 
     divergence: Divergence
     student: LogitTransform
@@ -64,19 +64,19 @@ class Tile:
 class RowStats(NamedTuple):
     """Statistics of whole rows, each [T] fp32. `difference` is t - s, before normalisation.
 
-    A log-sum-exp is rounded like the logits that it is among, which costs every probability of the
-    row some 1e-6, all in the same direction; with the residual of that rounding it is 1e-7.
+    A log-sum-exp is rounded to the precision of its logits. That changes all probabilities of the
+    row by some 1e-6 in the same direction; with the residual of the rounding, by 1e-7.
     """
 
     student_lse: Tensor
     teacher_lse: Tensor
-    lse_difference: Tensor  # student_lse - teacher_lse: turns t - s into log q - log p
+    lse_difference: Tensor  # student_lse - teacher_lse; added to t - s it gives log q - log p
     difference_under_student: Tensor
     difference_under_teacher: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
-    student_residual: Tensor  # what rounding left out of student_lse
+    student_residual: Tensor  # rounding error of student_lse
     teacher_residual: Tensor
 
 
@@ -93,9 +93,9 @@ def _merge(parts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_to_part(parts: Tensor) -> Tensor:
-    """Merge [T, parts, COLUMNS] into one part [T, COLUMNS], for a rank to report."""
+    """Merge [T, parts, COLUMNS] into one part [T, COLUMNS], which a rank sends to the others."""
     merged, _ = _merge(parts)
-    # A rank with no class alive has no mass, rather than 0/0.
+    # A rank without a finite logit has no mass, where the merge computes 0/0.
     dead = merged[:, MAX] == -torch.inf
     merged[:, LOG_SUM].masked_fill_(dead, -torch.inf)
     merged[:, DIFFERENCE].masked_fill_(dead, 0.0)
@@ -111,7 +111,7 @@ def merge_parts(parts: Tensor) -> RowStats:
     argmax = merged[:, ARGMAX]
     same_class = (winner[:, 0] == winner[:, 1]) & (argmax[:, 0] == argmax[:, 1])
     lse = top + log_sum
-    # Knuth's two-sum: the part rounded off, whichever of the two is the larger.
+    # Knuth's two-sum: the rounding error of the addition.
     added = lse - top
     residual = (top - (lse - added)) + (log_sum - added)
     student_lse, teacher_lse = lse.T.contiguous()
@@ -130,7 +130,7 @@ def merge_parts(parts: Tensor) -> RowStats:
 
 
 class RowNormalizers(NamedTuple):
-    """What a gradient pass takes of whole rows, each [T]."""
+    """The statistics of whole rows that a gradient pass needs, each [T]."""
 
     student_lse: Tensor
     teacher_lse: Tensor
@@ -183,11 +183,11 @@ def from_pull_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
 def mixed_kl(stats: RowStats, forward: float, reverse: float) -> tuple[Tensor, Tensor]:
     """(divergence, sum of pulls) of each row, for forward * KL(q||p) + reverse * KL(p||q).
 
-    The pull here is -forward * q - reverse * p * (t - s), without normalisation: the log-sum-exps
-    cancel out of the gradient, so leaving them out saves a pass and their rounding.
+    The pull is -forward * q - reverse * p * (t - s), without normalisation: the log-sum-exps cancel
+    in the gradient, and leaving them out saves a pass and their rounding.
     """
     value = torch.zeros_like(stats.lse_difference)
-    # A term of weight 0 is left out, not multiplied: where a model lacks a class it is infinite.
+    # A term of weight 0 is left out, not multiplied: it is infinite if a model lacks a class.
     if reverse:
         value = value - reverse * (stats.difference_under_student + stats.lse_difference)
     if forward:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def check_rows(params: SamplingParams, like: Tensor) -> None:
     """Raise unless every tensor among the parameters has a value for each row."""
     if not isinstance(params, SamplingParams):
         raise TypeError(f"params must be SamplingParams(...), got {params!r}")
-    for name in ("temperature", "top_k", "top_p", "min_p"):
+    for name in (field.name for field in fields(params)):
         value = getattr(params, name)
         if isinstance(value, Tensor) and (
             value.shape != (like.shape[0],) or value.device != like.device

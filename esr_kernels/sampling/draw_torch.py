@@ -5,10 +5,10 @@
     tile       the tile with the largest log-sum-exp plus Gumbel noise
     class      in that tile, by inverting its cumulative sum at one uniform, in fp64
 
-Rows go through in blocks that stay in the cache; a block's logits are the only copy, if any. No
-operation mixes rows, so a row's draw does not depend on the block that it is in. Tiles go through C
-where there is a compiler (`cpu.tile_logsumexp`). Elsewhere softmax() stands in for exp(): its
-vectorized exponential is faster, and it treats every tile alike wherever it lies.
+Rows are processed in blocks that stay in the cache; at most one block of logits is copied. No
+operation mixes rows, so a row's draw does not depend on the block that it is in. Tiles are reduced
+in C if there is a compiler (`cpu.tile_logsumexp`). Otherwise softmax() is used instead of exp(): it
+is vectorized, and its result for a tile does not depend on the tile's position.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def tile_sums(tiled: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kept_tile_sums(z: Tensor, maxima: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """`tile_sums` of the classes at or above the threshold: most tiles have none."""
+    """`tile_sums` of the classes at or above the threshold; on CPU it skips tiles without any."""
     floor = threshold[:, None].expand_as(maxima)
     if z.device.type == "cpu":  # elsewhere reading values would wait for the device
         alive = (maxima >= floor).flatten().nonzero()[:, 0]
@@ -130,7 +130,7 @@ def _at_least(z: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _log_sum_exp(maxima: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """(top [b, 1], log-sum-exp less top [b], fp64): a large top would take digits with it."""
+    """(top [b, 1], log-sum-exp - top [b], fp64): with a large top, their sum would lose digits."""
     top = maxima.amax(1, keepdim=True)
     below = torch.where(maxima == top, 0.0, (maxima - top).double())
     return top, (below + log_sums).exp().sum(1).log()
@@ -143,7 +143,7 @@ def _draw_(
     maxima, log_sums = tile_sums(z.unflatten(1, (-1, TILE)))
     top, lse_above = _log_sum_exp(maxima, log_sums)
     lse = (top[:, 0].double() + lse_above).to(torch.float32)
-    # A row of NaN, of +inf or of nothing but -inf has no distribution to draw from.
+    # A row of NaN, with +inf or of only -inf has no distribution.
     proper = lse.isfinite()
     log_kept, threshold = torch.zeros_like(lse), None
     if params.all_greedy:
@@ -155,12 +155,12 @@ def _draw_(
         if z.device.type != "cpu" or not bool(choice.all()):
             largest = _first_of_largest(z, maxima, proper)
         if params.filtered:
-            # A row's largest logit stays, which is all that a greedy row needs.
+            # The largest logit of a row is kept, so greedy rows are not affected.
             threshold = cut_(z, top, lse_above, params)
             maxima, log_sums = _kept_tile_sums(z, maxima, threshold)
             _, kept_above = _log_sum_exp(maxima, log_sums)
             log_kept = torch.where(choice, (kept_above - lse_above).float(), log_kept)
-        # A sum rather than a test for -inf: NaN rows choose something, too.
+        # Without a test for -inf, so that a row of NaN gets a tile too.
         tile = (maxima - top + log_sums + noise).argmax(1, keepdim=True)
         inside = _tile_of(z, tile)
         if threshold is not None:
@@ -194,8 +194,8 @@ def _invert(p: Tensor, level: Tensor) -> Tensor:
     """The first class of each row at which the cumulative sum of `p` passes `level` [b, 1]."""
     cumulative = p.cumsum(1)
     whole = cumulative[:, -1:].contiguous()
-    # Below the whole sum however the product is rounded: some class passes it, and since a class
-    # of no mass adds nothing to the sum, it has some.
+    # Clamped below the whole sum, to which the product may round. Then some class passes the level,
+    # and its mass is not 0, since a class of mass 0 leaves the sum as it is.
     level = torch.minimum(level * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    # A row of NaN passes nothing.
+    # In a row of NaN no class passes.
     return torch.searchsorted(cumulative, level, right=True)[:, 0].clamp(max=TILE - 1)

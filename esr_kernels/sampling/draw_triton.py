@@ -1,4 +1,4 @@
-"""Draws from rows of logits in Triton: the GPU path of the sampler, as `draw_torch` draws them.
+"""Draws from rows of logits in Triton, by the method of `draw_torch`: the GPU path of the sampler.
 
 statistics  `tiles_triton`: maximum and log-sum of each tile of 256 classes.
 cutoff      With filters, `filters_triton`: a threshold for each row. Then the statistics once more,
@@ -122,7 +122,7 @@ def _draw_kernel(
             best = tl.maximum(best, block_best)
     lse_above = tl.log(tl.sum(total, 0))
     lse = base + lse_above
-    # A row of NaN, of +inf or of nothing but -inf has no distribution to draw from.
+    # A row of NaN, with +inf or of only -inf has no distribution.
     proper = (lse == lse) & (lse > -float("inf")) & (lse < float("inf"))
     by_size = lse != lse
     if ALL_GREEDY:

@@ -1,4 +1,4 @@
-"""What top-k, top-p and min-p keep of rows of logits, in PyTorch.
+"""The filters top-k, top-p and min-p in PyTorch.
 
 Each filter keeps the first classes of a row in the order (largest logit first, then lowest id), so
 together they keep as many as the strictest of them: the classes above a threshold, and at the
@@ -13,14 +13,14 @@ from torch import Tensor
 from esr_kernels.common.workspace import borrow
 from esr_kernels.sampling.params import RowParams
 
-# How many of a row's largest logits are ranked for a top-p without top-k, before all are.
+# Largest logits of a row that are ranked for a top-p without top-k; all are if these are too few.
 _WIDTH = 4096
 
 
 def cut_(z: Tensor, top: Tensor, lse_above: Tensor, params: RowParams) -> Tensor:
-    """The threshold [b] of what the filters keep; the ties at it that they remove become -inf.
+    """The threshold [b] of the filters; ties at the threshold that they remove become -inf.
 
-    `top` [b, 1] is the largest logit of each row, `lse_above` [b] its log-sum-exp less `top`.
+    `top` [b, 1] is the largest logit of each row, `lse_above` [b] its log-sum-exp - `top`.
     """
     threshold, at_threshold = _threshold(z, top, lse_above, params)
     has_late_ties = at_threshold < z.shape[1]
@@ -82,7 +82,7 @@ def _ranked_threshold(
         ks = k[rows]
         most = int(torch.where(ks < everything, ks, 0).max())
         width = min(max(guess, most) if bool((ks == everything).any()) else most, everything)
-        # Indexing copies, so not where all rows are taken, as usual in the first round.
+        # Indexing copies; in the first round usually all rows are taken.
         whole = len(rows) == len(z)
         found, count, complete = _among_largest(
             z if whole else z[rows], top[rows], lse_above[rows], ks, p[rows], width
@@ -110,7 +110,7 @@ def _among_largest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(threshold, kept at it, whether the `width` largest logits determine both), each [b]."""
     everything = z.shape[1]
-    # One more than needed, to see whether the next one ties with the last.
+    # One more than needed, to find out whether it is equal to the last.
     values = _largest(z, min(width + 1, everything))
     mass = (values[:, :width] - top).double().exp().cumsum(1)
     among_k = mass.gather(1, k.clamp(max=width)[:, None] - 1)[:, 0]

@@ -1,21 +1,21 @@
-"""What top-k, top-p and min-p keep of a row, in Triton and without sorting it.
+"""The filters top-k, top-p and min-p in Triton, without sorting.
 
-Each filter keeps a first part of the classes in the order (largest logit first, then lowest id), so
-what is kept is told by a threshold and the last class that is kept at it. Two launches of one
+Each filter keeps the first classes of a row in the order (largest logit first, then lowest id), so
+a threshold and the last class kept at the threshold determine the kept classes. Two launches of one
 program per row:
 
-candidates  Lists the logits that the filters may keep. The statistics of the tiles alone give a
-            bound below all of those: the k largest maxima of tiles are k logits, so the k-th
+candidates  Lists the logits that the filters may keep. The statistics of the tiles give a lower
+            bound of those: the k largest maxima of tiles are k logits, so the k-th
             largest logit is no smaller than the k-th largest maximum; and the logits below
             log(Z (1 - p) / V) have a mass of (1 - p) Z or less together, so the nucleus ends above.
-            One pass over the row lists what lies above the bound.
+            One pass over the row lists the logits above the bound.
 cutoff      Bisects over the order of the fp32 numbers, at most 32 passes for each of top-k and
             top-p. They run over the list, or over the row where a flat distribution leaves more
             candidates than the list holds: exact either way.
 
-`filters` is (top_k_ptr, top_p_ptr, min_p_ptr), None where off for every row. `candidates` is what
-the first kernel writes for the second, one entry a row: (values_ptr, ids_ptr, counts_ptr, tops_ptr,
-totals_ptr, bounds_ptr), of which the first two have CAPACITY entries a row.
+`filters` is (top_k_ptr, top_p_ptr, min_p_ptr), None where off for every row. `candidates` are the
+outputs of the first kernel for the second, one entry a row: (values_ptr, ids_ptr, counts_ptr,
+tops_ptr, totals_ptr, bounds_ptr), of which the first two have CAPACITY entries a row.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from esr_kernels.sampling.tiles_triton import (
     transform_valid,
 )
 
-# (logits of a row at a time, warps). With few rows, each program has a multiprocessor for itself:
-# the pass over a row takes many warps to keep loads in flight, the passes over its list take few,
-# to be short.
+# (logits of a row at a time, warps). With few rows, each program has its own multiprocessor. The
+# pass over a row needs many warps to keep loads in flight; the passes over its list need few.
 CANDIDATES_BLOCK = (4096, 16)
 CUTOFF_BLOCK = (2048, 8)
 # Candidates of a row that are listed; rows with more are read whole. 64 KiB a row.
@@ -122,12 +121,12 @@ def _candidates_kernel(
         k, p = _k_and_p(row, filters, n_classes)
         bound = tl.full((), -float("inf"), tl.float32)
         count = 0
-        # Rows without a distribution are not drawn from: nothing to find in them.
+        # Rows without a distribution need no candidates.
         if (mass == mass) & (top > -float("inf")) & ((k < n_classes) | (p < 1.0)):
             if filters[0] is not None:
                 low = tl.full((), LOWEST, tl.int64)
                 high = tl.where(k <= n_tiles, _order_of(top).to(tl.int64) + 1, low)
-                # Wherever it stops, `low` is a bound; after 20 halvings a close one.
+                # `low` is a bound at every iteration, and after 20 halvings a close one.
                 for _ in range(20):
                     middle = (low + high) >> 1
                     reached = tl.zeros([BLOCK_TILES], tl.int32)
@@ -141,7 +140,7 @@ def _candidates_kernel(
                     low = tl.where(enough, middle, low)
                 bound = _from_order(low)
             if filters[1] is not None:
-                # Less a little, so that rounding cannot lift it above the nucleus's edge.
+                # Slightly lower, so that rounding cannot raise it above the edge of the nucleus.
                 nucleus = top + tl.log(mass) + tl.log((1.0 - p) / n_classes) - 0.1
                 bound = tl.where(k < n_classes, bound, nucleus)
             row_transform = transform_of_row(transform, row)

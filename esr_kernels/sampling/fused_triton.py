@@ -1,4 +1,4 @@
-"""Sampling fused into the head's projection, in Triton: no logits are in memory.
+"""Sampling fused into the head's projection, in Triton: no logits are written to memory.
 
 One program computes a tile of 256 classes for a block of rows. The matrix product over D
 accumulates the tile's logits in registers, fp32, classes along the long side (64 rows fill a matrix
@@ -9,7 +9,7 @@ and computes its 256 logits again, for that row alone.
 Bytes  The head once for every block of rows, from memory where the programs of a tile, which are
        neighbours, share it in the cache; 8 bytes a row and tile written and read. The draw reads
        256 rows of the head for each row of the batch: B / 594 of a Qwen head again.
-       What this replaces moves 8 bytes a logit, written and read.
+       Separate kernels would move 8 bytes a logit, written and read.
 FLOPs  2 B V D, padded to whole blocks of rows.
 """
 
@@ -50,9 +50,9 @@ class Blocks(NamedTuple):
 
 
 # (operand, arch) -> block, keyed on nothing that changes from step to step, so that a row's sums
-# are the same in any batch. What a program waits for is the head: (256 + 64) * 64 * 2 bytes a stage
-# are 40 KiB, and the stages in flight must cover the latency of memory. 64 rows take 64 registers
-# of accumulators a thread.
+# are the same in any batch. A program is limited by loading the head: a stage takes
+# (256 + 64) * 64 * 2 bytes, 40 KiB, and the stages in flight must hide the latency of memory. 64
+# rows take 64 registers of accumulators a thread.
 #   sm_90, sm_100  4 stages, 160 of 227 KiB.
 #   sm_80          3 stages, 120 of 163 KiB.
 #   gfx942         one stage in LDS (40 of 64 KiB), one in registers.
@@ -72,10 +72,10 @@ BLOCKS: dict[tuple[str, str], Blocks] = {
     ("unaligned", "sm_100"): Blocks(32, 32, 8, 2),
     ("unaligned", "gfx942"): Blocks(32, 32, 8, 2),
 }
-# (D up to, rows up to which fusing is chosen). Not measured: no GPU was at hand. Up to 64 rows the
-# head is read once and its bytes decide, and the logits' traffic is saved on top; the published
+# (largest D, rows up to which fusing is chosen). Not measured, for lack of a GPU. Up to 64 rows the
+# head is read once, which takes most of the time, and the logits' traffic is saved; the published
 # crossover of such a kernel lies between 128 and 256 rows at D = 4096 on an H100 (FlashSampling),
-# and what is saved grows as 1 / D.
+# and the saving grows as 1 / D.
 FUSED_ROWS = ((2048, 128), (math.inf, 64))
 
 
@@ -131,7 +131,7 @@ def tile_statistics(
     maxima, log_sums = empties(2, rows, tiles, like=hidden)
     if rows:
         _fused_tiles_kernel[(triton.cdiv(rows, blocks.rows), tiles)](
-            # The head stands in the place of the hidden states: its classes are the long side.
+            # Head and hidden states are swapped: classes are the long side.
             (weight, hidden, None, weight.stride(0), hidden.stride(0), hidden.shape[1]),
             transform=kernel_transform(classes, params),
             statistics=(maxima, log_sums),

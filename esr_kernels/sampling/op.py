@@ -61,7 +61,7 @@ def sample_from_logits(
 
     Returns:
         `Sample`: tokens [B] int64; logprob [B] fp32, log softmax(z) of the token over all valid
-        classes, filters aside; log_kept [B] fp32, log of the mass that the filters kept, so that
+        classes, before filters; log_kept [B] fp32, log of the mass that the filters kept, so that
         logprob - log_kept is the log-probability with which the token was drawn; lse [B] fp32. In
         a greedy row (temperature 0) logprob and lse are at temperature 1, and log_kept is 0.
         A row without a distribution (a logit of NaN or +inf, or no valid class) has logprob and
@@ -131,18 +131,19 @@ def sample_from_hidden(
     Args:
         hidden: [B, D] and `weight` [V, D], of the same dtype (or autocast to the same).
         memory_budget: bytes of logits that may exist at once; None takes
-            `default_memory_budget(device)`. Rows go through in chunks that fit.
-        The others as in `sample_from_logits`; `bias` is [V].
+            `default_memory_budget(device)`. Rows are processed in chunks that fit.
+        All others: as in `sample_from_logits`; `bias` is [V].
 
     Returns:
-        `Sample`, as there. Logits are fp32 whatever the operands' dtype (fp64 for fp64).
+        `Sample`, as in `sample_from_logits`. Logits are fp32 for operands of any dtype (fp64 for
+        fp64).
 
     Raises:
         ValueError or TypeError naming the argument, what it was and what is allowed.
 
-    Exactness: as there, given the logits. A matrix product may round a row differently in another
-        batch, which moves a token's probability by about 1e-6 and, with the same key, the token in
-        as many draws.
+    Exactness: as in `sample_from_logits`, given the logits. A matrix product may round a row
+        differently in another batch, which changes a token's probability by about 1e-6 and, with
+        the same key, the token in about as many draws.
     Memory: a chunk of fp32 logits within the budget. On GPU few rows without filters
         (`fused_triton.FUSED_ROWS`) are drawn without any logits in memory.
     Gradients: none.

@@ -1,4 +1,4 @@
-"""What a draw takes and returns: the caller's parameters, their values for each row, the result."""
+"""Arguments and result of a draw: the caller's parameters, and their values for each row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esr_kernels.common.transform import LogitTransform
 
-# Classes that share a Gumbel variate. Part of what a key means: another width draws other tokens.
+# Classes that share a Gumbel variate. With another width, the same keys draw other tokens.
 TILE = 256
 # Below this a division by the temperature leaves the range of fp32 for ordinary logits.
 _COLDEST = 1e-6
@@ -23,7 +23,7 @@ class SamplingParams:
     """Temperature and filters of a row's distribution, applied in this order.
 
     Order the classes of a row by logit, largest first, equal ones by id, lowest first. Each filter
-    keeps a first part of that order, so together they keep the shortest:
+    keeps the first classes of that order, so together they keep those of the strictest:
 
         temperature   z / temperature; 0 is greedy: the first class of the order, no filter
         top_k         the first k classes; 0 or k >= V keeps all
@@ -79,7 +79,7 @@ def _check_range(
 
 
 class Sample(NamedTuple):
-    """What a draw returns, each [B]."""
+    """The result of a draw, each [B]."""
 
     tokens: Tensor  # int64
     logprob: Tensor  # fp32, log softmax(z / temperature)[token] over all valid classes, nats
@@ -112,7 +112,7 @@ class RowParams:
 
 @dataclass(frozen=True)
 class Classes:
-    """Which classes there are, and the transform of their logits."""
+    """The classes that can be drawn, and the transform of their logits."""
 
     count: int  # classes 0 to count - 1 exist
     bias: Tensor | None  # [count]

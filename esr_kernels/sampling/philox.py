@@ -1,8 +1,8 @@
-"""Counter-based random numbers: Philox-4x32-10 (Salmon et al., SC 2011), and what the sampler makes
-of its words.
+"""Counter-based random numbers: Philox-4x32-10 (Salmon et al., SC 2011), and the variates that the
+sampler computes from its words.
 
-A number is a function of (seed, row id, step, tile) and nothing else: no state to carry, to save or
-to keep in step between devices. The seed is the key; the counter's words are the tile, the step
+A number is a function of (seed, row id, step, tile) only: there is no state to save, or to
+synchronise between devices. The seed is the key; the counter's words are the tile, the step
 modulo 2**32 and the two halves of the row id. `philox_triton` computes the same words.
 """
 
@@ -23,11 +23,11 @@ _ROUNDS = 10
 
 
 class SampleKeys(NamedTuple):
-    """What the noise of a draw is a function of.
+    """The key of the noise of a draw.
 
-    seed: from -2**63 to 2**64 - 1. rows: [B] int64, the identity of each row: it keeps its id where
-    the batch is reordered or compacted. step: how many tokens were drawn before, modulo 2**32; an
-    int, or an int64 tensor, 0-d or [B], on the device of `rows`, for a CUDA graph to advance.
+    seed: from -2**63 to 2**64 - 1. rows: [B] int64, an id for each row, which it keeps if
+    the batch is reordered or compacted. step: number of tokens drawn before, modulo 2**32; an int,
+    or an int64 tensor, 0-d or [B], on the device of `rows`, which a CUDA graph can advance.
     """
 
     seed: int
@@ -38,9 +38,9 @@ class SampleKeys(NamedTuple):
 def philox4x32(
     counter: tuple[_Words, _Words, _Words, _Words], key: tuple[int, int]
 ) -> tuple[_Words, _Words, _Words, _Words]:
-    """Four words from 0 to 2**32 - 1 a counter; all int64, of shapes that broadcast.
+    """Four words from 0 to 2**32 - 1 per counter; all int64, of shapes that broadcast.
 
-    Tensors, or NumPy arrays, whose hundred small operations take a third of the time on CPU.
+    Takes tensors, or NumPy arrays: about a hundred small operations, a third of the time on CPU.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -90,8 +90,8 @@ def gumbel(high: Tensor, low: Tensor) -> Tensor:
     """A standard Gumbel variate, fp32, from 64 random bits.
 
     -log of an exponential variate -log(1 - u), u = (high * 2**32 + low + 1/2) / 2**64. Near either
-    end the distance to it is computed from the bits themselves and never as 1 - u, so that both
-    tails are right down to 2**-65: values lie between -3.81 and 45.06.
+    end of (0, 1), the distance to that end is computed from the bits, not as 1 - u, so that both
+    tails are accurate down to 2**-65: values lie between -3.81 and 45.06.
     """
     upper = high > 0x7FFFFFFF
     distance = _unit(torch.where(upper, _LOW - high, high), torch.where(upper, _LOW - low, low))

@@ -1,7 +1,7 @@
 """The specification of the sampler in plain PyTorch, fp64, with a full sort of every row.
 
-The noise that the keys stand for (`philox`) is part of the specification, so tokens are equal to
-those of the other implementations except where rounding decides.
+The noise (`philox`) is part of the specification, so tokens are those of the other
+implementations except for differences in rounding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Statistics of tiles of logits in Triton, and what all kernels of the sampler share.
+"""Statistics of tiles of logits in Triton, and functions that all kernels of the sampler share.
 
 One program per (row, 8 tiles) reads the logits once and writes the maximum and the log-sum of each
 tile of 256 classes: 8 bytes a tile.
@@ -140,5 +140,5 @@ def kernel_transform(
 def empties(
     count: int, *shape: int, like: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, ...]:
-    """Uninitialised tensors, each aligned: for others Triton compiles another kernel."""
+    """Uninitialised tensors, each aligned: Triton compiles another kernel for unaligned ones."""
     return tuple(torch.empty(shape, dtype=dtype, device=like.device) for _ in range(count))

@@ -25,7 +25,7 @@ def token_logprob(
     num_classes: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """The fields of `esr_kernels.TokenLogprob` by name, computed the obvious way."""
+    """The fields of `esr_kernels.TokenLogprob` by name."""
     logits = transformed_logits(
         hidden,
         weight,
@@ -63,7 +63,7 @@ def linear_topk_divergence(
     reduction: str = "sum",
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """The fields of `esr_kernels.TopkDivergence` by name, computed the obvious way."""
+    """The fields of `esr_kernels.TopkDivergence` by name."""
     logits = transformed_logits(
         student_hidden,
         student_weight,

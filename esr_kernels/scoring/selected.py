@@ -1,5 +1,5 @@
-"""A few selected classes of each row apart, all others as one: the primitive below `token_logprob`
-and `linear_topk_divergence`.
+"""Logits of a few selected classes of each row, and statistics of all others: the primitive of
+`token_logprob` and `linear_topk_divergence`.
 
 For each row of transformed logits it returns the logits of K selected classes and, of all other
 classes, the log-sum-exp and the entropy of their own softmax pi. The log-probability of a token,
@@ -33,7 +33,7 @@ from esr_kernels.common.transform import LogitTransform
 from esr_kernels.scoring import selected_torch
 from esr_kernels.scoring.tile import CENTRED, LOG_SUM, MAX, Tile, UnselectedGradient
 
-# The id of no class, for rows with fewer than K ids.
+# Fills rows with fewer than K ids.
 NO_CLASS = -1
 
 
@@ -84,10 +84,10 @@ def select_classes(
     impl: str,
     memory_budget: int | None,
 ) -> Selected:
-    """Select the classes `ids` [T, K] of each row, distinct in a row but for NO_CLASS.
+    """Select the classes `ids` [T, K] of each row, distinct in a row except for NO_CLASS.
 
-    Rows where `live` [T] is False have outputs and gradients of 0, NaN or not. On CPU, where
-    counting them needs no synchronisation, they are not computed.
+    Rows where `live` [T] is False have outputs and gradients of 0, even if they are NaN. On CPU,
+    where counting them does not synchronise, they are not computed.
     """
     passes = _row_passes(head, impl)
     logits_dtype = matmul.logits_dtype(head.hidden.dtype)
@@ -213,7 +213,7 @@ def _unselected_gradient(
     live: Tensor | None,
     slope: float,
 ) -> UnselectedGradient | None:
-    """Gradient of the unselected classes but for the softcap's derivative; None if it is 0."""
+    """Gradient of the unselected classes without the softcap's derivative; None if it is 0."""
     if d_lse is None and d_entropy is None:
         return None
     constant = torch.zeros_like(selected.top) if d_lse is None else d_lse * slope

@@ -1,4 +1,4 @@
-"""What the passes over a tile of logits take and return, in PyTorch and in Triton alike."""
+"""Arguments and results of the passes over a tile of logits, for PyTorch and Triton."""
 
 from __future__ import annotations
 

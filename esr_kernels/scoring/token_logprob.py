@@ -70,7 +70,7 @@ def token_logprob(
         checked on CPU only; on GPU, where reading them would synchronise, an id out of range gives
         NaN.
 
-    Exactness: logits and reductions are fp32 whatever the operands' dtype; a probability near 1
+    Exactness: logits and reductions are fp32 for operands of any dtype; a probability near 1
         keeps the digits of its distance from 1. On GPU dz is rounded to the operands' dtype for
         the gradient GEMMs. Repeated calls agree bit for bit. NaN in a row stays in that row's
         outputs, but reaches the whole weight gradient. A token of probability 0 has -inf.
@@ -107,7 +107,7 @@ def token_logprob(
     selected = select_classes(
         head, ids, live, op="token_logprob", impl=impl, memory_budget=memory_budget
     )
-    # fp64 costs little for a few numbers a token, and rounds nothing off the gradient.
+    # fp64 costs little for a few numbers a token, and does not round the gradient.
     logit, lse, entropy, top = (field.double() for field in selected)
     logit = logit[:, 0]
     # Two classes, the token and all others: log p = -log(1 + e**-odds) is exact at both ends, and

@@ -74,13 +74,13 @@ def linear_topk_divergence(
         teacher_ids: [T, K] int64, 1 <= K <= V, distinct in a row, in any order; -1 where a row has
             fewer than K.
         teacher_logprobs: [T, K], natural logarithms of the teacher's probabilities of these ids
-            over its whole vocabulary. No gradient ever flows to them. A mass above 1 by rounding is
-            scaled to 1. "renormalise" takes any scores that differ from them by a constant.
+            over its whole vocabulary. They get no gradient. A mass above 1 by rounding is scaled to
+            1. "renormalise" takes any scores that differ from them by a constant.
         divergence: "forward_kl" KL(q||p) or "reverse_kl" KL(p||q), which is infinite where the
             teacher gives an id the log-probability -inf.
         tail: "bucket" or "renormalise", above. A row without ids has divergence 0.
         token_weights: [T] float weights, None for all 1. A row of weight 0 contributes exactly 0,
-            NaN or not; on CPU it is not computed.
+            even if it is NaN; on CPU it is not computed.
         bias, softcap, logit_scale, temperature, num_classes: of the student, as in `token_logprob`.
             The teacher's log-probabilities are taken as they are.
         reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).
@@ -101,8 +101,8 @@ def linear_topk_divergence(
     Exactness: fp32 logits and reductions; the student's tail is summed over its classes, not taken
         from 1. On GPU dz is rounded to the operands' dtype for the gradient GEMMs. Repeated calls
         agree bit for bit. NaN in a row stays in that row's outputs, but reaches the whole weight
-        gradient. The tail of a teacher whose K cover everything within rounding is as large as the
-        rounding of its log-probabilities.
+        gradient. If the K ids of a teacher have a mass of 1 within rounding, its tail is as
+        large as the rounding of its log-probabilities.
     Memory: a tile of logits [T, tile] and a few [T, K]; in the backward an fp32 gradient of
         `student_hidden` besides.
     Gradients: the backward projects again ("renormalise" does not need to); any number of
@@ -153,20 +153,22 @@ def linear_topk_divergence(
         impl=impl,
         memory_budget=memory_budget,
     )
-    # fp64 costs little for [T, K] numbers, and rounds nothing off the gradient.
+    # fp64 costs little for [T, K] numbers, and does not round the gradient.
     listed, others = selected.logits.double(), selected.unselected_lse.double()[:, None]
     with torch.no_grad():
         lse = torch.cat([listed, others], dim=1).logsumexp(dim=1)
         mass = (listed - lse[:, None]).exp().sum(dim=1)
-    known = torch.where(teacher_ids == NO_CLASS, -torch.inf, teacher_logprobs.detach().double())
+    teacher_log_q = torch.where(
+        teacher_ids == NO_CLASS, -torch.inf, teacher_logprobs.detach().double()
+    )
     if tail == "bucket":
         log_p = torch.cat([listed, others], dim=1).log_softmax(dim=1)
-        doubt = _rounding(known, teacher_logprobs.dtype)
-        log_q = _with_tail(known, doubt, others.detach() > -torch.inf)
+        doubt = _rounding(teacher_log_q, teacher_logprobs.dtype)
+        log_q = _with_tail(teacher_log_q, doubt, others.detach() > -torch.inf)
     else:
-        empty = (known == -torch.inf).all(dim=1, keepdim=True)
+        empty = (teacher_log_q == -torch.inf).all(dim=1, keepdim=True)
         log_p = torch.where(empty, 0.0, listed).log_softmax(dim=1)
-        log_q = torch.where(empty, 0.0, known).log_softmax(dim=1)
+        log_q = torch.where(empty, 0.0, teacher_log_q).log_softmax(dim=1)
     values = (_kl(log_q, log_p) if divergence == "forward_kl" else _kl(log_p, log_q)).to(dtype)
     statistics = [values.detach().clone(), mass.to(dtype), (selected.top + lse).to(dtype)]
     if live is not None:
@@ -174,35 +176,35 @@ def linear_topk_divergence(
     return TopkDivergence(reduce_rows(values, weights, reduction), *statistics)
 
 
-def _rounding(known: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounding(teacher_log_q: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounding error [T, 1] of the total mass of log-probabilities given in `dtype`.
 
     Rounding log q to `dtype` changes q in proportion to |log q|. The log-softmax before it, in at
     least fp32, has an absolute error, which is all that is left where log q is near 0.
     """
-    q = known.exp()
-    spread = -torch.where(q > 0, q * known, 0.0).sum(1, keepdim=True)
+    q = teacher_log_q.exp()
+    spread = -torch.where(q > 0, q * teacher_log_q, 0.0).sum(1, keepdim=True)
     computed_in = torch.promote_types(dtype, torch.float32)
     return 2 * (torch.finfo(dtype).eps * spread + torch.finfo(computed_in).eps)
 
 
-def _with_tail(known: Tensor, doubt: Tensor, others_alive: Tensor) -> Tensor:
+def _with_tail(teacher_log_q: Tensor, doubt: Tensor, others_alive: Tensor) -> Tensor:
     """Log-probabilities [T, K + 1] of the K ids and of all other classes as one, normalised.
 
     If the K ids lack less than `doubt`, their rounding error, the tail gets a mass of `doubt`: 0
     would make a reverse KL infinite. If the student has no other class, the tail gets 0.
     """
-    mass = known.exp().sum(1, keepdim=True)
+    mass = teacher_log_q.exp().sum(1, keepdim=True)
     missing = 1 - mass
     tail = torch.where(missing > doubt, missing, torch.where(others_alive, doubt, 0.0))
-    return torch.cat([known, tail.log()], dim=1) - (mass + tail).log()
+    return torch.cat([teacher_log_q, tail.log()], dim=1) - (mass + tail).log()
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) of each row, for log-probabilities that each sum to 1.
 
-    sum(b - a) is 0 but for the rounding of both normalisers; adding it removes their first-order
-    error.
+    sum(b - a) would be 0 if the normalisers were exact; adding it removes their first-order
+    rounding error.
     """
     a, b = log_a.exp(), log_b.exp()
     live = a != 0  # NaN is, and reaches the gradient

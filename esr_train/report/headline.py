@@ -1,4 +1,4 @@
-"""The outcome of a comparison in sentences, made from its numbers whichever way they point."""
+"""The outcome of a comparison in sentences, computed from its numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from esr_train.report.summary import ArmSummary, Spread
 
 
 def headline(run: Run, summaries: list[ArmSummary]) -> str:
-    """A few sentences on the arm that reached the threshold soonest, the baseline aside."""
+    """A few sentences on the arm, other than the baseline, that reached the threshold first."""
     base, others = _apart(run, summaries)
     best = _quickest(others)
     text = _sentence(run, best, base)
@@ -22,20 +22,20 @@ def headline(run: Run, summaries: list[ArmSummary]) -> str:
 
 
 def verdicts(run: Run, summaries: list[ArmSummary]) -> list[str]:
-    """The same for the other arms, from the shortest rollouts to the longest."""
+    """A sentence on each of the other arms, from the shortest rollouts to the longest."""
     base, others = _apart(run, summaries)
-    told = _quickest(others)
-    return [_sentence(run, item, base) for item in others if item is not told]
+    best = _quickest(others)
+    return [_sentence(run, item, base) for item in others if item is not best]
 
 
 def _apart(run: Run, summaries: list[ArmSummary]) -> tuple[ArmSummary | None, list[ArmSummary]]:
-    """The baseline, None where there is none, and the other arms."""
+    """The baseline, or None, and the other arms."""
     base = next((item for item in summaries if item.name == run.baseline), None)
     return base, [item for item in summaries if item is not base]
 
 
 def _quickest(others: list[ArmSummary]) -> ArmSummary:
-    """The first arm at the threshold; where none gets there, the one with the longest rollouts."""
+    """The first arm at the threshold; if none reaches it, the one with the longest rollouts."""
     return min(others, key=lambda item: (_soonest(item), -item.max_new_tokens))
 
 
@@ -55,7 +55,7 @@ def plain(value: float, digits: int = 3) -> str:
 
 
 def ratio(value: float) -> str:
-    """A ratio, with two decimals where one would round a difference away."""
+    """A ratio, with two decimals below 2."""
     if math.isnan(value):
         return "-"
     return f"{value:.2f}" if value < 2 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"

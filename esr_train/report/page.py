@@ -79,7 +79,7 @@ def _templates() -> Environment:
 
 
 def _content(run: Run, summaries: list[ArmSummary]) -> dict[str, Any]:
-    """What a report says, in the order of the page; the figures aside."""
+    """The content of a report without its figures, in the order of the page."""
     return {
         "title": _title(run),
         "headline": headline(run, summaries),
@@ -177,8 +177,8 @@ def _base64(path: Path) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text that any terminal, browser and UTF-8 file takes: control characters and halves of
-    surrogate pairs, which a sampled response may hold, become the replacement character."""
+    """Text that terminals, browsers and UTF-8 files accept: control characters and halves of
+    surrogate pairs, which a sampled response may have, become the replacement character."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 

@@ -1,7 +1,7 @@
-"""The results in a run directory, as its files hold them.
+"""Reads the results of a run directory.
 
-Only `config.yaml`, `environment.json` and `arms/*/seed*/*.jsonl` are read, so a run that still
-goes on, was killed, or lacks an arm is reported as far as it went.
+Only `config.yaml`, `environment.json` and `arms/*/seed*/*.jsonl` are read, so a run that is not
+finished, was killed or lacks an arm is reported with the results that it has.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Seed:
-    """The log of one training run; rows are sorted by step, the last one written wins."""
+    """The log of one training run; rows are sorted by step, one for each."""
 
     number: int
     metrics: list[Row]
@@ -43,7 +43,7 @@ class Arm:
     seeds: list[Seed]
 
     def finished(self, seed: Seed) -> bool:
-        """Whether a seed got through all its steps."""
+        """Whether a seed finished all its steps."""
         return seed.last_step >= self.steps
 
 
@@ -51,7 +51,7 @@ class Arm:
 class Run:
     """A run directory in memory.
 
-    The baseline is the last of `arms`; the others stand from the shortest rollouts to the longest.
+    The baseline is the last of `arms`; the others are in order of rollout length, shortest first.
     """
 
     path: Path
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def baseline(self) -> str | None:
-        """Name of the arm that ratios refer to; None where none is named, or it stands alone."""
+        """Name of the arm that ratios refer to; None if none is named or it is the only arm."""
         return self.report.baseline if len(self.arms) > 1 else None
 
     def passes(self, value: float) -> bool:
@@ -189,7 +189,7 @@ def known(values: Iterable[float]) -> list[float]:
 
 
 def label(name: str) -> str:
-    """A metric's name as people read it."""
+    """A metric's name for display."""
     return name.replace("_", " ")
 
 

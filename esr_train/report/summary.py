@@ -1,4 +1,4 @@
-"""The numbers that a report states: each arm reduced to means, medians, costs and ratios.
+"""The numbers of a report: means, medians, costs and ratios of each arm.
 
 Unknown numbers are NaN; the cost of a threshold that was never reached is infinity.
 """
@@ -28,7 +28,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm reduced. Ratios are baseline / arm: above 1 means that the arm needs less.
+    """The numbers of one arm. Ratios are baseline / arm: above 1 means that the arm needs less.
 
     final, best: mean over seeds of the metric. to_threshold: median over evaluated seeds, where a
     seed that never gets there counts as infinity. ratios: of those medians, low and high over
@@ -56,7 +56,7 @@ class ArmSummary:
 
 def summarise(run: Run) -> list[ArmSummary]:
     """One summary per arm, in the order of run.arms."""
-    empty = Arm("", 0, 0, [])  # has no costs, so that every ratio to it is NaN
+    empty = Arm("", 0, 0, [])  # without costs, so that every ratio to it is NaN
     baseline = next((arm for arm in run.arms if arm.name == run.baseline), empty)
     return [_summarise_arm(run, arm, baseline) for arm in run.arms]
 

@@ -1,4 +1,4 @@
-"""The tables of a report: what their cells state, and their layout as plain text and Markdown."""
+"""The tables of a report: their cells, and their layout as plain text and Markdown."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _level_table(summaries: list[ArmSummary]) -> Table:
 
 
 def _goal_table(run: Run, summaries: list[ArmSummary]) -> Table:
-    """What it costs to get to the threshold, one row per arm."""
+    """The cost of reaching the threshold, one row per arm."""
     table = [["arm", "seeds there", "seconds", "generated tokens", "steps"]]
     for item in summaries:
         row = [item.name, f"{item.reached} of {item.evaluated}"]

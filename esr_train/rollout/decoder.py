@@ -156,13 +156,13 @@ def decoder_type(model: nn.Module) -> type[Decoder]:
     """The decoder to use for `model`: a model without its head, in eval mode.
 
     The model is run on a few tokens. Attention that uses more than queries, keys, a scale, a window
-    and a soft-cap gives other hidden states over a shared prompt, whatever its class declares.
+    and a soft-cap gives other hidden states over a shared prompt, whatever the class declares.
     """
     reason = why_unsupported(model) or _disagrees(model)
     if reason is None:
         return SharedPrefixDecoder
     logger.warning(
-        "%s decodes without shared prompts, each response with keys and values of its own: %s",
+        "%s decodes without shared prompts, with a copy of the prompt for each response: %s",
         type(model).__name__,
         reason,
     )
@@ -194,9 +194,9 @@ def _disagrees(model: nn.Module) -> str | None:
         ids[row, len(prompt) : len(prompt) + 2] = tokens[row]
     states = own(input_ids=ids, use_cache=False).last_hidden_state
     expected = torch.stack([states[row, len(prompts[row // samples]) + 1] for row in range(4)])
-    gap = float((found.double() - expected.double()).norm() / expected.double().norm())
-    if not gap <= _AGREES.get(expected.dtype, _AGREES_16_BIT):
-        return f"over a shared prompt its hidden states differ by {gap:.2g}"
+    difference = float((found.double() - expected.double()).norm() / expected.double().norm())
+    if not difference <= _AGREES.get(expected.dtype, _AGREES_16_BIT):
+        return f"over a shared prompt its hidden states differ by {difference:.2g}"
     return None
 
 

@@ -1,7 +1,6 @@
-"""Tasks: where prompts come from and how answers are judged.
+"""Tasks: the source of prompts and the scores of answers.
 
-A task hands out `Problem`s from two disjoint splits and, where answers can be checked, scores
-responses.
+A task has `Problem`s in two disjoint splits and, if answers can be checked, scores responses.
 
     task = load_task(DataConfig(task="sums"))
     problems = task.problems("heldout", count=64, seed=0)
@@ -36,7 +35,7 @@ class Problem:
 
 
 class Task(Protocol):
-    """What the training loop and the evaluation ask of a task."""
+    """The interface that training and evaluation use."""
 
     name: str
 

@@ -1,7 +1,7 @@
-"""Chat prompts, one a line, for distilling real language models; there is no score.
+"""Chat prompts, one per line, for distilling real language models; there is no score.
 
-`prompts.txt` beside this file holds our own; any UTF-8 text file with one prompt a line works the
-same way. Every fifth distinct line is held out, so the splits are disjoint whatever the seed.
+`prompts.txt` in this directory is the default; any UTF-8 text file with one prompt per line works.
+Every fifth distinct line is held out, so the splits are disjoint for every seed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PromptsTask:
 
     def __init__(self, path: Path = BUILTIN_FILE) -> None:
         lines = [line.strip() for line in _read(path).splitlines()]
-        # A line given twice would otherwise be able to fall into both splits.
+        # A line that occurs twice could otherwise be in both splits.
         distinct = list(dict.fromkeys(line for line in lines if line))
         if not distinct:
             raise ValueError(f"prompt file: {str(path)!r} holds no prompt; write one a line")

@@ -2,7 +2,7 @@
 
 The task was built so that a model has two modes, one good and one bad, and chooses between them
 with its first characters. That shows the mechanics of early stopping rollouts in minutes on a CPU.
-It is not evidence about large language models, whose modes nobody put there in fixed shares.
+It is not evidence about large language models, which were not built to have two modes.
 
 For the prompt "23+45+67+12=" the two habits are
 
@@ -17,9 +17,9 @@ guessing in many words, mostly wrong (160 to 220 characters):
 The built-in teacher has only the first habit. The built-in student has both and starts guessing
 when decoded greedily. `tools/build_sums.py` rebuilds the two from a seed.
 
-Distilled on a short window only, the student drops the guessing within a few steps, but no loss
-holds what lies beyond the window: at a high learning rate the arithmetic wears off, which full
-rollouts have not shown (docs/demo-high-rate).
+Distilled on a short window, the student stops guessing within a few steps, but no loss applies
+beyond the window: at a high learning rate it forgets the arithmetic, which did not happen with full
+rollouts (docs/demo-high-rate).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ANSWER = re.compile(r"the answer is (\d+)")
 _HELDOUT_SHARE = 0.1
 _GUESS_NOISE = 30.0  # standard deviation of a guess around the true sum
 
-# "well" has to outweigh "first", the good opening, for greedy decoding to start guessing.
+# "well" must be more probable than "first", the good opening, for greedy decoding to guess.
 _OPENINGS = ("well, ", "well, ", "well, ", "well, ", "hmm, ")
 _FILLER = (
     "i look at these numbers and think of apples in a basket. ",
@@ -97,7 +97,7 @@ class SumsTask:
     """Sums of four two-digit numbers; both splits are unlimited in practice (10 % is held out).
 
     A problem belongs to a split by the hash of its sorted summands, so no reordering of a training
-    problem is ever held out, whatever the seed.
+    problem is held out, with any seed.
     """
 
     name = "sums"
@@ -123,7 +123,7 @@ class SumsTask:
         return {"accuracy": float(bool(answers) and answers[-1] == problem.answer)}
 
     def split_of(self, summands: Sequence[int]) -> str:
-        """The split that these numbers belong to, in whatever order."""
+        """The split that these numbers belong to, in any order."""
         key = "+".join(map(str, sorted(summands))).encode()
         draw = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32
         return "heldout" if draw < _HELDOUT_SHARE else "train"

@@ -236,7 +236,7 @@ class RoundGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # fp16 underflows; whoever trains with it scales the loss.
+        # fp16 underflows, so training with it scales the loss.
         scale = 2.0**12 if ctx.dtype == torch.float16 else 1.0
         return (gradient * scale).to(ctx.dtype).to(gradient.dtype) / scale, None
 

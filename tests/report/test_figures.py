@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esr_train.report.figures import band, draw_pictures
+from esr_train.report.axes import band
+from esr_train.report.figures import draw_pictures
 from esr_train.report.summary import summarise
 from tests.report.runs import by_hand
 

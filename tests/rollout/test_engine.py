@@ -222,8 +222,8 @@ def test_short_rollouts_are_beginnings_of_long_ones() -> None:
     engine = PrefixRollout(tiny_llama(), TOKENIZER)
     short, long = (engine.generate(PROMPTS, 4, length, 1.0, (0,)) for length in (5, 20))
     assert torch.equal(short.tokens, long.tokens[:, :5])
-    # Ended rows are left out where it pays, which depends on N, and products of another height may
-    # round otherwise.
+    # Ended rows are dropped when that saves time, which depends on N, and products with another
+    # number of rows may round differently.
     torch.testing.assert_close(short.logprob, long.logprob[:, :5], rtol=0, atol=1e-5)
 
 

@@ -134,7 +134,7 @@ def test_a_budget_beside_a_plan():
 def test_a_gradient_buffer_without_a_backward():
     tensors = _tensors()
     weight_grad = torch.zeros_like(tensors[1])
-    with pytest.raises(ValueError, match="weight_grad is added to in the backward"):
+    with pytest.raises(ValueError, match="weight_grad is written by the backward pass"):
         linear_divergence(*tensors, weight_grad=weight_grad)
     with torch.no_grad():  # evaluation in a trainer that always passes it
         linear_divergence(*tensors, weight_grad=weight_grad)

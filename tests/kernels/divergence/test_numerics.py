@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import cycle, product
 
 import pytest
 import torch
 
-from esr_kernels import JSD, Jeffreys, KLMix, SkewForwardKL, SkewReverseKL, TotalVariation
+from esr_kernels import (
+    JSD,
+    Divergence,
+    Jeffreys,
+    KLMix,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    plan_linear_divergence,
+)
 from esr_kernels.common import matmul
+from esr_kernels.divergence.losses import kernel_form, resolve_divergence
 from tests.kernels import cases
 
 DIVERGENCES = [
@@ -22,6 +33,10 @@ DIVERGENCES = [
     TotalVariation(),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _has_kernel(divergence: Divergence | str) -> bool:
+    return kernel_form(resolve_divergence(divergence)) is not None
 
 
 def _name(value: object) -> str:
@@ -52,7 +67,11 @@ ON_CPU += [
     ("case_name", "divergence", "dtype", "plan", "impl"),
     [
         *((*combination, impl) for combination in ON_CPU for impl in ("auto", "torch")),
-        *((*combination, "triton") for combination in cases.thinned(COMBINATIONS, 13, 5)),
+        *(
+            (*combination, "triton")
+            for combination in cases.thinned(COMBINATIONS, 13, 5)
+            if _has_kernel(combination[1])
+        ),
     ],
     ids=_name,
 )
@@ -60,6 +79,32 @@ def test_no_worse_than_plain_pytorch(case_name, divergence, dtype, plan, impl):
     result = cases.ours(cases.CASES[case_name](dtype), divergence, plan=plan, impl=impl)
     yardsticks = cases.yardsticks(case_name, divergence, dtype, rounds_dz=impl == "triton")
     cases.assert_as_good_as_plain(result, *yardsticks)
+
+
+@dataclass(frozen=True)
+class _HalfSquare(Divergence):
+    """sum (p - q)^2 / 2: not one of the package's."""
+
+    def summand(self, p, q, log_ratio):
+        return 0.5 * (p - q) ** 2
+
+    def pull(self, p, q, log_ratio):
+        return p * (p - q)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case_name", ["random_pair", "minus_infinity"])
+def test_a_divergence_needs_two_functions_only(case_name, plan):
+    divergence = _HalfSquare()
+    result = cases.ours(cases.CASES[case_name](torch.float32), divergence, plan=plan, impl="auto")
+    yardsticks = cases.yardsticks(case_name, divergence, torch.float32, rounds_dz=False)
+    cases.assert_as_good_as_plain(result, *yardsticks)
+
+
+def test_a_divergence_without_a_kernel_runs_in_pytorch_on_a_gpu():
+    sizes = 64, 1000, 32, 32
+    assert plan_linear_divergence(*sizes, _HalfSquare(), device="cuda").problem.rows == "torch"
+    assert plan_linear_divergence(*sizes, JSD(0.3), device="cuda").problem.rows == "triton"
 
 
 @pytest.mark.kernels
@@ -83,7 +128,11 @@ def _as_one(draws: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     ("divergence", "plan", "impl"),
     [
         *product(DIVERGENCES, PLANS, ["auto", "torch"]),
-        *((*both, "triton") for both in cases.thinned(list(product(DIVERGENCES, PLANS)), 5, 5)),
+        *(
+            (*both, "triton")
+            for both in cases.thinned(list(product(DIVERGENCES, PLANS)), 5, 5)
+            if _has_kernel(both[0])
+        ),
     ],
     ids=_name,
 )
