@@ -122,6 +122,8 @@ class Evaluator:
             temperature,
             (SEED, "evaluation"),
             row_keys=keys,
+            **self.config.rollout.filters,
+            max_tokens_in_flight=self.config.rollout.max_tokens_in_flight,
         )
         return batch.select(rows[:count]), batch.select(rows[count:])
 
@@ -193,7 +195,14 @@ class Evaluator:
     def _write_teacher_text(self) -> list[_Scored]:
         """Teacher samples at temperature 1, scored by the teacher."""
         prompts, length = self.teacher_prompts or self.prompts, self.config.eval.teacher_text
-        text = self.teacher.rollout.generate(prompts, 1, length, 1.0, (SEED, "teacher text"))
+        text = self.teacher.rollout.generate(
+            prompts,
+            1,
+            length,
+            1.0,
+            (SEED, "teacher text"),
+            max_tokens_in_flight=self.config.rollout.max_tokens_in_flight,
+        )
         return self._score(
             RolloutBatch(self.prompts, text.tokens, text.lengths, text.finished_by_eos), length
         )

@@ -134,6 +134,8 @@ class Trainer:
                 config.rollout.max_new_tokens,
                 config.rollout.temperature,
                 (self.seed, "rollout", step),
+                **config.rollout.filters,
+                max_tokens_in_flight=config.rollout.max_tokens_in_flight,
             )
         if self.on_first_rollout:
             own = self.prompts.teacher_prompts_for(step)
