@@ -166,9 +166,9 @@ def _add_sample(commands: Any) -> None:
     )
     for name, meaning in (
         ("temperature", "0 is greedy; default rollout.temperature"),
-        ("top_k", "sample from the k most probable tokens"),
-        ("top_p", "sample from the fewest tokens with this share of the probability"),
-        ("min_p", "sample from tokens of at least this share of the largest probability"),
+        ("top_k", "sample from the k most probable tokens; default rollout.top_k"),
+        ("top_p", "from the fewest tokens with this share of the probability; rollout.top_p"),
+        ("min_p", "from tokens of at least this share of the largest probability; rollout.min_p"),
     ):
         option = f"--{name.replace('_', '-')}"
         command.add_argument(option, type=_sampling_parameter(name), help=meaning)
@@ -241,7 +241,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     rollout = config.rollout
-    given: dict[str, Any] = {"temperature": rollout.temperature}
+    given: dict[str, Any] = {"temperature": rollout.temperature, **rollout.filters}
     for field in dataclasses.fields(SamplingParams):
         if getattr(options, field.name) is not None:
             given[field.name] = getattr(options, field.name)

@@ -75,6 +75,19 @@ class RolloutConfig(_Strict):
     samples: PositiveInt = 1  # responses sampled per prompt
     max_new_tokens: PositiveInt = 100  # N: response tokens sampled and trained on, EOS included
     temperature: float = 1.0  # of the sampling; 0 = greedy
+    # What is sampled from: the k likeliest tokens (0 = all); of those, the fewest that have a share
+    # top_p of the probability; of those, the ones at least min_p times as likely as the likeliest.
+    top_k: NonNegativeInt = 0
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    # Tokens of prompts and responses with keys and values in memory at once; null = as many as half
+    # of a GPU's free memory holds, or 4 GiB on CPU.
+    max_tokens_in_flight: PositiveInt | None = None
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        """What cuts the distribution that is sampled, by the names of `SamplingParams`."""
+        return {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
 
     @field_validator("temperature")
     @classmethod

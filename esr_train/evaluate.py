@@ -77,6 +77,8 @@ class Evaluator:
             temperature,
             (SEED, "evaluation"),
             row_keys=torch.cat([rows + len(rows), rows]),
+            **self.config.rollout.filters,
+            max_tokens_in_flight=self.config.rollout.max_tokens_in_flight,
         )
         return batch.select(rows), batch.select(rows + len(rows))
 
@@ -115,7 +117,14 @@ class Evaluator:
         """Teacher samples at temperature 1 and the teacher's hidden states on them, in batches."""
         device = self.teacher.head.weight.device
         length = self.config.eval.teacher_text
-        text = self.teacher.rollout.generate(self.prompts, 1, length, 1.0, (SEED, "teacher text"))
+        text = self.teacher.rollout.generate(
+            self.prompts,
+            1,
+            length,
+            1.0,
+            (SEED, "teacher text"),
+            max_tokens_in_flight=self.config.rollout.max_tokens_in_flight,
+        )
         batches = []
         for part in torch.arange(len(self.prompts)).split(_BATCH):
             ones = (torch.arange(length) < text.lengths[part, None]).float()

@@ -129,6 +129,8 @@ class Trainer:
                 config.rollout.max_new_tokens,
                 config.rollout.temperature,
                 (self.seed, "rollout", step),
+                **config.rollout.filters,
+                max_tokens_in_flight=config.rollout.max_tokens_in_flight,
             )
         if self.on_first_rollout:
             self.on_first_rollout(batch)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 
 from esr_train import cli
 from esr_train.cli import main
-from esr_train.config import Config, load_config, to_yaml
+from esr_train.config import load_config, to_yaml
 from esr_train.metrics import read_rows
-
-MakeConfig = Callable[..., Config]
+from tests.tiny import MakeConfig
 
 
 @pytest.fixture
@@ -23,9 +21,10 @@ def path(make_config: MakeConfig, tmp_path: Path) -> Path:
     return path
 
 
-def test_train_report_and_evaluate(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+Capture = pytest.CaptureFixture[str]
+
+
+def test_train_report_and_evaluate(path: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "run"
     assert main(["train", str(path), "steps=2", "--out", str(out)]) == 0
     printed = capsys.readouterr()
@@ -51,7 +50,7 @@ def test_train_report_and_evaluate(
 
 
 def test_compare_ends_with_the_path_of_the_report(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    path: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "run"
     assert main(["compare", str(path), "--out", str(out), "--steps", "1", "optim.lr=0.001"]) == 0
@@ -63,7 +62,7 @@ def test_compare_ends_with_the_path_of_the_report(
 def test_a_dry_run_prints_the_config_and_estimates_and_stops(
     path: Path,
     command: str,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -83,17 +82,22 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
     [
         (["train", "nowhere.yaml"], "nowhere.yaml is not a file"),
         (["train", "CONFIG", "optim.lrr=1"], "did you mean 'optim.lr'"),
-        (["compare", "CONFIG", "loss.divergence=kl"], "loss.divergence"),
+        (["compare", "CONFIG", "loss.divergence=revers_kl"], "loss.divergence: "),
         (["compare", "CONFIG", "student.model=/nowhere"], "no such directory"),
-        (["compare", "CONFIG", "rollout.task=nothing"], "rollout.task"),
+        (["compare", "CONFIG", "rollout.task=sumz"], "rollout.task: "),
+        (["compare", "CONFIG", "rollout.task=prompts", "eval.problems=9999"], "eval.problems: "),
         (["compare", "CONFIG", "arms=[]"], "compare needs a list"),
         (["compare", "CONFIG", "eval.max_new_tokens=400"], "context overflow"),
         (["evaluate", "CONFIG", "--model", "builtin:nothing"], "no such built-in model"),
         (["report", "nowhere"], "nowhere"),
+        (["sample", "CONFIG", "--prompt", "1" * 200], "the longest prompt has 200 tokens"),
+        (["sample", "CONFIG", "--prompt", "1", "--max-new-tokens", "500"], "with 500 new ones exc"),
+        (["sample", "CONFIG", "--prompt", "1", "student.model=/nowhere"], "no such directory"),
+        (["sample", "CONFIG", "--prompt", "1", "rollout.tsk=sums"], "did you mean 'rollout.task'"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(
-    path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    path: Path, arguments: list[str], message: str, capsys: Capture
 ) -> None:
     arguments = [str(path) if a == "CONFIG" else a for a in arguments]
     assert main(arguments) == 2
@@ -102,15 +106,29 @@ def test_an_error_is_one_line_and_exit_code_2(
     assert "\n" not in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "a", "--oot"], ["fetch", "gpt"]])
-def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("trian", "invalid choice: 'trian'"),
+        ("train a --oot", "unrecognized arguments: --oot"),
+        ("fetch gpt", "invalid choice: 'gpt'"),
+        *((f"compare a --jobs {n}", f"got {n}, must be a whole") for n in "0 -1 two 1.5".split()),
+        ("sample a", "required: --prompt"),
+        ("sample a --prompt 1 --samples 0", "--samples"),
+        ("sample a --prompt 1 --temperature -1", "--temperature"),
+        ("sample a --prompt 1 --top-p 1.5", "--top-p"),
+        ("sample a --prompt 1 --top-k 2.5", "--top-k"),
+    ],
+)
+def test_usage_errors_are_exit_code_2(arguments: str, message: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
+        main(arguments.split())
+    assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_out_of_memory_says_what_to_do(
-    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")

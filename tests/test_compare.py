@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from esr_train.config import Config, ConfigError, with_overrides
 from esr_train.metrics import read_rows
 from esr_train.rollout import ContextError
 from esr_train.train import Trainer
+from tests.tiny import MakeConfig
 
-MakeConfig = Callable[..., Config]
 ARMS = [
     {"name": "esr-3", "max_new_tokens": 3},
     {"name": "mask-3", "max_new_tokens": 9, "loss.window_tokens": 3, "steps": 2},
@@ -68,15 +67,6 @@ def test_a_comparison_writes_everything(compared: tuple[Path, list[str]]) -> Non
     # Shorter rollouts are beginnings of long ones: at the first step, mask and cut are one.
     assert rows(run_dir, "esr-3", 0)[0]["loss"] == pytest.approx(masked["loss"], rel=1e-4)
     assert rows(run_dir, "full", 0)[0]["loss"] != rows(run_dir, "full", 1)[0]["loss"]
-
-
-def test_arms_do_not_depend_on_their_neighbours(
-    config: Config, compared: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    alone = with_overrides(config, {"arms": ARMS[2:], "seeds": [1]})
-    compare(alone, tmp_path, say=lambda text: None)
-    losses = [[r["loss"] for r in rows(run, "full", 1)] for run in (compared[0].parent, tmp_path)]
-    assert losses[0] == losses[1]
 
 
 def test_the_first_arm_rotates() -> None:
@@ -192,8 +182,3 @@ def test_an_arm_that_does_not_fit_is_refused_before_any_trains(
     with pytest.raises(ContextError, match="context overflow"):
         compare(with_overrides(config, {"arms": arms}), tmp_path)
     assert not list(tmp_path.rglob("*.jsonl"))
-
-
-def test_arms_are_needed(make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="compare needs a list"):
-        compare(make_config(), tmp_path)

@@ -44,19 +44,13 @@ def test_published_configs_load_and_survive_a_round_trip(config_path: Path, tmp_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "rollout.max_new_token=3",
-            "unknown key 'rollout.max_new_token'.*'rollout.max_new_tokens'",
-        ),
+        ("rollout.max_new_token=3", "key 'rollout.max_new_token'.*'rollout.max_new_tokens'"),
         ("lr=1", "unknown key 'lr'.*'optim.lr'"),
         ("optim.lr=fast", "optim.lr: got 'fast', must be a valid number"),
         ("steps=2.5", "steps: got 2.5, must be a valid integer"),
         ("steps=true", "steps: got True, must be a valid integer"),
         ("loss.train_on_eos=1", "loss.train_on_eos: got 1, must be a valid boolean"),
-        (
-            "loss.window=start",
-            "loss.window: got 'start', must be 'first', 'last', 'middle' or 'random'",
-        ),
+        ("loss.window=start", "loss.window: .* must be 'first', 'last', 'middle' or 'random'"),
         ("seeds=3", "seeds: got 3, must be a valid list"),
         ("seeds=[0, x]", r"seeds\[1\]: got 'x'"),
         ("seeds=[1, 1]", r"seeds: got \[1, 1\], must be different"),
@@ -99,6 +93,7 @@ def test_a_bad_value_names_the_key(path: Path, override: str, message: str) -> N
         ("student: {}\nteacher: {model: a}", "student.model: missing; give builtin:NAME"),
         (f"{MINIMAL}optim:", "optim: got None, must be a mapping"),
         (f"{MINIMAL}1: 2", "unknown key '1'"),
+        (f"{MINIMAL}steps: 3\nsteps: 4\n", "'steps' is given twice"),
         (
             f"{MINIMAL}arms: [{{name: full}}, {{name: b}}]\nreport: {{baseline: ful}}",
             r"report.baseline: got 'ful', .* \('full', 'b'\); did you mean 'full'",
@@ -139,10 +134,7 @@ def test_an_arm_may_be_the_baseline(path: Path) -> None:
     assert arm_config(config, config.arms[0]).steps == 3
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1e-4", 1e-4), ("1.5E+2", 150.0), ("+2e3", 2000.0), ("3", 3.0)],
-)
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1.5E+2", 150.0), ("3", 3.0)])
 def test_a_float_needs_no_dot(path: Path, text: str, value: float) -> None:
     lr = load_config(path, [f"optim.lr={text}"]).optim.lr
     assert lr == value and isinstance(lr, float)
@@ -166,13 +158,9 @@ def test_the_configuration_stays_small_and_explained() -> None:
         assert "  # " in line, f"{name} has no help"
 
 
-def test_the_configuration_needs_no_torch() -> None:
-    code = "import sys, esr_train.config; print('torch' in sys.modules)"
+@pytest.mark.parametrize("name", ["esr_train.config", "esr_train.report"])
+def test_a_quick_command_imports_nothing_slow(name: str) -> None:
+    slow = {"torch", "transformers", "matplotlib"}
+    code = f"import sys, {name}; print({slow} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
-def test_a_key_that_is_given_twice_is_an_error(path: Path) -> None:
-    path.write_text(path.read_text() + "\nsteps: 3\nsteps: 4\n")
-    with pytest.raises(ConfigError, match="'steps' is given twice"):
-        load_config(path)
+    assert done.stdout.strip() == "set()"

@@ -24,8 +24,8 @@ from esr_train.config import Config, load_config, to_yaml
 from tests.test_architectures import lora_config
 from tests.test_checkpoint import curve
 from tests.test_train import build
+from tests.tiny import MakeConfig
 
-MakeConfig = Callable[..., Config]
 Start = Callable[..., "Child"]
 FULL = {"optim__schedule": "constant"}
 

@@ -17,39 +17,18 @@ from esr_train import fetch, models
 from esr_train.config import ModelConfig, RuntimeConfig
 from esr_train.models import ModelError, decoder, drop_layers, head, load_model, load_tokenizer
 from esr_train.teacher import check_same_tokenizer
-from tests.tiny import ALPHABET, char_tokenizer, save_pair, tiny_llama
+from tests.tiny import ALPHABET, SETTINGS, char_tokenizer, save_pair, tiny_llama
 
 RUNTIME = RuntimeConfig()
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-}
+LARGE_WEIGHTS = SETTINGS | {"initializer_range": 0.5}
 ARCHITECTURES = {
     "llama": lambda: tiny_llama(),
     "gemma2 soft-cap": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SMALL, final_logit_softcapping=2.0, initializer_range=0.5)
+        Gemma2Config(**LARGE_WEIGHTS, head_dim=8, final_logit_softcapping=2.0)
     ),
-    "cohere scale": lambda: CohereForCausalLM(
-        CohereConfig(
-            **{k: v for k, v in SMALL.items() if k != "head_dim"},
-            logit_scale=0.25,
-            initializer_range=0.5,
-        )
-    ),
+    "cohere scale": lambda: CohereForCausalLM(CohereConfig(**LARGE_WEIGHTS, logit_scale=0.25)),
     "granite divisor": lambda: GraniteForCausalLM(
-        GraniteConfig(
-            **{k: v for k, v in SMALL.items() if k != "head_dim"},
-            logits_scaling=4.0,
-            initializer_range=0.5,
-        )
+        GraniteConfig(**LARGE_WEIGHTS, logits_scaling=4.0)
     ),
 }
 
@@ -122,14 +101,11 @@ def test_a_hub_model_that_cannot_be_reached_says_what_was_tried(
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="could not be loaded"):
-        load_model(ModelConfig(model=str(tmp_path)), RUNTIME)
-
-
-def test_a_damaged_model_is_named(tmp_path: Path) -> None:
-    save_pair(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"short")
+@pytest.mark.parametrize("damaged", [False, True], ids=["no model", "damaged"])
+def test_a_directory_that_is_no_whole_model_is_named(tmp_path: Path, damaged: bool) -> None:
+    if damaged:
+        save_pair(tmp_path)
+        (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ModelError, match="could not be loaded"):
         load_model(ModelConfig(model=str(tmp_path)), RUNTIME)
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from esr_train.config import Config
 from esr_train.metrics import Spans
 from esr_train.models import ModelError
 from esr_train.optim import Optimizer
 from tests.test_train import build
-from tests.tiny import save_pair
-
-MakeConfig = Callable[..., Config]
+from tests.tiny import MakeConfig, save_pair
 
 
 def bf16_linear(value: float = 1.0) -> torch.nn.Linear:
@@ -62,7 +58,7 @@ def test_a_closed_optimizer_takes_no_gradients() -> None:
 def test_the_gradient_of_a_bf16_model_is_rounded_once(
     make_config: MakeConfig, tmp_path: Path, tied: bool
 ) -> None:
-    """Against the same weights in fp32. One micro-batch: a sum of several hides what was rounded."""
+    """Against the same weights in fp32. In one micro-batch: a sum of several hides rounding."""
     path = save_pair(tmp_path / "student", seed=5, tie_word_embeddings=tied)
     gradients, batch = [], None
     for dtype in ("bfloat16", "float32"):

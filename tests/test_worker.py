@@ -16,14 +16,12 @@ import pytest
 import torch
 
 from esr_train.arms import Arms
-from esr_train.cli import main
 from esr_train.compare import compare, default_jobs
-from esr_train.config import Config
 from esr_train.metrics import read_rows
 from esr_train.run_dir import write_run_files
 from esr_train.worker import ArmError, run_side_by_side
+from tests.tiny import MakeConfig
 
-MakeConfig = Callable[..., Config]
 ARMS = [{"name": "esr-3", "max_new_tokens": 3}, {"name": "full", "max_new_tokens": 6}]
 TIMINGS = ("seconds", "peak_bytes", "train_seconds")
 
@@ -156,13 +154,3 @@ def test_small_models_on_a_cpu_get_a_process_for_each_thread(
         assert default_jobs(arms) == 3
     monkeypatch.setattr("esr_train.compare.SMALL_PARAMETERS", 1000)
     assert default_jobs(arms) == 1
-
-
-@pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5"])
-def test_jobs_that_are_no_number_of_processes_are_refused(
-    jobs: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["compare", "any.yaml", "--jobs", jobs])
-    assert caught.value.code == 2
-    assert f"--jobs: got {jobs}, must be a whole number of at least 1" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from esr_train.config import Config
+
+MakeConfig = Callable[..., Config]  # the fixture `make_config`
 ALPHABET = "0123456789+=abcdefghij ."
 TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -31,22 +35,33 @@ def char_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     )
 
 
+SETTINGS: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    settings = {
-        "vocab_size": 32,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+    return LlamaForCausalLM(LlamaConfig(**SETTINGS | changes)).eval()
+
+
+def by_transformers(model: Any, prompt: list[int], length: int) -> list[int]:
+    """The response that transformers' own greedy decoding gives."""
+    ids = torch.tensor([prompt])
+    how = {"max_new_tokens": length, "do_sample": False, "eos_token_id": 0, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **how)[
+        0, len(prompt) :
+    ].tolist()
 
 
 def save_pair(directory: Path, seed: int = 0, alphabet: str = ALPHABET, **changes: Any) -> str:

@@ -55,7 +55,7 @@ def attend(
     parts = []
     if prefix.key.shape[2]:
         part = _part(by_prompt, prefix, first_of_prefix, options.softcap)
-        parts.append(_Part(*(_to_rows(field, width, batch, groups) for field in part)))
+        parts.append(_Part(*(_to_rows(field, width, groups) for field in part)))
     if suffix.key.shape[2]:
         parts.append(_part(by_row, suffix, first_of_suffix, options.softcap))
     if not parts:
@@ -94,7 +94,7 @@ def _part(query: Tensor, cache: Cache, first: Tensor | None, softcap: float | No
     return _Part((weights @ value.to(dtype)).div_(total.masked_fill_(total == 0, 1.0)), lse)
 
 
-def _to_rows(field: Tensor, width: int, batch: int, groups: RowGroups | None) -> Tensor:
+def _to_rows(field: Tensor, width: int, groups: RowGroups | None) -> Tensor:
     """[P, Hkv, G * rep, X] -> [B, Hkv, rep, X]."""
     prompts, kv_heads, _, last = field.shape
     split = field.view(prompts, kv_heads, width, -1, last).transpose(1, 2)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from esr_kernels.attention.arguments import AttentionOptions, Cache
 from esr_kernels.attention.groups import RowGroups
+from esr_kernels.common.launch import launch
 from esr_kernels.common.logits_triton import online_maximum, transform_logits
 
 # (bytes of an operand, widest head) -> (queries, keys) of a prefix block. The accumulator takes
@@ -271,7 +272,7 @@ def attend(
         "num_warps": 8 if kind in ((4, 128), (4, 256)) else 4,
     }
     if splits:
-        prefix_attention_kernel[(programs, splits)](
+        launch(prefix_attention_kernel, (programs, splits), query)(
             query,
             _kernel_cache(prefix),
             prefix.lengths.contiguous(),
@@ -285,7 +286,7 @@ def attend(
             **shared,
         )
     out = torch.empty_like(query)
-    suffix_attention_kernel[(batch, kv_heads)](
+    launch(suffix_attention_kernel, (batch, kv_heads), query)(
         query,
         _kernel_cache(suffix),
         suffix_lengths,

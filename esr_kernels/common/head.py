@@ -17,6 +17,7 @@ from esr_kernels.common.arguments import (
     check_tensor,
     one_of,
 )
+from esr_kernels.common.rows import to_device
 from esr_kernels.common.transform import LogitTransform
 
 # Kernels hold scale, softcap and temperature in fp32, where anything larger is infinite.
@@ -24,7 +25,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class Head(NamedTuple):
-    """Checked operands: of one dtype, with contiguous rows, and the number of classes."""
+    """Checked operands: of one dtype, contiguous, and the number of classes."""
 
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
@@ -60,7 +61,7 @@ def check_head(
         )
     check_impl(impl, hidden_name, hidden)
     hidden, weight = ready(hidden_name, hidden, weight_name, weight)
-    return Head(hidden, weight, bias, transform, classes)
+    return Head(hidden, weight, None if bias is None else bias.contiguous(), transform, classes)
 
 
 def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> int:
@@ -84,6 +85,8 @@ def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: T
             f"{weight_name} must have {hidden.shape[1]} columns as {hidden_name} has, "
             f"got shape {list(weight.shape)}"
         )
+    if hidden.shape[1] == 0:
+        raise ValueError(f"{hidden_name} and {weight_name} must have at least one column, got 0")
     check_tensor(weight_name, weight, like=hidden)
     return weight.shape[0]
 
@@ -145,14 +148,28 @@ def check_impl(impl: str, hidden_name: str, hidden: Tensor) -> None:
 
 
 def checked_token_weights(token_weights: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """The weights [T] of the rows of `hidden`, on its device and in the dtype of its logits."""
+    """The weights [T] of the rows of `hidden`, on its device, in the dtype of its logits,
+    contiguous: kernels read them without a stride."""
     if token_weights is None:
         return None
     check_tensor("token_weights", token_weights, shape=(hidden.shape[0],))
     if token_weights.is_complex() or token_weights.requires_grad:
         raise TypeError("token_weights must be real and carry no gradient; detach them")
+    check_weight_values(token_weights)
     dtype = matmul.logits_dtype(hidden.dtype)
-    return token_weights.to(device=hidden.device, dtype=dtype, non_blocking=True)
+    return to_device(token_weights.to(dtype), hidden.device).contiguous()
+
+
+def check_weight_values(token_weights: Tensor) -> None:
+    """Raise unless every weight is finite; on a GPU they are not read."""
+    if not values_are_at_hand(token_weights):
+        return
+    bad = ~token_weights.isfinite()
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"token_weights must be finite, got {float(token_weights[at])} at position {at}"
+        )
 
 
 def values_are_at_hand(tensor: Tensor) -> bool:

@@ -1,9 +1,31 @@
-"""How many programs a kernel launch has."""
+"""Launches of Triton kernels: on which device, with which options, and how many programs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
 # Fills a large GPU a few times over.
 _WANTED_PROGRAMS = 1024
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Callable[..., None]:
+    """`kernel[grid]` on the device of `like`.
+
+    Triton launches on the current device, where tensors of another are out of reach. Products and
+    sums are fused, which is Triton's default now and not in 3.10: the bits of a result must not
+    change with it.
+    """
+    run = kernel[grid]
+
+    def launched(*args: Any, **kwargs: Any) -> None:
+        with torch.cuda.device_of(like):
+            run(*args, enable_fp_fusion=True, **kwargs)
+
+    return launched
 
 
 def split_columns(rows: int, columns: int, block: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ used for vocabulary maps: `ids` selects rows of a head, one strip at a time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -16,12 +17,17 @@ import torch
 from torch import Tensor
 
 from esr_kernels import cpu
+from esr_kernels.common.full_precision import full_precision
+from esr_kernels.common.widening import widening
 from esr_kernels.common.workspace import borrow
 
 # Set if a sanitizer executes the GPU code path on CPU memory. PyTorch's products run on the CPU
 # then, although the tensors may report another device.
 KERNELS_ON_CPU = os.environ.get("ESR_TRITON_ON_CPU") == "1"
-_STRIP_ELEMENTS = 1 << 22
+WIDENING = widening(torch.__version__, rocm=torch.version.hip is not None)
+# Elements of an operand that are gathered, converted or summed apart at a time: on CPU what stays
+# in the cache, on a GPU enough for every product to fill the machine (43,690 classes of 1,536).
+_STRIP_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 26}
 
 
 def plain_precision(like: Tensor) -> torch.autocast:
@@ -34,9 +40,24 @@ def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _on_gpu(operand: Tensor) -> bool:
+    return operand.device.type == "cuda" and not KERNELS_ON_CPU
+
+
 def _widens(operand: Tensor) -> bool:
     """Whether products of 16-bit operands can have fp32 output."""
-    return operand.device.type == "cuda" and not KERNELS_ON_CPU
+    return _on_gpu(operand) and WIDENING.mm
+
+
+def strip_rows(rows: int, columns: int, device: str) -> int:
+    """How many rows of a matrix are copied at a time, where they must be."""
+    elements = _STRIP_ELEMENTS["cpu" if device == "cpu" else "gpu"]
+    return max(1, min(rows, elements // max(columns, 1)))
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, max(step, 1)):
+        yield slice(start, min(start + step, size))
 
 
 def _strips(
@@ -44,11 +65,17 @@ def _strips(
 ) -> Iterator[tuple[slice, Tensor]]:
     """(classes, their rows of the head in `dtype`), in one strip where nothing must be copied."""
     classes = weight.shape[0] if ids is None else ids.shape[0]
-    copies = ids is not None or weight.dtype != dtype
-    step = max(1, _STRIP_ELEMENTS // max(weight.shape[1], 1)) if copies else max(classes, 1)
-    for start in range(0, classes, step):
-        strip = slice(start, min(start + step, classes))
-        rows = weight[strip] if ids is None else weight.index_select(0, ids[strip])
+    step = classes
+    if ids is not None or weight.dtype != dtype:
+        step = strip_rows(classes, weight.shape[1], weight.device.type)
+    # One buffer for all strips: a new one would be taken before the last is given back.
+    gathered = None if ids is None else weight.new_empty(step, weight.shape[1])
+    for strip in _slices(classes, step):
+        if ids is None or gathered is None:
+            rows = weight[strip]
+        else:
+            rows = gathered[: strip.stop - strip.start]
+            torch.index_select(weight, 0, ids[strip], out=rows)
         yield strip, rows.to(dtype)
 
 
@@ -59,9 +86,9 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, ids: Tensor | None = No
     hidden = hidden.to(dtype)
     for strip, rows in _strips(weight, ids, dtype):
         part = out[:, strip]
-        if dtype != out.dtype:
-            torch.mm(hidden, rows.T, out_dtype=out.dtype, out=part)
-        elif hidden.is_cuda or not cpu.project_transposed(hidden, rows, part, borrow):
+        if _on_gpu(hidden):
+            _mm(hidden, rows.T, part, 1.0, False)
+        elif not cpu.project_transposed(hidden, rows, part, borrow):
             torch.mm(hidden, rows.T, out=part)
     return out
 
@@ -83,7 +110,10 @@ def hidden_gradient(
     total = torch.zeros(out.shape, dtype=logits_dtype(dz.dtype), device=out.device)
     for strip, rows in _strips(weight, ids, dz.dtype):
         _mm(dz[:, strip], rows, total, alpha, True)
-    out.copy_(total + out if accumulate else total)
+    if accumulate:
+        out.add_(total)
+    else:
+        out.copy_(total)
 
 
 def weight_gradient(
@@ -97,15 +127,15 @@ def weight_gradient(
 ) -> None:
     """out[ids] (+)= alpha * dz.T @ hidden, [n, V] x [n, D] -> [V, D]; the ids are distinct."""
     hidden = hidden.to(dz.dtype)
-    classes = dz.shape[1]
-    copies = ids is not None or not (dz.dtype == out.dtype or _widens(dz))
-    step = max(1, _STRIP_ELEMENTS // max(hidden.shape[1], 1)) if copies else classes
-    for start in range(0, classes, step):
-        strip = slice(start, min(start + step, classes))
-        if ids is None:
+    step = classes = dz.shape[1]
+    if ids is not None or not (dz.dtype == out.dtype or _widens(dz)):
+        step = strip_rows(classes, hidden.shape[1], dz.device.type)
+    apart = None if ids is None else out.new_empty(step, hidden.shape[1])
+    for strip in _slices(classes, step):
+        if ids is None or apart is None:
             _mm(dz[:, strip].T, hidden, out[strip], alpha, accumulate)
             continue
-        rows = out.new_empty(strip.stop - start, hidden.shape[1])
+        rows = apart[: strip.stop - strip.start]
         _mm(dz[:, strip].T, hidden, rows, alpha, False)
         if accumulate:
             out.index_add_(0, ids[strip], rows)
@@ -115,16 +145,33 @@ def weight_gradient(
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
     """out = alpha * a @ b + accumulate * out, rounded once, to the dtype of `out`."""
-    beta = 1.0 if accumulate else 0.0
     if a.dtype.itemsize == 2 and (KERNELS_ON_CPU or a.device.type == "cpu"):
         # For kernels that are tested without a GPU. With an odd number of columns, oneDNN's AMX
         # product of bf16 reads one element past each row and multiplies it by 0; in the padding
         # between rows that may be NaN.
         a = a.contiguous()
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)
-    elif _widens(a):
-        torch.addmm(out, a, b, alpha=alpha, beta=beta, out_dtype=out.dtype, out=out)
+    widens = _widens(a)
+    multiplied = a.dtype if widens or a.dtype == out.dtype else torch.float32
+    with full_precision(multiplied, out.dtype) if _on_gpu(a) else contextlib.nullcontext():
+        if a.dtype == out.dtype:
+            torch.addmm(out, a, b, alpha=alpha, beta=float(accumulate), out=out)
+        elif widens:
+            _widening_mm(a, b, out, alpha, accumulate)
+        else:
+            product = torch.mm(a.float(), b.float()).mul_(alpha)
+            out.copy_(out + product if accumulate else product)
+
+
+def _widening_mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
+    """`_mm` of 16-bit operands into fp32."""
+    wide = out.dtype
+    if not accumulate and alpha == 1.0:
+        torch.mm(a, b, out_dtype=wide, out=out)
+    elif WIDENING.addmm:
+        torch.addmm(out, a, b, alpha=alpha, beta=float(accumulate), out_dtype=wide, out=out)
+    elif not accumulate:
+        torch.mm(a, b, out_dtype=wide, out=out)
+        out.mul_(alpha)
     else:
-        product = torch.mm(a.float(), b.float()).mul_(alpha)
-        out.copy_(out + product if accumulate else product)
+        for rows in _slices(len(out), strip_rows(len(out), out.shape[1], out.device.type)):
+            out[rows].add_(torch.mm(a[rows], b, out_dtype=wide), alpha=alpha)

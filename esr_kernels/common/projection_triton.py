@@ -46,11 +46,12 @@ def check_fused(name: str, hidden: Tensor, weight: Tensor) -> None:
         )
 
 
-def current_arch() -> str:
-    """The current GPU's key in the block tables: its own, or that of the nearest smaller one."""
+def current_arch(like: Tensor) -> str:
+    """The key of the GPU of `like` in the block tables: its own or the nearest smaller one."""
     if triton.knobs.runtime.interpret:
         return "sm_80"
-    target = triton.runtime.driver.active.get_current_target()
+    with torch.cuda.device_of(like):
+        target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(int(target.arch) // 10, "sm_80")

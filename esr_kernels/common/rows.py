@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, or the tensor itself, without the host waiting for the copy.
+
+    From memory that may be paged out CUDA copies while the host waits; from pinned memory, which
+    PyTorch keeps until the copy is done, it does not.
+    """
+    leaves_the_cpu = tensor.device.type == "cpu" and device.type == "cuda"
+    if leaves_the_cpu and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def active_rows(live: Tensor | None, compact: bool) -> Tensor | None:

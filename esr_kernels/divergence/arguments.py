@@ -29,6 +29,7 @@ from esr_kernels.common.head import (
     ready,
     values_are_at_hand,
 )
+from esr_kernels.common.rows import to_device
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.call import Operands
 from esr_kernels.divergence.plan import KINDS, Plan
@@ -260,7 +261,7 @@ def _mapped_classes(
             f"{student_ids.shape[0]} and {teacher_ids.shape[0]}"
         )
     device = student_weight.device
-    return student_ids.to(device), teacher_ids.to(device)
+    return to_device(student_ids, device), to_device(teacher_ids, device)
 
 
 def check_id_values(name: str, ids: Tensor, rows: int) -> None:
@@ -294,4 +295,4 @@ def _labels(
 ) -> Tensor:
     check_tensor("labels", labels, dtypes=(torch.int64,), shape=(tokens,))
     check_label_values(labels, classes, sharded)
-    return labels.to(device)
+    return to_device(labels, device).contiguous()

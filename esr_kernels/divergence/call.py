@@ -130,6 +130,7 @@ class Request:
         elif plan.problem.needs_gradient or not problem.needs_gradient:
             # Keeps the chunks, but takes these sizes, on which the buffers depend.
             check_kind(kind, problem)
+            check_model(plan.problem, problem)
             plan = replace(plan, problem=problem)
         else:
             raise ValueError(
@@ -137,6 +138,21 @@ class Request:
             )
         rows = _row_passes(problem.rows)
         return Call(self.spec, plan, rows, self.classes, self.reduction, self.group)
+
+
+def check_model(made_for: Problem, has: Problem) -> None:
+    """Raise where a plan was made for other heads, dtypes or kind of device than a call has.
+
+    For another number of tokens its chunks are as good.
+    """
+    for name in ("classes", "student_dim", "teacher_dim", "hidden_dtype", "weight_dtype"):
+        planned, called = getattr(made_for, name), getattr(has, name)
+        if planned != called:
+            raise ValueError(f"plan was made for {name} = {planned}, and this call has {called}")
+    if (made_for.device == "cpu") != (has.device == "cpu"):
+        raise ValueError(
+            f"plan was made for device {made_for.device!r}, and this call has {has.device!r}"
+        )
 
 
 def _row_passes(backend: str) -> ModuleType:

@@ -18,10 +18,19 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.rows import active_rows
+from esr_kernels.common.head import checked_token_weights
+from esr_kernels.common.rows import active_rows, to_device
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.arguments import check_id_values, check_label_values
-from esr_kernels.divergence.call import Call, Gradients, Operands, Outputs, Request, Wanted
+from esr_kernels.divergence.call import (
+    Call,
+    Gradients,
+    Operands,
+    Outputs,
+    Request,
+    Wanted,
+    check_model,
+)
 from esr_kernels.divergence.losses import Divergence
 from esr_kernels.divergence.plan import Plan, Problem
 from esr_kernels.divergence.planner import check_stash, make_plan
@@ -77,6 +86,7 @@ def traced(
     plan, spec = request.plan, request.spec
     chunks: list[int] = []
     if isinstance(plan, Plan):
+        check_model(plan.problem, _sizes(request, operands))
         chunks = [plan.token_chunk, plan.logit_chunk, plan.vocab_chunk]
         plan = plan.kind
     if plan == "auto":
@@ -106,6 +116,20 @@ def traced(
     forward = _stash if plan == "stash" else _recompute
     outputs = forward(*operands, token_weights, weight_grad, *options)
     return outputs[: 1 + _FIELDS]
+
+
+def _sizes(request: Request, x: Operands) -> Problem:
+    """What a compiler knows of the problem, with no tokens."""
+    on_cpu = x.student_hidden.device.type == "cpu" and request.impl != "triton"
+    return Problem(
+        0,
+        request.classes,
+        x.student_hidden.shape[1],
+        x.teacher_hidden.shape[1],
+        x.student_hidden.dtype,
+        x.student_weight.dtype,
+        "cpu" if on_cpu else "cuda",
+    )
 
 
 def _stash_limit(request: Request, x: Operands, wanted: Wanted, adds: bool) -> int:
@@ -192,7 +216,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     if operands.labels is not None:
         check_label_values(operands.labels, o.classes, o.group is not None)
     active = active_rows(token_weights, o.compact)
-    active = None if active is None else active.to(hidden.device)
+    active = None if active is None else to_device(active, hidden.device)
     group = None
     if o.group is not None:
         from torch.distributed.distributed_c10d import _resolve_process_group
@@ -216,9 +240,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
     elif not stashes:
         # This operator computes gradients in the backward: "auto" must not be a stash.
         problem = replace(problem, per_token_gradient=True)
-    row_weight = token_weights
-    if token_weights is not None:
-        row_weight = token_weights.to(hidden.device, matmul.logits_dtype(hidden.dtype))
+    row_weight = checked_token_weights(token_weights, hidden)
     return _Running(request.call(problem), active, row_weight, operands, wanted, weight_grad)
 
 

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.launch import launch
 from esr_kernels.common.logits_triton import online_softmax, transform_logits
 from esr_kernels.common.projection_triton import check_fused, current_arch, operand_kind, project
 from esr_kernels.divergence.call import Operands
@@ -198,14 +199,17 @@ def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Ten
     check_fused("teacher_", x.teacher_hidden, x.teacher_weight)
     tokens, classes = x.student_hidden.shape[0], x.student_weight.shape[0]
     if blocks is None:
-        blocks = BLOCKS[operand_kind(x.student_weight, x.teacher_weight), current_arch()]
+        kind = operand_kind(x.student_weight, x.teacher_weight)
+        blocks = BLOCKS[kind, current_arch(x.student_hidden)]
     splits, each = _split_classes(tokens, classes, blocks)
     parts = torch.empty(
         tokens, splits, COLUMNS, dtype=torch.float32, device=x.student_hidden.device
     )
     if not tokens:
         return parts
-    _fused_statistics_kernel[(triton.cdiv(tokens, blocks.tokens), splits)](
+    launch(
+        _fused_statistics_kernel, (triton.cdiv(tokens, blocks.tokens), splits), x.student_hidden
+    )(
         _kernel_operands(x.student_hidden, x.student_weight, x.student_bias),
         _kernel_operands(x.teacher_hidden, x.teacher_weight, x.teacher_bias),
         parts_ptr=parts,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.rows import active_rows
+from esr_kernels.common.rows import active_rows, to_device
 from esr_kernels.divergence import reference
 from esr_kernels.divergence.arguments import (
     Inputs,
@@ -88,16 +88,19 @@ def linear_divergence(
         divergence: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), "jeffreys", "jsd",
             "skew_forward_kl", "skew_reverse_kl", "total_variation", or an instance such as
             `JSD(beta=0.1)` or `KLMix(0.2, 0.8)`. Beta follows GKD, TRL and Liger.
-        token_weights: [T] float weights, None for all 1. A row of weight 0 contributes exactly 0,
-            even if it is NaN, and is not computed if `compact` allows that.
+        token_weights: [T] float weights, None for all 1; finite, of either sign: a negative one
+            leads away from the teacher. A row of weight 0 contributes exactly 0, even if it is NaN,
+            and is not computed if `compact` allows that. A weight that is not finite raises on the
+            CPU; on a GPU, where weights are not checked, the loss is NaN.
         temperature: divides both models' logits; `teacher_temperature` overrides the teacher's.
             The loss is not multiplied by temperature**2.
         student_bias: [Vs], trained if it requires a gradient; `teacher_bias` [Vt]. An entry of -inf
             removes a class.
         student_softcap, teacher_softcap: Gemma-2-style soft-capping of the logits, None for none.
         student_logit_scale, teacher_logit_scale: multiply the logits (Cohere, Granite).
-        num_classes: classes that both models have, from 0; default min(Vs, Vt). Rows of the heads
-            beyond it are padding: probability 0, gradient 0.
+        num_classes: classes that both models have, from 0; default min(Vs, Vt), with a warning (not
+            in a compiled call) where the two differ by more than a tenth. Rows of the heads beyond
+            it are padding: probability 0, gradient 0.
         student_ids, teacher_ids: [V] int64, for models that number the same strings differently:
             class c is row student_ids[c] of the student's head and teacher_ids[c] of the teacher's.
             All other rows have probability 0 and gradient 0. The ids must be distinct, which is
@@ -113,7 +116,8 @@ def linear_divergence(
         plan: "auto" (the cheapest within the budget; no stash for fp16 training, because a stash
             rounds gradients before the loss scale is known), "stash", "recompute", "fused" (a
             recompute whose forward is one Triton kernel, GPU only) or a `Plan` from
-            `plan_linear_divergence`.
+            `plan_linear_divergence` for the same classes, dims, dtypes and kind of device; the
+            number of tokens may differ.
         memory_budget: bytes to use beyond inputs and gradients; None takes
             `default_memory_budget(device)`. Must be None with a `Plan`, whose chunks are fixed.
         compact: whether to drop rows of weight 0 before the GEMMs. None drops them if the weights
@@ -135,10 +139,13 @@ def linear_divergence(
         ValueError or TypeError naming the argument, what it was and what is allowed.
 
     Exactness: logits, softmaxes and reductions are fp32 for operands of any dtype; the weight
-        gradient accumulates in fp32. On GPU dz is rounded to the operands' dtype for the gradient
-        GEMMs. Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or
-        empty batch gives loss 0 and zero gradients. NaN in a row whose weight is not 0 stays
-        in that row's outputs, but reaches the whole weight gradient.
+        gradient accumulates in fp32. fp32 operands are multiplied in full fp32, not in TF32, and
+        sums of products are fp32, whatever `torch.backends.cuda.matmul` allows, in every plan. On
+        GPU dz is rounded to the operands' dtype for the gradient GEMMs. A logit that overflows
+        fp32 when it is scaled or divided by the temperature makes its row NaN, as in softmax.
+        Reductions have a fixed order: repeated calls agree bit for bit. An all-masked or empty
+        batch gives loss 0 and zero gradients. NaN in a row whose weight is not 0 stays in that
+        row's outputs, but reaches the whole weight gradient.
     Memory: at most `memory_budget` beyond inputs and gradients; logits of all tokens and classes
         exist at once only if they fit it. The plan of `plan_linear_divergence` has the peak.
     Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
@@ -197,7 +204,7 @@ def linear_divergence(
         return LinearDivergence(*traced(request, x, token_weights, weight_grad, compact, wanted))
     active = active_rows(token_weights, compact)
     if active is not None:
-        active = active.to(x.student_hidden.device)
+        active = to_device(active, x.student_hidden.device)
     tokens = x.student_hidden.shape[0] if active is None else active.shape[0]
     call = request.call(request.problem(x, tokens, wanted, weight_grad is not None))
     function = StashFunction if call.plan.kind == "stash" else RecomputeFunction

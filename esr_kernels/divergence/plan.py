@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from esr_kernels.common.matmul import strip_rows
 from esr_kernels.common.workspace import row_stride
 
 MIB = 1 << 20
@@ -110,12 +111,13 @@ class Plan:
             row = row_stride(p.classes)
             logits = self.logit_chunk * row * p.logit_bytes * buffers
             dz = self.token_chunk * row * p.gradient_bytes
-            return logits + dz + self._accumulator_bytes + scratch
+            return logits + dz + self._accumulator_bytes + self._gathered_bytes + scratch
         tile = 2 * p.logit_bytes if self._has_tiles else 0
         if p.needs_gradient and not p.in_place:
             tile += p.gradient_bytes
         parts = _PART_BYTES * self._fused_splits if self.kind == "fused" else 0
-        return p.tokens * (self.vocab_chunk * tile + parts) + self._accumulator_bytes + scratch
+        by_token = p.tokens * (self.vocab_chunk * tile + parts)
+        return by_token + self._accumulator_bytes + self._gathered_bytes + scratch
 
     @property
     def _has_tiles(self) -> bool:
@@ -162,6 +164,27 @@ class Plan:
             return weight + (p.tokens * p.student_dim * 4 if p.train_hidden and fp16 else 0)
         narrow = p.hidden_dtype.itemsize < 4
         return p.tokens * p.student_dim * 4 if p.train_hidden and narrow else 0
+
+    @property
+    def _gathered_bytes(self) -> int:
+        """A strip of a mapped head, or of its gradient, and the sum over strips of hidden
+        gradients."""
+        p = self.problem
+        if not p.mapped:
+            return 0
+        classes = p.classes if self.kind == "stash" else min(self.vocab_chunk, p.classes)
+        strips = [
+            strip_rows(classes, dim, _family(p.device)) * dim * p.weight_dtype.itemsize
+            for dim in (p.student_dim, p.teacher_dim)
+        ]
+        own = strip_rows(classes, p.student_dim, _family(p.device)) * p.student_dim
+        if p.train_hidden:
+            tokens = self.token_chunk if self.kind == "stash" else p.tokens
+            strips.append(strips[0] + tokens * p.student_dim * p.logit_bytes)
+        if p.train_weight:
+            # Beside the strip, index_add_ takes no copy.
+            strips.append(own * (4 if self.sums_weight_apart else p.weight_gradient_bytes))
+        return max(strips)
 
     @property
     def gemm_flops(self) -> int:

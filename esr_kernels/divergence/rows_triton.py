@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.common.launch import split_columns
+from esr_kernels.common.launch import launch, split_columns
 from esr_kernels.common.logits_triton import expm1, load_logits, log1p, online_softmax
 from esr_kernels.divergence.losses import Divergence, KernelForm, KernelKind, kernel_form
 from esr_kernels.divergence.statistics import (
@@ -142,7 +142,7 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     splits, columns = split_columns(n, classes, block)
     parts = torch.empty(n, splits, COLUMNS, dtype=torch.float32, device=tile.s.device)
     if n:
-        _row_statistics_kernel[(n, splits)](
+        launch(_row_statistics_kernel, (n, splits), tile.s)(
             *_logits(tile),
             parts,
             n_cols=classes,
@@ -236,7 +236,7 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     sums = torch.empty(n, splits, 3, dtype=torch.float32, device=tile.s.device)
     form = _form(spec.divergence)
     if n:
-        _pull_sums_kernel[(n, splits)](
+        launch(_pull_sums_kernel, (n, splits), tile.s)(
             *_logits(tile),
             stats.student_lse.contiguous(),
             stats.teacher_lse.contiguous(),
@@ -314,7 +314,7 @@ def tile_gradient_(
     form = _form(spec.divergence)
     block, warps = GRADIENT_BLOCK
     if n:
-        _gradient_kernel[(n, triton.cdiv(classes, block))](
+        launch(_gradient_kernel, (n, triton.cdiv(classes, block)), tile.s)(
             *_logits(tile),
             dz,
             dz.stride(0),

@@ -26,9 +26,11 @@ def check_keys(keys: SampleKeys, like: Tensor) -> SampleKeys:
         raise TypeError(f"keys must be SampleKeys(seed, rows, step), got {type(keys).__name__}")
     seed, rows, step = keys
     batch = like.shape[0]
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"keys.seed must be an int, got {type(seed).__name__}")
-    if not -(1 << 63) <= seed < 1 << 64:
+    if isinstance(seed, Tensor):
+        _check_int64("keys.seed", seed, [(1,)], like)
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"keys.seed must be an int or a tensor, got {type(seed).__name__}")
+    elif not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"keys.seed must be from -2**63 to 2**64 - 1, got {seed}")
     _check_int64("keys.rows", rows, [(batch,)], like)
     if isinstance(step, Tensor):

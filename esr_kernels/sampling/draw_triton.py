@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.launch import launch
 from esr_kernels.sampling.filters_triton import cutoffs
 from esr_kernels.sampling.params import TILE, Classes, RowParams, Sample
 from esr_kernels.sampling.philox import SampleKeys, key_words, step_tensor
@@ -66,6 +67,7 @@ def _draw_kernel(
     keys,
     seed_low,
     seed_high,
+    seed_ptr,
     sample,
     n_classes,
     n_tiles,
@@ -77,13 +79,17 @@ def _draw_kernel(
     """Choose a tile of a row by its statistics, then a class in it by its logits.
 
     The source is logits, or with a `head` hidden states. `cutoff` and `kept_statistics` are None
-    without filters.
+    without filters. Where there is a `seed_ptr`, the seed is read from it.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_TILES)
     first_of_row = row * n_tiles
     maxima_ptr, log_sums_ptr = statistics
     rows_ptr, step_ptr, step_stride = keys
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        seed_low = seed.to(tl.int32)
+        seed_high = (seed >> 32).to(tl.int32)
     keys_and_seed = (rows_ptr, step_ptr, step_stride, seed_low, seed_high)
 
     top = -float("inf")
@@ -189,9 +195,10 @@ def draw(
     if rows:
         step = step_tensor(keys)
         step_stride = 0 if step.numel() == 1 else step.stride(0)
-        low, high = key_words(keys.seed)
+        in_memory = isinstance(keys.seed, Tensor)
+        low, high = (0, 0) if in_memory else key_words(keys.seed)
         tiles, depth, warps = DRAW_BLOCK
-        _draw_kernel[(rows,)](
+        launch(_draw_kernel, (rows,), source)(
             source,
             source.stride(0),
             head=None if weight is None else (weight, weight.stride(0), weight.shape[1]),
@@ -203,6 +210,7 @@ def draw(
             keys=(keys.rows.contiguous(), step, step_stride),
             seed_low=_signed(low),
             seed_high=_signed(high),
+            seed_ptr=keys.seed if in_memory else None,
             sample=(tokens, *fields),
             n_classes=classes.count,
             n_tiles=statistics[0].shape[1],

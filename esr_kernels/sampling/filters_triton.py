@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.launch import launch
 from esr_kernels.sampling.params import Classes, RowParams
 from esr_kernels.sampling.tiles_triton import (
     empties,
@@ -313,7 +314,7 @@ def cutoffs(
         "RANKED": ranked,
         "CAPACITY": capacity,
     }
-    _candidates_kernel[(rows,)](
+    launch(_candidates_kernel, (rows,), raw)(
         raw,
         raw.stride(0),
         statistics=statistics,
@@ -324,7 +325,7 @@ def cutoffs(
         num_warps=CANDIDATES_BLOCK[1],
         **shared,
     )
-    _cutoff_kernel[(rows,)](
+    launch(_cutoff_kernel, (rows,), raw)(
         raw,
         raw.stride(0),
         cutoff=(threshold, last),

@@ -8,7 +8,7 @@ modulo 2**32 and the two halves of the row id. `philox_triton` computes the same
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,18 +25,19 @@ _ROUNDS = 10
 class SampleKeys(NamedTuple):
     """The key of the noise of a draw.
 
-    seed: from -2**63 to 2**64 - 1. rows: [B] int64, an id for each row, which it keeps if
-    the batch is reordered or compacted. step: number of tokens drawn before, modulo 2**32; an int,
-    or an int64 tensor, 0-d or [B], on the device of `rows`, which a CUDA graph can advance.
+    seed: an int from -2**63 to 2**64 - 1, or an int64 tensor [1] with its 64 bits. rows: [B] int64,
+    an id for each row, which it keeps if the batch is reordered or compacted. step: number of
+    tokens drawn before, modulo 2**32; an int, or an int64 tensor, 0-d or [B]. Tensors are on the
+    device of `rows`. A CUDA graph reads them at every replay, and keeps ints as they were.
     """
 
-    seed: int
+    seed: int | Tensor
     rows: Tensor
     step: int | Tensor
 
 
 def philox4x32(
-    counter: tuple[_Words, _Words, _Words, _Words], key: tuple[int, int]
+    counter: tuple[_Words, _Words, _Words, _Words], key: tuple[Any, Any]
 ) -> tuple[_Words, _Words, _Words, _Words]:
     """Four words from 0 to 2**32 - 1 per counter; all int64, of shapes that broadcast.
 
@@ -53,8 +54,10 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def key_words(seed: int) -> tuple[int, int]:
-    """The low and the high half of a seed."""
+def key_words(seed: int | Tensor) -> tuple[Any, Any]:
+    """The low and the high half of a seed: ints, or tensors where reading one would wait."""
+    if isinstance(seed, Tensor) and seed.device.type == "cpu":
+        seed = int(seed)
     return seed & _LOW, (seed >> 32) & _LOW
 
 

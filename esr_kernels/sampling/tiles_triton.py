@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.launch import launch
 from esr_kernels.common.logits_triton import transform_logits
 from esr_kernels.sampling.params import TILE, Classes, RowParams
 
@@ -110,7 +111,7 @@ def tile_statistics(
     statistics = empties(2, rows, tiles, like=raw)
     block, warps = STATISTICS_BLOCK
     if rows:
-        _tile_statistics_kernel[(rows, triton.cdiv(tiles, block))](
+        launch(_tile_statistics_kernel, (rows, triton.cdiv(tiles, block)), raw)(
             raw,
             raw.stride(0),
             transform=kernel_transform(classes, params),

@@ -79,8 +79,9 @@ def linear_topk_divergence(
         divergence: "forward_kl" KL(q||p) or "reverse_kl" KL(p||q), which is infinite where the
             teacher gives an id the log-probability -inf.
         tail: "bucket" or "renormalise", above. A row without ids has divergence 0.
-        token_weights: [T] float weights, None for all 1. A row of weight 0 contributes exactly 0,
-            even if it is NaN; on CPU it is not computed.
+        token_weights: [T] float weights, None for all 1; finite (checked on the CPU), of either
+            sign. A row of weight 0 contributes exactly 0, even if it is NaN; on CPU it is not
+            computed.
         bias, softcap, logit_scale, temperature, num_classes: of the student, as in `token_logprob`.
             The teacher's log-probabilities are taken as they are.
         reduction: "sum", "mean" (by total weight) or "none" ([T], any upstream gradient).

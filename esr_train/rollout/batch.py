@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,13 @@ from torch import Tensor
 class RolloutBatch:
     """B = prompts x samples responses, the samples of one prompt next to each other.
 
-    `PrefixRollout` fills all fields; the last three may be None in a batch made by hand.
+    `PrefixRollout` fills all fields; the last four may be None in a batch made by hand.
     """
 
     prompts: list[list[int]]  # token ids, one list per response
     tokens: Tensor  # [B, N] int64; 0 from `lengths` on
     lengths: Tensor  # [B] int64, EOS counted
-    finished_by_eos: Tensor  # [B] bool; False: cut at N
+    finished_by_eos: Tensor  # [B] bool, by any of the engine's stop ids; False: cut at N
     # [B, N] fp32, log softmax(logits / temperature)[token] over the whole vocabulary, before any
     # filter; 0 from `lengths` on. For greedy rows, at temperature 1.
     logprob: Tensor | None = None
@@ -27,6 +28,8 @@ class RolloutBatch:
     log_kept: Tensor | None = None
     # [B] int64: with the same prompt, seed_key and row key a response can be sampled again alone.
     row_keys: Tensor | None = None
+    # [B] int64: the token id that ended each response, -1 where it was cut at N.
+    finished_by: Tensor | None = None
 
     def response(self, row: int) -> list[int]:
         """Token ids of one response, EOS included."""
@@ -61,4 +64,19 @@ class RolloutBatch:
             logprob=cut(self.logprob),
             log_kept=cut(self.log_kept),
             row_keys=cut(self.row_keys),
+            finished_by=cut(self.finished_by),
         )
+
+
+def joined(batches: list[RolloutBatch]) -> RolloutBatch:
+    """The responses of batches of one N, one batch after the other."""
+    if len(batches) == 1:
+        return batches[0]
+    columns: dict[str, Any] = {}
+    for name in (field.name for field in fields(RolloutBatch)):
+        parts = [getattr(batch, name) for batch in batches]
+        if name == "prompts":
+            columns[name] = [prompt for part in parts for prompt in part]
+        else:
+            columns[name] = None if parts[0] is None else torch.cat(parts)
+    return RolloutBatch(**columns)

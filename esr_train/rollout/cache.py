@@ -9,16 +9,17 @@ to an attention function that reads the cache: `esr_kernels.shared_prefix_attent
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from esr_kernels import RowGroups, group_rows, shared_prefix_attention
+from esr_kernels import RowGroups, shared_prefix_attention
 
 ATTENTION = "esr_shared_prefix"
 _WINDOWS = ("full_attention", "sliding_attention")
@@ -28,24 +29,43 @@ class Unsupported(RuntimeError):
     """Attention that cannot be computed over a shared prefix; the message says why."""
 
 
+class Shape(NamedTuple):
+    """Sizes of the buffers of a rollout."""
+
+    prompts: int  # P, prompts stored at the same time
+    width: int  # L, tokens of the longest
+    rows: int  # B, responses decoded at the same time
+    samples: int  # G, responses a prompt has at most
+    capacity: int  # N - 1, tokens of a response that are read again
+
+
 class PrefixCache(Cache):
-    """Keys and values of P prompts of up to L tokens, and of B responses of up to N.
+    """Keys and values of up to P prompts of up to L tokens, and of B responses of up to N.
 
     Each layer holds keys and values of shapes [P, Hkv, L, D] and [B, Hkv, N, D]: P * L + B * N
     tokens, where a cache of whole sequences holds B * (L + N). Token i of a prompt is at index i:
-    padding is on the right, where causal attention does not reach it.
+    padding is on the right, where causal attention does not reach it. Any prompt may be in any
+    place and any response in any row, each at a token of its own. A step reads the first `rows` of
+    the rows, and every buffer keeps its address for as long as the cache lives.
     """
 
-    def __init__(self, layers: int, prompt_lengths: list[int], device: torch.device) -> None:
-        self.prompts, self.width = len(prompt_lengths), max(prompt_lengths)
-        self.prompt_lengths = torch.tensor(prompt_lengths, device=device)
-        # Prompts that the current forward pass computes.
-        self.prefilled = torch.arange(self.prompts, device=device)
-        self.decoding = False
+    def __init__(self, layers: int, shape: Shape, device: torch.device) -> None:
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int64, device=device)
+
+        self.shape = shape
+        self.prompt_lengths = zeros(shape.prompts)  # 0 in free places
+        self.row_starts = zeros(shape.rows)  # length of each row's prompt
+        self.index = zeros(shape.rows)  # where the current token of each row goes
+        self.lengths = zeros(shape.rows)  # tokens of each row, with the current one
+        self.every_row = torch.arange(shape.rows, device=device)
+        self.table = RowGroups(zeros(shape.prompts, shape.samples), zeros(shape.rows))
+        # What the next step reads; `place` sets them.
+        self.rows, self.prompts = shape.rows, shape.prompts
         self.groups: RowGroups | None = None
-        self.prompt_of_row: list[int] = []
-        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the current token
-        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # [B], with the current one
+        # On the CPU, the index that all rows have in common.
+        self.common_index: int | None = None
+        self.prefilled: Tensor | None = None  # places that the current forward pass computes
         # The layer that was updated last; the model calls its attention next.
         self.pending: _PrefixLayer | None = None
         self.stored = [_PrefixLayer(self) for _ in range(layers)]
@@ -56,38 +76,72 @@ class PrefixCache(Cache):
         """Bytes of all buffers of keys and values."""
         return sum(layer.kv_bytes for layer in self.stored)
 
-    def start_decoding(self, samples: int, capacity: int) -> None:
-        """Make room for `capacity` tokens of `samples` responses to each prompt."""
-        self.decoding = True
-        self.prompt_of_row = [prompt for prompt in range(self.prompts) for _ in range(samples)]
-        self.lengths = self.index.new_zeros(len(self.prompt_of_row))
+    def clear(self) -> None:
+        """Zero all keys and values, as they are in new buffers."""
+        self.prompt_lengths.zero_()
         for layer in self.stored:
-            layer.make_room(len(self.prompt_of_row), capacity)
+            for tensor in layer.buffers:
+                tensor.zero_()
 
-    def next_token(self) -> None:
-        """Advance to the next token of the responses."""
-        self.index.copy_(self.lengths[:1])
-        self.lengths += 1
+    def place(self, place_of_row: list[int], prompts: int) -> None:
+        """Say which row belongs to which prompt: place * samples + number, for each row in use.
 
-    def select(self, rows: Tensor, used: int) -> None:
-        """Keep the responses `rows` [B'], int64 on the CPU, and their prompts.
-
-        Each response has `used` tokens.
+        `prompts` places are in use.
         """
-        prompt_of_row = [self.prompt_of_row[row] for row in rows.tolist()]
-        kept = sorted(set(prompt_of_row))
-        device = self.lengths.device
-        on_device = rows.to(device, non_blocking=True)
-        prompts = None
-        if len(kept) < self.prompts:
-            prompts = torch.tensor(kept, device=device)
-            self.prompt_lengths = self.prompt_lengths[prompts]
-            self.prompts = len(kept)
-        self.prompt_of_row = [kept.index(prompt) for prompt in prompt_of_row]
-        self.groups = group_rows(self.prompt_of_row, self.prompts, device)
-        self.lengths = self.lengths[on_device]
-        for layer in self.stored:
-            layer.select(on_device, prompts, used)
+        rows, samples = len(place_of_row), self.shape.samples
+        row_at = torch.full((prompts * samples,), -1)
+        where = torch.tensor(place_of_row, dtype=torch.int64)
+        row_at[where] = torch.arange(rows)
+        self.rows, self.prompts = rows, prompts
+        self.table.rows[:prompts] = row_at.view(prompts, samples).to(self.index.device)
+        self.table.place[:rows] = where.to(self.index.device)
+        self.row_starts[:rows] = self.prompt_lengths[self.table.place[:rows] // samples]
+        in_order = rows == prompts * samples and place_of_row == list(range(rows))
+        # A captured step reads the table, whatever it holds; without it the CPU copies less.
+        self.groups = (
+            None
+            if in_order and self.index.device.type == "cpu"
+            else RowGroups(self.table.rows[:prompts], self.table.place[:rows])
+        )
+
+    def seek(self, step: Tensor) -> None:
+        """The current token is number `step` [rows] of each row.
+
+        Rows that have ended may be at a token that has no place; they write over their last one.
+        """
+        index, lengths = self.index[: self.rows], self.lengths[: self.rows]
+        torch.clamp(step, max=self.shape.capacity - 1, out=index)
+        torch.add(index, 1, out=lengths)
+        if index.device.type == "cpu":
+            low, high = (int(end) for end in index.aminmax())
+            self.common_index = low if low == high else None
+
+    def move(self, prompts: list[tuple[int, int]], rows: list[tuple[int, int]]) -> None:
+        """Copy prompts and responses (from, to)."""
+        copy_entries([self.prompt_lengths, *self._buffers("prefix")], prompts)
+        copy_entries(self._buffers("suffix"), rows)
+
+    def forget(self, places: list[int], rows: list[int]) -> None:
+        """Zero what the places and rows hold: attention multiplies it by 0, and it may be NaN."""
+        for name, chosen in (("prefix", places), ("suffix", rows)):
+            where = torch.tensor(chosen, dtype=torch.int64, device=self.index.device)
+            for tensor in self._buffers(name):
+                tensor.index_fill_(0, where, 0)
+
+    def _buffers(self, name: str) -> list[Tensor]:
+        return [tensor for layer in self.stored for tensor in getattr(layer, name) or ()]
+
+
+def copy_entries(tensors: Iterable[Tensor], moves: list[tuple[int, int]]) -> None:
+    """tensor[to] = tensor[from] for each (from, to); none is both."""
+    if not moves:
+        return
+    pairs = torch.tensor(moves)
+    source = target = None
+    for tensor in tensors:
+        if source is None:
+            source, target = pairs.to(tensor.device).unbind(1)
+        tensor[target] = tensor[source]
 
 
 class _PrefixLayer(CacheLayerMixin):
@@ -98,18 +152,33 @@ class _PrefixLayer(CacheLayerMixin):
 
     def __init__(self, cache: PrefixCache) -> None:
         super().__init__()
-        self.cache = cache
+        self._cache = weakref.ref(cache)  # no circle: buffers go as soon as the cache does
         self.prefix: tuple[Tensor, Tensor] | None = None  # keys, values [P, Hkv, L, D]
         self.suffix: tuple[Tensor, Tensor] | None = None  # [B, Hkv, N, D]
 
+    @property
+    def cache(self) -> PrefixCache:
+        cache = self._cache()
+        assert cache is not None
+        return cache
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        return (*(self.prefix or ()), *(self.suffix or ()))
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        cache = self.cache
+        shape = self.cache.shape
+
         # Zeros, not uninitialised memory: attention gives masked keys a weight of 0, and 0 * NaN is
         # NaN.
-        self.prefix = tuple(  # type: ignore[assignment]
-            states.new_zeros(cache.prompts, states.shape[1], cache.width, states.shape[3])
-            for states in (key_states, value_states)
-        )
+        def zeros(count: int, tokens: int) -> Any:
+            return tuple(
+                states.new_zeros(count, states.shape[1], tokens, states.shape[3])
+                for states in (key_states, value_states)
+            )
+
+        self.prefix = zeros(shape.prompts, shape.width)
+        self.suffix = zeros(shape.rows, shape.capacity)
         self.is_initialized = True
 
     def update(
@@ -118,7 +187,7 @@ class _PrefixLayer(CacheLayerMixin):
         cache = self.cache
         if key_states.shape != value_states.shape:
             raise Unsupported("keys and values have different shapes")
-        if not cache.decoding:
+        if cache.prefilled is not None:
             if self.prefix is None:
                 self.lazy_initialization(key_states, value_states)
             assert self.prefix is not None
@@ -127,43 +196,24 @@ class _PrefixLayer(CacheLayerMixin):
             return key_states, value_states
         if self.suffix is None or key_states.shape[2] != 1:
             raise Unsupported("the model does not store one key a layer and token")
+        rows = cache.rows
         for stored, states in zip(self.suffix, (key_states, value_states), strict=True):
-            # On the CPU reading the index does not synchronise, and a plain copy is faster.
-            if stored.device.type == "cpu":
-                stored[:, :, int(cache.index)] = states[:, :, 0]
+            if cache.common_index is not None:  # a plain copy is faster
+                stored[:rows, :, cache.common_index] = states[:, :, 0]
             else:
-                stored.index_copy_(2, cache.index, states)
+                stored[cache.every_row[:rows], :, cache.index[:rows]] = states[:, :, 0]
         cache.pending = self
         return self.suffix
 
-    def make_room(self, rows: int, capacity: int) -> None:
-        if self.prefix is None:
-            raise Unsupported("a layer stores no keys")
-        self.suffix = tuple(  # type: ignore[assignment]
-            stored.new_zeros(rows, stored.shape[1], capacity, stored.shape[3])
-            for stored in self.prefix
-        )
-
-    def select(self, rows: Tensor, prompts: Tensor | None, used: int) -> None:
-        assert self.prefix is not None and self.suffix is not None
-        kept = []
-        for stored in self.suffix:
-            kept.append(stored.new_zeros(len(rows), *stored.shape[1:]))
-            kept[-1][:, :, :used] = stored[:, :, :used][rows]
-        self.suffix = (kept[0], kept[1])
-        if prompts is not None:
-            self.prefix = (self.prefix[0][prompts], self.prefix[1][prompts])
-
     @property
     def kv_bytes(self) -> int:
-        stored = [*(self.prefix or ()), *(self.suffix or ())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in stored)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.buffers)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0  # prefilling only, where every prompt starts at 0
 
     def get_seq_length(self) -> int:
-        return self.cache.width if self.cache.decoding else 0
+        return 0 if self.cache.prefilled is not None else self.cache.shape.width
 
     def get_max_length(self) -> int:
         return -1
@@ -211,12 +261,15 @@ def _attend(
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
     if attention_mask is not None or dropout or unknown:
         raise Unsupported(f"attention with {', '.join(unknown) or 'a mask or dropout'}")
+    (prefix_key, prefix_value), (suffix_key, suffix_value) = layer.prefix, layer.suffix
     out = shared_prefix_attention(
         query[:, :, 0],
-        *layer.prefix,
-        cache.prompt_lengths,
-        *layer.suffix,
-        cache.lengths,
+        prefix_key[: cache.prompts],
+        prefix_value[: cache.prompts],
+        cache.prompt_lengths[: cache.prompts],
+        suffix_key[: cache.rows],
+        suffix_value[: cache.rows],
+        cache.lengths[: cache.rows],
         groups=cache.groups,
         scale=scaling,
         softcap=softcap,

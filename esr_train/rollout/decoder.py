@@ -2,13 +2,13 @@
 
 `SharedPrefixDecoder` attends over prompts that are stored once. `PlainDecoder`, for models whose
 attention cannot read those, uses the cache that transformers makes for them. Both have the same
-methods. On CUDA a step is captured once and replayed: `CapturedStep`.
+methods.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,14 +17,19 @@ from transformers import DynamicCache
 
 from esr_train.rollout.cache import (
     PrefixCache,
+    Shape,
     Unsupported,
     shared_prefix_decoding,
     why_unsupported,
 )
+from esr_train.rollout.waves import Moves
 
 logger = logging.getLogger(__name__)
 # Tokens per forward pass over prompts: enough to fill matrix products, and a bound on memory.
 _PREFILL_TOKENS = 8192
+# Of keys and values on CPU, where nothing is said: not a share of what is free, so that the batches
+# of a rollout, and the rounding of its logits, do not depend on what else runs.
+_CPU_BYTES = 4 << 30
 # Relative L2 difference of hidden states that rounding explains; another attention exceeds it.
 _AGREES = {torch.float32: 1e-3, torch.float64: 1e-3}
 _AGREES_16_BIT = 0.1
@@ -34,16 +39,27 @@ class SharedPrefixDecoder:
     """Keys and values of a prompt are computed and stored once for all of its responses."""
 
     captures = True  # a step allocates nothing that it keeps
+    admits = True  # prompts may enter while others are decoded
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shape: Shape) -> None:
         self.model: Any = model
-
-    def prefill(self, prompts: list[list[int]], samples: int, capacity: int) -> Tensor:
-        """Hidden states [P, D] at the end of each prompt; room for `capacity` tokens a response."""
         device = next(self.model.parameters()).device
+        config: Any = model.config
+        self.cache = PrefixCache(config.num_hidden_layers, shape, device)
+
+    def reset(self) -> None:
+        """Make the buffers those of a new decoder."""
+        self.cache.clear()
+
+    def enter(self, prompts: list[list[int]], places: list[int], rows: list[int]) -> Tensor:
+        """Hidden states [P', D] at the ends of prompts that go to `places`; `rows` start anew."""
+        cache, device = self.cache, self.cache.index.device
+        cache.forget(places, rows)
+        if not prompts:  # the rows continue prompts that are there
+            return torch.empty(0, device=device)
         lengths = [len(prompt) for prompt in prompts]
-        layers = self.model.config.num_hidden_layers
-        self.cache = PrefixCache(layers, lengths, device)
+        where = torch.tensor(places, device=device)
+        cache.prompt_lengths[where] = torch.tensor(lengths, device=device)
         # Prompts of similar length share a forward pass, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lengths.__getitem__)
         hidden: Tensor | None = None
@@ -53,36 +69,41 @@ class SharedPrefixDecoder:
             for row, at in enumerate(part):
                 ids[row, : lengths[at]] = torch.tensor(prompts[at])
             chosen = torch.tensor(part, device=device)
-            self.cache.prefilled = chosen
-            states = self.model(
-                input_ids=ids.to(device), past_key_values=self.cache, use_cache=True
-            ).last_hidden_state
+            cache.prefilled = where[chosen]
+            try:
+                states = self.model(
+                    input_ids=ids.to(device), past_key_values=cache, use_cache=True
+                ).last_hidden_state
+            finally:
+                cache.prefilled = None
             if hidden is None:
                 hidden = states.new_empty(len(prompts), states.shape[2])
-            last = self.cache.prompt_lengths[chosen] - 1
+            last = torch.tensor([lengths[at] - 1 for at in part], device=device)
             hidden[chosen] = states[torch.arange(len(part), device=device), last]
         assert hidden is not None
-        self.cache.start_decoding(samples, capacity)
-        self.position = self.cache.prompt_lengths.repeat_interleave(samples)
+        if any(layer.prefix is None for layer in cache.stored):
+            raise Unsupported("a layer stores no keys")
         return hidden
 
-    def step(self, token: Tensor) -> Tensor:
-        """Hidden states [B, D] after one more token [B] of each response."""
-        self.cache.next_token()
+    def arrange(self, place_of_row: list[int], prompts: int) -> None:
+        """Which prompt the rows in use belong to; see `PrefixCache.place`."""
+        self.cache.place(place_of_row, prompts)
+
+    def step(self, token: Tensor, step: Tensor) -> Tensor:
+        """Hidden states [b, D] after the token [b] of each row, its token number `step`."""
+        self.cache.seek(step)
         with shared_prefix_decoding(self.model, self.cache):
             states: Tensor = self.model(
                 input_ids=token[:, None],
-                position_ids=self.position[:, None],
+                position_ids=(self.cache.row_starts[: len(token)] + step)[:, None],
                 past_key_values=self.cache,
                 use_cache=True,
             ).last_hidden_state
-        self.position += 1
         return states[:, 0]
 
-    def select(self, rows: Tensor, used: int) -> None:
-        """Keep the responses `rows`, int64 on the CPU, of `used` tokens each."""
-        self.cache.select(rows, used)
-        self.position = self.position[rows.to(self.position.device)]
+    def move(self, moves: Moves, size: int) -> None:
+        """Make the copies (from, to), after which the first `size` rows are in use."""
+        self.cache.move(*moves)
 
     @property
     def kv_bytes(self) -> int:
@@ -90,14 +111,22 @@ class SharedPrefixDecoder:
 
 
 class PlainDecoder:
-    """For any model with a cache: prompts padded on the left, and copied for each response."""
+    """For any model with a cache: prompts padded on the left, and copied for each response.
+
+    All prompts enter at once, and rows are at the same token.
+    """
 
     captures = False
+    admits = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shape: Shape) -> None:
         self.model: Any = model
+        self.samples = shape.samples
 
-    def prefill(self, prompts: list[list[int]], samples: int, capacity: int) -> Tensor:
+    def reset(self) -> None:
+        pass
+
+    def enter(self, prompts: list[list[int]], places: list[int], rows: list[int]) -> Tensor:
         device = next(self.model.parameters()).device
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -109,19 +138,22 @@ class PlainDecoder:
         self.cache = DynamicCache(config=self.model.config)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         hidden = self._forward(ids, positions)
-        if samples > 1:
+        if self.samples > 1:
             try:
-                self.cache.batch_repeat_interleave(samples)
+                self.cache.batch_repeat_interleave(self.samples)
             except AttributeError as error:  # layers with a state instead of keys
                 raise Unsupported(
-                    f"samples_per_prompt: got {samples}, must be 1 for "
+                    f"samples_per_prompt: got {self.samples}, must be 1 for "
                     f"{type(self.model).__name__}, whose cache cannot be repeated"
                 ) from error
-        self.mask = self.mask.repeat_interleave(samples, dim=0)
+        self.mask = self.mask.repeat_interleave(self.samples, dim=0)
         self.position = self.mask.sum(1)
         return hidden
 
-    def step(self, token: Tensor) -> Tensor:
+    def arrange(self, place_of_row: list[int], prompts: int) -> None:
+        pass
+
+    def step(self, token: Tensor, step: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
         hidden = self._forward(token[:, None], self.position[:, None])
         self.position = self.position + 1
@@ -137,8 +169,11 @@ class PlainDecoder:
         ).last_hidden_state
         return states[:, -1]
 
-    def select(self, rows: Tensor, used: int) -> None:
-        rows = rows.to(self.mask.device)
+    def move(self, moves: Moves, size: int) -> None:
+        order = list(range(size))
+        for source, target in moves.rows:
+            order[target] = source
+        rows = torch.tensor(order, device=self.mask.device)
         self.cache.batch_select_indices(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
 
@@ -176,11 +211,13 @@ def _disagrees(model: nn.Module) -> str | None:
     own: Any = model
     device = next(model.parameters()).device
     tokens = torch.tensor([[0, 1], [1, 2], [2, 0], [1, 1]], device=device)
-    decoder = SharedPrefixDecoder(model)
+    shape = Shape(prompts=2, width=3, rows=4, samples=samples, capacity=2)
     try:
-        decoder.prefill(prompts, samples, 2)
-        decoder.step(tokens[:, 0])
-        found = decoder.step(tokens[:, 1])
+        decoder = SharedPrefixDecoder(model, shape)
+        decoder.enter(prompts, [0, 1], [0, 1, 2, 3])
+        decoder.arrange([0, 1, 2, 3], 2)
+        for step in range(2):
+            found = decoder.step(tokens[:, step], torch.full_like(tokens[:, 0], step))
     except Unsupported as error:
         return str(error)
     except torch.OutOfMemoryError:
@@ -200,43 +237,23 @@ def _disagrees(model: nn.Module) -> str | None:
     return None
 
 
-class CapturedStep:
-    """Calls a function whose inputs and outputs are tensors that exist before the call.
+def bytes_that_fit(device: torch.device, kept: int) -> int:
+    """Bytes of keys and values that a rollout takes by default, `kept` of them allocated before."""
+    if device.type != "cuda":
+        return _CPU_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + unused + kept) // 2
 
-    With `capture`, which needs CUDA, the third call captures the function as a graph, and all calls
-    from then on replay it. The first two calls run the function directly, so that kernels are
-    compiled and workspaces allocated outside of the capture.
-    """
 
-    def __init__(self, function: Callable[[], None], capture: bool) -> None:
-        self.function, self.capture = function, capture
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.calls = 0
-
-    def __call__(self) -> None:
-        if not self.capture:
-            return self.function()
-        self.calls += 1
-        if self.calls <= 2:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.function()
-            torch.cuda.current_stream().wait_stream(side)
-            return None
-        if self.graph is None:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            try:
-                with torch.cuda.graph(graph):
-                    self.function()
-            except RuntimeError as error:  # the model reads a tensor on the host, for example
-                logger.warning("decoding without a CUDA graph: %s", error)
-                torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
-                self.capture = False
-                return self.function()
-            self.graph = graph
-        self.graph.replay()
-        return None
+def token_bytes(model: Any) -> int:
+    """Bytes of the keys and values of one token in all layers, by the config of a decoder."""
+    config = model.config
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    size: int = 2 * config.num_hidden_layers * kv_heads * dim
+    return size * next(model.parameters()).element_size()
 
 
 def _chunks(lengths: list[int]) -> Iterator[tuple[int, int]]:

@@ -11,24 +11,31 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esr_kernels import SampleKeys, SamplingParams, sample_from_hidden
+from esr_kernels import SamplingParams
 from esr_kernels.common.arguments import check_size
 from esr_train.data import seed_from
-from esr_train.models import Head, check_head, decoder, eos_ids, head, max_positions
-from esr_train.rollout.batch import RolloutBatch
-from esr_train.rollout.decoder import CapturedStep, Decoder, decoder_type
+from esr_train.models import check_head, decoder, eos_ids, head, max_positions
+from esr_train.rollout.batch import RolloutBatch, joined
+from esr_train.rollout.cache import Shape
+from esr_train.rollout.decoder import bytes_that_fit, decoder_type, token_bytes
+from esr_train.rollout.graphs import CudaRecorder, Recorder, StepGraphs, weights_state
+from esr_train.rollout.loop import Lanes, Requests, Sampling, in_parts
+from esr_train.rollout.waves import Room, Rows, fixed_sizes, room
 
-# On CUDA the host reads which rows have ended once in so many steps. It reads a copy that was
-# queued at the previous read, so it never waits for the step that it has just queued.
-_POLL_EVERY = 8
+# Where steps are captured, buffers stay from rollout to rollout: those of so many shapes, none
+# larger than this. A rollout that needs more runs many steps, beside which captures are cheap.
+_KEPT_SHAPES = 2
+_KEPT_BYTES = 2 << 30
+# There, prompts' places are multiples of this, so that another longest prompt fits them.
+_WIDTH_STEP = 64
 
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -48,13 +55,23 @@ class PrefixRollout:
         tokenizer: read for `eos_token_id` only; None if the model's config has it.
         classes: sample from the first `classes` tokens of the vocabulary. Student and teacher may
             be padded to different sizes, and neither has an embedding for the other's extra tokens.
+        stop_ids: token ids that end a response beside the model's own `eos_ids`: its teacher's.
+
+    On CUDA the buffers and graphs of a rollout are kept for the next one of its shape; `release`,
+    or the end of this object, frees them.
 
     Raises:
         ModelError: the model's logits are not its head's weight times its decoder's hidden states,
             because of a LoRA on the head, a learned prompt or prefix, or a hook.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, classes: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        classes: int | None = None,
+        stop_ids: Iterable[int] | None = None,
+    ) -> None:
         if getattr(model, "get_output_embeddings", lambda: None)() is None:
             raise TypeError(
                 "model must be a transformers causal language model with an output head, "
@@ -73,6 +90,12 @@ class PrefixRollout:
                 )
             self.classes = classes
         self.eos_ids = eos_ids(model, tokenizer)
+        extra = list(stop_ids or ())
+        if not all(type(token) is int and token >= 0 for token in extra):
+            raise ValueError(f"stop_ids must be token ids, ints of at least 0, got {extra}")
+        self.stop_ids = sorted({*self.eos_ids, *extra})
+        self._kept: OrderedDict[tuple[int, ...], Lanes] = OrderedDict()
+        self._graphs: StepGraphs | None = None
         # Bytes of keys and values at the start of the last `generate`.
         self.kv_bytes = 0
 
@@ -111,20 +134,26 @@ class PrefixRollout:
         top_p: float | Tensor = 1.0,
         min_p: float | Tensor = 0.0,
         row_keys: Tensor | None = None,
+        max_tokens_in_flight: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> RolloutBatch:
         """Sample up to `max_new_tokens` tokens for each prompt; temperature 0 is greedy.
 
         The same arguments and weights give the same tokens, bit for bit. A row's noise is a
-        function of (seed_key, row key, position) alone: the other rows of a batch change a sample
-        only through the rounding of its logits. NaN logits give tokens with a log-prob of NaN.
+        function of (seed_key, row key, position) alone: the other rows of a batch, and which of
+        them are decoded at the same time, change a sample only through the rounding of its logits.
+        NaN logits give tokens with a log-prob of NaN.
 
         Args:
             temperature, top_k, top_p, min_p: as in `esr_kernels.SamplingParams`; numbers, or
                 tensors with a value for each response.
             row_keys: [B] int64, distinct; default 0 to B - 1. `batch.row_keys[[3]]` with the
                 prompt of row 3 samples that row again.
-            on_progress: called with (tokens a response so far, responses not known to have ended).
+            max_tokens_in_flight: how many tokens of prompts and responses have a place for keys and
+                values at the same time, each prompt counted once and as long as the longest, each
+                response as `max_new_tokens` - 1. Responses that find no room wait until others have
+                ended. None: what half of a GPU's free memory holds, or on CPU 4 GiB.
+            on_progress: called with (decoding steps so far + 1, responses not known to have ended).
 
         Raises:
             ContextError: before any work, naming the longest prompt.
@@ -132,6 +161,8 @@ class PrefixRollout:
         """
         check_size("samples_per_prompt", samples_per_prompt, 1)
         check_size("max_new_tokens", max_new_tokens, 1)
+        if max_tokens_in_flight is not None:
+            check_size("max_tokens_in_flight", max_tokens_in_flight, 1)
         if not isinstance(seed_key, tuple) or not all(
             type(part) in (int, str) for part in seed_key
         ):
@@ -157,26 +188,99 @@ class PrefixRollout:
             each("top_p", top_p),
             each("min_p", min_p),
         )
-        with _evaluating(self.model):
-            decoding = self._decoder_type(decoder(self.model))
-            # The last token is drawn but not fed to the model: it needs no room in the cache.
-            hidden = decoding.prefill(prompts_token_ids, samples_per_prompt, max_new_tokens - 1)
-            self.kv_bytes = decoding.kv_bytes
-            sampling = _Sampling(
-                decoding,
-                head(self.model),
-                self.classes,
-                self.eos_ids,
-                params,
-                seed_from(*seed_key),
-                row_keys.to(hidden.device),
-                max_new_tokens,
-            )
-            sampling.run(hidden.repeat_interleave(samples_per_prompt, dim=0), on_progress)
-        return sampling.result(
-            [prompt for prompt in prompts_token_ids for _ in range(samples_per_prompt)],
-            row_keys.cpu(),
+        requests = Requests(
+            prompts_token_ids,
+            samples_per_prompt,
+            max_new_tokens,
+            vars(params),
+            row_keys.to(device),
+            seed_from(*seed_key),
         )
+        with _evaluating(self.model):
+            return self._run(requests, max_tokens_in_flight, on_progress)
+
+    def release(self) -> None:
+        """Free the buffers and graphs that are kept for the next rollout; it makes new ones."""
+        self._kept.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
+            self._graphs = None
+
+    def _run(
+        self,
+        requests: Requests,
+        budget: int | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> RolloutBatch:
+        model = decoder(self.model)
+        device = next(model.parameters()).device
+        graphs = self._graphs_on(device)
+        if budget is None:
+            kept = sum(lanes.bytes for lanes in self._kept.values())
+            budget = bytes_that_fit(device, kept) // token_bytes(model)
+        stops = torch.tensor(self.stop_ids, dtype=torch.int64, device=device)
+        if self._decoder_type.admits:
+            parts = [requests]
+        else:
+            parts = in_parts(requests, budget)
+        batches = []
+        try:
+            for part in parts:
+                lanes = self._lanes(model, part, budget)
+                space = Room(lanes.shape.prompts, lanes.shape.rows)
+                sizes = None if graphs.recorder is None else fixed_sizes(space.rows)
+                rows = Rows(part.responses, part.samples, space, sizes)
+                sampling = Sampling(
+                    lanes, rows, part, head(self.model), self.classes, stops, graphs
+                )
+                batches.append(sampling.run(on_progress))
+                self.kv_bytes = sampling.kv_bytes
+        finally:
+            while self._kept and (
+                len(self._kept) > _KEPT_SHAPES
+                or graphs.recorder is None
+                or next(reversed(self._kept.values())).bytes > _KEPT_BYTES
+            ):
+                self._drop(next(iter(self._kept)))
+        return joined(batches)
+
+    def _graphs_on(self, device: torch.device) -> StepGraphs:
+        """The graphs of steps, without those of weights that are no longer the model's."""
+        state = weights_state(self.model)
+        if self._graphs is None or self._graphs.weights != state:
+            self.release()
+            self._graphs = StepGraphs(_recorder(device), state)
+        return self._graphs
+
+    def _lanes(self, model: nn.Module, requests: Requests, budget: int) -> Lanes:
+        """Lanes for the requests: those of an earlier rollout of their shape, or new ones."""
+        samples, length = requests.samples, requests.max_new_tokens
+        width = max(map(len, requests.prompts))
+        if self._graphs is not None and self._graphs.recorder is not None:
+            width = -(-width // _WIDTH_STEP) * _WIDTH_STEP
+        space = room(len(requests.prompts), samples, width, length - 1, budget)
+        key = (*space, samples, length, requests.responses)
+        lanes = self._kept.get(key)
+        if lanes is not None and lanes.shape.width >= width:
+            self._kept.move_to_end(key)
+            lanes.reset()
+            return lanes
+        if lanes is not None:
+            self._drop(key)
+        # The last token is drawn but not fed to the model: it needs no room in the cache.
+        shape = Shape(space.prompts, width, space.rows, samples, length - 1)
+        lanes = Lanes(self._decoder_type, model, shape, requests.responses, length)
+        self._kept[key] = lanes
+        return lanes
+
+    def _drop(self, key: tuple[int, ...]) -> None:
+        lanes = self._kept.pop(key)
+        if self._graphs is not None:
+            self._graphs.forget(lambda graph: graph[0] == id(lanes))
+
+
+def _recorder(device: torch.device) -> Recorder | None:
+    return CudaRecorder(device) if device.type == "cuda" else None
 
 
 def _checked_row_keys(row_keys: Tensor | None, batch: int) -> Tensor:
@@ -192,156 +296,6 @@ def _checked_row_keys(row_keys: Tensor | None, batch: int) -> Tensor:
     if len(row_keys.unique()) != batch:
         raise ValueError("row_keys must be distinct: rows with one key draw the same noise")
     return row_keys
-
-
-class _Sampling:
-    """The loop over steps: draw a token, feed it, drop rows that have ended.
-
-    A step reads and writes tensors that keep their addresses, so that it can be captured.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        head: Head,
-        classes: int,
-        eos: list[int],
-        params: SamplingParams,
-        seed: int,
-        row_keys: Tensor,
-        max_new_tokens: int,
-    ) -> None:
-        device, batch = row_keys.device, len(row_keys)
-        self.decoder, self.head, self.classes = decoder, head, classes
-        self.params, self.seed, self.max_new_tokens = params, seed, max_new_tokens
-        self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        # One entry per response. Rows may run past their EOS; `result` cuts what they added.
-        shape, fp32 = (batch, max_new_tokens), torch.float32
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logprob = torch.zeros(shape, dtype=fp32, device=device)
-        self.log_kept = torch.zeros(shape, dtype=fp32, device=device)
-        # One entry per row that is still computed.
-        self.rows = torch.arange(batch, device=device)  # the response that it belongs to
-        self.keys = row_keys
-        self.token = torch.zeros_like(self.rows)
-        self.alive = torch.ones_like(self.rows, dtype=torch.bool)
-
-    def run(self, hidden: Tensor, on_progress: Callable[[int, int], None] | None) -> None:
-        """Sample all tokens, from the hidden states [B, D] at the end of the prompts."""
-        on_cuda = hidden.is_cuda
-        watch = _Watch(on_cuda)
-        step = CapturedStep(self._advance, on_cuda and self.decoder.captures)
-        self._draw(hidden)
-        # Work spent on ended rows since the last compaction, in steps of the whole batch.
-        wasted = 0.0
-        for done in range(1, self.max_new_tokens):
-            alive = watch.look(self.alive)
-            if alive is not None:
-                count = int(alive.sum())
-                if on_progress:
-                    on_progress(done, count)
-                if count == 0:
-                    break
-                gone = 1 - count / len(alive)
-                wasted += gone
-                if _should_compact(gone, wasted, self.max_new_tokens - done, on_cuda):
-                    self._select(alive.nonzero()[:, 0], done - 1)
-                    wasted = 0.0
-                    watch, step = _Watch(on_cuda), CapturedStep(self._advance, step.capture)
-            step()
-
-    def _advance(self) -> None:
-        hidden = self.decoder.step(self.token)
-        self.step += 1
-        self._draw(hidden)
-
-    def _draw(self, hidden: Tensor) -> None:
-        """The next token of each row."""
-        sample = sample_from_hidden(
-            hidden,
-            self.head.weight,
-            SampleKeys(self.seed, self.keys, self.step),
-            self.params,
-            bias=self.head.bias,
-            softcap=self.head.softcap,
-            logit_scale=self.head.scale,
-            num_classes=self.classes,
-        )
-        self.token.copy_(sample.tokens)
-        self.tokens[self.rows, self.step] = sample.tokens
-        self.logprob[self.rows, self.step] = sample.logprob
-        self.log_kept[self.rows, self.step] = sample.log_kept
-        self.alive &= ~self._is_eos(sample.tokens)
-
-    def _is_eos(self, tokens: Tensor) -> Tensor:
-        return (tokens[..., None] == self.eos).any(-1)
-
-    def _select(self, rows: Tensor, used: int) -> None:
-        """Drop all rows but `rows`, int64 on the CPU; the cache holds `used` tokens of each."""
-        self.decoder.select(rows, used)
-        rows = rows.to(self.rows.device, non_blocking=True)
-        self.rows, self.keys = self.rows[rows], self.keys[rows]
-        self.token, self.alive = self.token[rows], self.alive[rows]
-        self.params = SamplingParams(
-            *(
-                value[rows] if isinstance(value, Tensor) else value
-                for value in (getattr(self.params, field.name) for field in fields(self.params))
-            )
-        )
-
-    def result(self, prompts: list[list[int]], row_keys: Tensor) -> RolloutBatch:
-        """The responses, each to its first EOS."""
-        ends = self._is_eos(self.tokens)
-        by_eos = ends.any(1)
-        lengths = torch.where(by_eos, ends.int().argmax(1) + 1, self.max_new_tokens)
-        inside = torch.arange(self.max_new_tokens, device=lengths.device) < lengths[:, None]
-        return RolloutBatch(
-            prompts=prompts,
-            tokens=self.tokens.masked_fill(~inside, 0).cpu(),
-            lengths=lengths.cpu(),
-            finished_by_eos=by_eos.cpu(),
-            logprob=self.logprob.masked_fill(~inside, 0.0).cpu(),
-            log_kept=self.log_kept.masked_fill(~inside, 0.0).cpu(),
-            row_keys=row_keys,
-        )
-
-
-class _Watch:
-    """Reads which rows are alive; on CUDA with a delay, so that the host does not wait."""
-
-    def __init__(self, on_cuda: bool) -> None:
-        self.on_cuda, self.calls = on_cuda, 0
-        self.seen: Tensor | None = None
-        self.copied: torch.cuda.Event | None = None
-
-    def look(self, alive: Tensor) -> Tensor | None:
-        """[B] bool on the CPU. On CUDA: the state of an earlier step, or None between polls."""
-        if not self.on_cuda:
-            return alive
-        self.calls += 1
-        if self.calls % _POLL_EVERY:
-            return None
-        before = self.seen
-        if self.copied is not None:
-            self.copied.synchronize()
-        self.seen = torch.empty(alive.shape, dtype=torch.bool, pin_memory=True)
-        self.seen.copy_(alive, non_blocking=True)
-        self.copied = torch.cuda.Event()
-        self.copied.record()
-        return before
-
-
-def _should_compact(gone: float, wasted: float, steps_left: int, on_cuda: bool) -> bool:
-    """Whether to drop the ended rows, a share `gone` of all, by copying the others.
-
-    On the CPU a copy of the caches costs about one step. It is made once ended rows have wasted
-    half of that and would waste all of it in the steps that may be left. On CUDA a compaction needs
-    a new graph, and the time of a step hardly depends on its number of rows.
-    """
-    if on_cuda:
-        return gone >= 0.5 and steps_left >= 32
-    return wasted >= 0.5 and gone * steps_left >= 1
 
 
 @contextmanager

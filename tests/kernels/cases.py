@@ -16,10 +16,12 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
 from esr_kernels import linear_divergence
+from esr_kernels.common import matmul
 from esr_kernels.divergence import reference as oracle_module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,6 +64,15 @@ class Case:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight
 
+    def rows(self, at: Any) -> Case:
+        """The same heads and some of the tokens."""
+        return replace(
+            self, student_hidden=self.student_hidden[at], teacher_hidden=self.teacher_hidden[at]
+        )
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return Case(*(x.to(dtype) for x in self.tensors), self.options, self.upstream)
+
 
 def _pair(
     tokens: int,
@@ -97,13 +108,9 @@ def peaked(dtype: torch.dtype) -> Case:
 
 def nearly_equal(dtype: torch.dtype) -> Case:
     case = _pair(TOKENS, 1003, (24, 24), (3.0, 3.0), torch.float32)
-    noise = torch.randn(case.student_hidden.shape, generator=torch.Generator().manual_seed(7))
-    return Case(
-        case.student_hidden.to(dtype),
-        case.student_weight.to(dtype),
-        (case.student_hidden + 0.02 * noise.to(DEVICE)).to(dtype),
-        case.student_weight.to(dtype),
-    )
+    hidden, weight = case.student_hidden, case.student_weight
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7))
+    return Case(hidden, weight, hidden + 0.02 * noise.to(DEVICE), weight).to(dtype)
 
 
 def identical(dtype: torch.dtype) -> Case:
@@ -131,6 +138,18 @@ def one_token(dtype: torch.dtype) -> Case:
     return _pair(1, 1003, (24, 40), (2.0, 2.0), dtype)
 
 
+TRANSFORMS = {
+    "temperature": 0.7,
+    "teacher_temperature": 1.3,
+    "student_softcap": 5.0,
+    "teacher_softcap": 7.0,
+    "student_logit_scale": 1.7,
+    "teacher_logit_scale": 0.6,
+    "num_classes": 998,
+    "reduction": "mean",
+}
+
+
 def odd_options(dtype: torch.dtype) -> Case:
     """Every transform of the logits at once, weights with zeros, an upstream gradient of 1/4."""
     case = _pair(TOKENS, 1003, (24, 40), (4.0, 4.0), dtype, extra_classes=(3, 0))
@@ -140,14 +159,7 @@ def odd_options(dtype: torch.dtype) -> Case:
     case.options = {
         "token_weights": weights,
         "student_bias": torch.randn(1006, generator=generator).to(dtype).to(DEVICE),
-        "temperature": 0.7,
-        "teacher_temperature": 1.3,
-        "student_softcap": 5.0,
-        "teacher_softcap": 7.0,
-        "student_logit_scale": 1.7,
-        "teacher_logit_scale": 0.6,
-        "num_classes": 998,
-        "reduction": "mean",
+        **TRANSFORMS,
     }
     case.upstream = 0.25
     return case
@@ -215,14 +227,8 @@ def _leaves(case: Case, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], d
 
 def oracle(case: Case, divergence: Any) -> dict[str, Tensor]:
     leaves, options = _leaves(case, torch.float64)
-    output = oracle_module.linear_divergence(
-        leaves["student_hidden"],
-        leaves["student_weight"],
-        case.teacher_hidden,
-        case.teacher_weight,
-        divergence,
-        **options,
-    )
+    student = leaves["student_hidden"], leaves["student_weight"]
+    output = oracle_module.linear_divergence(*student, *case.tensors[2:], divergence, **options)
     return _results(case, leaves, output)
 
 
@@ -269,13 +275,7 @@ def plain(case: Case, divergence: Any, rounds_dz: bool = False) -> dict[str, Ten
         hidden, weight, bias = behind_rounding(hidden, weight, options.get("student_bias"))
         options["student_bias"] = bias
     output = oracle_module.linear_divergence(
-        hidden,
-        weight,
-        case.teacher_hidden,
-        case.teacher_weight,
-        divergence,
-        dtype=torch.float32,
-        **options,
+        hidden, weight, *case.tensors[2:], divergence, dtype=torch.float32, **options
     )
     return _results(case, leaves, output)
 
@@ -283,15 +283,31 @@ def plain(case: Case, divergence: Any, rounds_dz: bool = False) -> dict[str, Ten
 def ours(case: Case, divergence: Any, **how: Any) -> dict[str, Tensor]:
     leaves, options = _leaves(case, None)
     options["token_weights"] = case.options.get("token_weights")
-    output = linear_divergence(
-        leaves["student_hidden"],
-        leaves["student_weight"],
-        case.teacher_hidden,
-        case.teacher_weight,
-        divergence,
-        **{**options, **how},
-    )
+    student = leaves["student_hidden"], leaves["student_weight"]
+    output = linear_divergence(*student, *case.tensors[2:], divergence, **{**options, **how})
     return _results(case, leaves, output._asdict())
+
+
+DAMAGES = ["zero dX", "halve dX", "zero dW", "halve dW", "bf16 logits"]
+
+
+def damage_products(monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    """One of `DAMAGES` in the products of every op, for a check that the criterion notices it."""
+    if damage == "bf16 logits":
+        project = matmul.project
+
+        def rounded(hidden: Tensor, weight: Tensor, out: Tensor, *ids: Any) -> Tensor:
+            return out.copy_(project(hidden, weight, out, *ids).to(torch.bfloat16))
+
+        monkeypatch.setattr(matmul, "project", rounded)
+        return
+    name = {"dX": "hidden_gradient", "dW": "weight_gradient"}[damage[-2:]]
+    compute, factor = getattr(matmul, name), 0.0 if damage.startswith("zero") else 0.5
+
+    def scaled(*args: Any, alpha: Any, **how: Any) -> None:
+        compute(*args, alpha=alpha * factor, **how)
+
+    monkeypatch.setattr(matmul, name, scaled)
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -22,16 +20,13 @@ def chi_square_p_value(counts: Tensor, p: Tensor) -> float:
     if bool((counts[p == 0] > 0).any()):
         return 0.0
     expected = p * counts.sum()
-    small = expected < _SMALLEST_EXPECTED
-    expected = torch.cat([expected[~small], expected[small].sum()[None]])
-    observed = torch.cat([counts[~small], counts[small].sum()[None]]).double()
-    if expected[-1] < _SMALLEST_EXPECTED and len(expected) > 1:
-        # Too few for a bin of their own: into the smallest of the others.
-        order = expected[:-1].argsort(descending=True)
-        expected = torch.cat([expected[:-1][order], expected[-1:]])
-        observed = torch.cat([observed[:-1][order], observed[-1:]])
-        expected = torch.cat([expected[:-2], expected[-2:].sum()[None]])
-        observed = torch.cat([observed[:-2], observed[-2:].sum()[None]])
+    order = expected.argsort(descending=True)
+    expected, observed = expected[order], counts[order].double()
+    alone = int((expected >= _SMALLEST_EXPECTED).sum())
+    if alone and expected[alone:].sum() < _SMALLEST_EXPECTED:
+        alone -= 1  # the others are too few for a bin of their own
+    expected = torch.cat([expected[:alone], expected[alone:].sum()[None]])
+    observed = torch.cat([observed[:alone], observed[alone:].sum()[None]])
     if len(expected) == 1:
         return 1.0
     statistic = ((observed - expected) ** 2 / expected).sum()
@@ -53,14 +48,7 @@ def assert_independent(first: Tensor, second: Tensor, p: Tensor) -> None:
 
 def poisson_range(mean: float) -> tuple[int, int]:
     """Counts that a Poisson variate leaves, to either side, with probability below FALSE_ALARM."""
-    below, total = 0, math.exp(-mean)
-    while total < FALSE_ALARM:
-        below += 1
-        total += math.exp(-mean + below * math.log(mean) - math.lgamma(below + 1))
-    above = math.ceil(mean)
-    # The tail beyond is less than its first term times mean-dependent geometric sum.
-    while True:
-        term = math.exp(-mean + above * math.log(mean) - math.lgamma(above + 1))
-        if term / (1 - mean / (above + 1)) < FALSE_ALARM:
-            return below, above
-        above += 1
+    counts = torch.arange(1, 10 * int(mean) + 100, dtype=torch.float64)
+    up_to = torch.special.gammaincc(counts, torch.full_like(counts, mean))  # P(less than count)
+    low = int((up_to < FALSE_ALARM).sum())
+    return low, int((1 - up_to >= FALSE_ALARM).sum()) + 1

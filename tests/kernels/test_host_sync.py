@@ -21,6 +21,7 @@ from esr_kernels import (
     sample_from_hidden,
     token_logprob,
 )
+from esr_kernels.common import head
 from esr_kernels.divergence import arguments as checks
 from esr_kernels.divergence import autograd
 from esr_kernels.scoring import selected, topk
@@ -59,8 +60,14 @@ class _NoWaiting(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """What the package does with values where they are at hand, it leaves out on a GPU."""
-    # The last is hidden behind the function of its name.
-    modules = autograd, checks, selected, topk, sys.modules["esr_kernels.scoring.token_logprob"]
+    modules = (
+        autograd,
+        checks,
+        head,
+        selected,
+        topk,
+        sys.modules["esr_kernels.scoring.token_logprob"],
+    )
     for module in modules:
         monkeypatch.setattr(module, "values_are_at_hand", lambda tensor: False)
     if not triton.knobs.runtime.interpret:
@@ -129,38 +136,25 @@ def test_adding_to_weight_grad_does_not_wait(plan):
     assert weight_grad.norm() > 0
 
 
-@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
-def test_linear_topk_divergence_does_not_wait(tail):
-    hidden, weight, options = head_cases.odd_options(torch.bfloat16)
-    ids = torch.arange(head_cases.TOKENS * 3, device=DEVICE).view(-1, 3)
-    logprobs = torch.full(ids.shape, -2.0, device=DEVICE)
-    weights = (torch.arange(head_cases.TOKENS, device=DEVICE) % 3).float()
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        (token_logprob, {}),
+        (linear_topk_divergence, {"tail": "bucket", "reduction": "mean"}),
+        (linear_topk_divergence, {"tail": "renormalise", "reduction": "mean"}),
+    ],
+)
+def test_ops_on_one_head_do_not_wait(op, options):
+    case = head_cases.odd_options(torch.bfloat16)
+    if op is token_logprob:
+        arguments, backward = head_cases.tokens(case), head_cases.of_tokens
+    else:
+        arguments, backward = head_cases.teacher(case), head_cases.of_rows
+        weights = (torch.arange(head_cases.TOKENS, device=DEVICE) % 3).float()
+        options = {**options, "token_weights": weights}
     with _NoWaiting():
-        out = linear_topk_divergence(
-            hidden.requires_grad_(),
-            weight.requires_grad_(),
-            ids,
-            logprobs,
-            tail=tail,
-            token_weights=weights,
-            reduction="mean",
-            impl="triton",
-            **options,
-        )
-        out.loss.backward()
-    assert hidden.grad.norm() > 0
-
-
-def test_token_logprob_does_not_wait():
-    hidden, weight, options = head_cases.odd_options(torch.bfloat16)
-    tokens = torch.arange(head_cases.TOKENS, device=DEVICE)
-    tokens[3] = -100
-    with _NoWaiting():
-        out = token_logprob(
-            hidden.requires_grad_(), weight.requires_grad_(), tokens, impl="triton", **options
-        )
-        (out.logprob - 0.3 * out.entropy).sum().backward()
-    assert hidden.grad.norm() > 0
+        result = head_cases.run(op, case, arguments, backward, impl="triton", **options)
+    assert result["d hidden"].norm() > 0
 
 
 @pytest.mark.parametrize("params", [SamplingParams(0.7), SamplingParams(0.8, 40, 0.95, 0.01)])

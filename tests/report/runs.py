@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from esr_train.report.headline import headline
 from esr_train.report.results import Run, read_run
 from esr_train.report.summary import ArmSummary, summarise
 
@@ -86,6 +87,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_arms(folder: Path, evals: dict[str, list[tuple[Any, ...]]], **how: Any) -> Run:
+    """A run with one seed an arm, from evaluations as `write_seed` takes them."""
+    write_config(folder, {name: 100 if name == "full" else 10 for name in evals})
+    for name, rows in evals.items():
+        write_seed(folder, name, 0, [(0, 0, 0, 0.1), *rows], **how)
+    return read_run(folder)
+
+
 def by_hand(folder: Path) -> Run:
     """Three seeds of two arms, small enough to do in one's head (see the tests)."""
     write_config(folder, {"full": 100, "esr-10": 10}, seeds=3)
@@ -105,6 +114,10 @@ def set_baseline(folder: Path, name: str | None) -> None:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     config["report"]["baseline"] = name
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def headline_of(run: Run) -> str:
+    return headline(run, summarise(run))
 
 
 def summaries_of(run: Run) -> dict[str, ArmSummary]:

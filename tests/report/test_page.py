@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from tests.report.runs import (
     realistic,
     set_baseline,
     summaries_of,
+    write_arms,
     write_config,
     write_seed,
 )
@@ -68,11 +67,8 @@ def test_several_arms_without_a_baseline_are_reported_without_ratios(tmp_path: P
 
 
 def test_null_and_nan_metrics_are_skipped(tmp_path: Path) -> None:
-    write_config(tmp_path, {"esr-10": 10, "full": 100})
-    evals = [(0, 0, 0, 0.1), (10, 5, 50, None), (15, 6, 60, math.nan), (20, 9, 90, 0.91)]
-    for name in ("esr-10", "full"):
-        write_seed(tmp_path, name, 0, evals, peak=None)
-    arm = summaries_of(read_run(tmp_path))["full"]
+    evals = [(10, 5, 50, None), (15, 6, 60, math.nan), (20, 9, 90, 0.91)]
+    arm = summaries_of(write_arms(tmp_path, {"esr-10": evals, "full": evals}, peak=None))["full"]
     assert (arm.to_threshold["seconds"], arm.final.middle) == (9, 0.91)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]+", "", page), re.IGNORECASE)
@@ -115,11 +111,10 @@ def test_missing_directory_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_samples_are_escaped_and_text_that_breaks_files_is_replaced(tmp_path: Path) -> None:
-    write_config(tmp_path, {"<b>$x$": 10, "full": 100})
     nasty = "<script>alert(1)</script> & ```` \x00 \ud800 $\\frac{$"
     samples = [{"step": 0, "prompt": nasty, "response": nasty}]
-    for name in ("<b>$x$", "full"):
-        write_seed(tmp_path, name, 0, [(0, 0, 0, 0.1), (20, 5, 50, 0.95)], samples=samples)
+    evals = [(20, 5, 50, 0.95)]
+    write_arms(tmp_path, {"<b>$x$": evals, "full": evals}, samples=samples)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<script" not in page and "<b>$x$" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; ```` \ufffd \ufffd" in page
@@ -152,12 +147,3 @@ def test_table_fits_a_terminal_of_100_columns(tmp_path: Path) -> None:
     # nothing may be lost to the limit: the last column of both tables is whole
     assert re.search(r"87,654,321 \(11.3x\)  20 \(1.00x\)\n.* 987,654,321 +20\n", table)
     assert "80.00 GiB" in table and "1.00 GiB (80.0x)" in table
-
-
-def test_report_needs_no_torch_and_no_matplotlib_to_import() -> None:
-    code = (
-        "import sys, esr_train.report;"
-        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -13,6 +13,7 @@ from esr_train.report.summary import summarise
 from tests.report.runs import (
     MIB,
     by_hand,
+    headline_of,
     set_baseline,
     summaries_of,
     write_config,
@@ -52,6 +53,7 @@ def test_ratios_refer_to_the_named_arm(tmp_path: Path) -> None:
     assert (backwards.low, backwards.high) == pytest.approx((1 / forwards.high, 1 / forwards.low))
     assert arms["full"].memory_ratio == pytest.approx(1 / 1.5)
     assert arms["esr-10"].ratios["seconds"].middle == 1
+    assert "full is 6.0 times slower than esr-10" in headline_of(read_run(tmp_path))
 
 
 def test_without_a_baseline_there_are_no_ratios(tmp_path: Path) -> None:

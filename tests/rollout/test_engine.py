@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -17,25 +19,6 @@ TOKENIZER = char_tokenizer()
 
 def greedy(model: torch.nn.Module, length: int, prompts: list[list[int]] = PROMPTS) -> RolloutBatch:
     return PrefixRollout(model, TOKENIZER).generate(prompts, 1, length, 0.0, (0,))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_greedy_is_what_transformers_generates(seed: int) -> None:
-    """Mixed prompt lengths; eos == pad == 0, and rows that end at different times."""
-    model = tiny_llama(seed)
-    ours = greedy(model, 24)
-    for row, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([prompt])
-        theirs = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=24,
-            do_sample=False,
-            eos_token_id=0,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
-        assert ours.response(row) == theirs
-        assert bool(ours.finished_by_eos[row]) == (theirs[-1] == 0)
 
 
 def test_the_same_key_replays_and_another_does_not() -> None:
@@ -59,17 +42,6 @@ def test_samples_follow_the_softmax_of_the_model() -> None:
         assert float(((seen - expected) ** 2 / expected).sum()) < 80
 
 
-def test_rows_that_are_dropped_do_not_change_the_others() -> None:
-    """A row samples the same greedy tokens alone and among rows that end before it."""
-    model = tiny_llama(5)
-    prompts = [[token] for token in range(2, 26)]
-    together = greedy(model, 40, prompts)
-    ended = together.lengths[together.finished_by_eos]
-    assert 0 < len(ended) and 2 * int((together.lengths < 40).sum()) > len(prompts)
-    for row in range(0, len(prompts), 5):
-        assert greedy(model, 40, [prompts[row]]).response(0) == together.response(row)
-
-
 def _constant_model(token: int) -> torch.nn.Module:
     """A model that prefers `token` everywhere, by a bias on its head."""
     model = tiny_llama(tie_word_embeddings=False)
@@ -80,17 +52,16 @@ def _constant_model(token: int) -> torch.nn.Module:
     return model
 
 
-def test_eos_as_the_first_token() -> None:
-    batch = greedy(_constant_model(0), 5)
-    assert batch.lengths.tolist() == [1] * 4
-    assert batch.finished_by_eos.all() and (batch.tokens == 0).all()
-
-
-def test_no_eos_is_a_cut_and_eos_at_the_cut_is_an_end() -> None:
-    cut = greedy(_constant_model(7), 5)
-    assert cut.lengths.tolist() == [5] * 4 and not cut.finished_by_eos.any()
-    at_the_cut = greedy(_constant_model(0), 1)
-    assert at_the_cut.lengths.tolist() == [1] * 4 and at_the_cut.finished_by_eos.all()
+@pytest.mark.parametrize(
+    ("token", "most", "length", "ends"),
+    [(0, 5, 1, True), (7, 5, 5, False), (0, 1, 1, True)],
+    ids=["eos first", "cut", "eos at the cut"],
+)
+def test_a_response_ends_by_eos_or_is_cut(token: int, most: int, length: int, ends: bool) -> None:
+    batch = greedy(_constant_model(token), most)
+    assert batch.lengths.tolist() == [length] * 4
+    assert batch.finished_by_eos.tolist() == [ends] * 4
+    assert batch.tokens[:, :length].eq(token).all()
 
 
 def test_every_eos_id_ends_a_response() -> None:
@@ -193,13 +164,13 @@ def test_a_row_alone_samples_what_it_did_among_others(monkeypatch: pytest.Monkey
     one where it does not.
     """
     sizes: list[tuple[int, int]] = []  # rows and prompts that are left, at every compaction
-    select = PrefixCache.select
+    place = PrefixCache.place
 
-    def watched(cache: PrefixCache, *arguments: Any) -> None:
-        select(cache, *arguments)
-        sizes.append((len(cache.prompt_of_row), cache.prompts))
+    def watched(cache: PrefixCache, place_of_row: list[int], prompts: int) -> None:
+        place(cache, place_of_row, prompts)
+        sizes.append((cache.rows, len({place // 3 for place in place_of_row})))
 
-    monkeypatch.setattr(PrefixCache, "select", watched)
+    monkeypatch.setattr(PrefixCache, "place", watched)
     engine = PrefixRollout(tiny_llama(5), TOKENIZER)
     prompts = [[token, 3] for token in range(2, 26)]
     batch = engine.generate(prompts, 3, 40, 1.0, (0,))
@@ -244,13 +215,21 @@ def test_progress_is_reported() -> None:
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1)) and len(seen) > 5
 
 
-def test_a_batch_is_cut_by_rows() -> None:
+def test_rows_of_a_batch_are_selected_by_index_or_mask() -> None:
     batch = PrefixRollout(tiny_llama(), TOKENIZER).generate(PROMPTS, 2, 6, 1.0, (0,))
     part = batch.select(torch.tensor([5, 2]))
     assert part.prompts == [PROMPTS[2], PROMPTS[1]] and part.row_keys.tolist() == [5, 2]
     assert torch.equal(part.logprob, batch.logprob[[5, 2]])
     by_hand = RolloutBatch(batch.prompts, batch.tokens, batch.lengths, batch.finished_by_eos)
     assert by_hand.select(torch.tensor([0])).logprob is None
+    by_mask = batch.select(torch.tensor([False, True] * 3 + [True, False]))
+    assert by_mask.row_keys.tolist() == [1, 3, 5, 6] and by_mask.prompts == PROMPTS
+    assert torch.equal(by_mask.tokens, batch.tokens[[1, 3, 5, 6]])
+    with pytest.raises(TypeError, match="rows must be a torch.Tensor, got list"):
+        batch.select([0, 1])
+    for rows in (torch.tensor([99]), torch.tensor([True]), torch.tensor([0.0])):
+        with pytest.raises(ValueError, match="rows must be"):
+            batch.select(rows)
 
 
 @pytest.mark.parametrize(
@@ -274,28 +253,10 @@ def test_a_batch_is_cut_by_rows() -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_bad_arguments_are_refused(change: dict, message: str) -> None:
-    arguments = {
-        "prompts_token_ids": PROMPTS,
-        "samples_per_prompt": 2,
-        "max_new_tokens": 4,
-        "temperature": 1.0,
-        "seed_key": (0,),
-    }
+    arguments = {"prompts_token_ids": PROMPTS, "samples_per_prompt": 2, "max_new_tokens": 4}
+    arguments |= {"temperature": 1.0, "seed_key": (0,)}
     with pytest.raises((ValueError, TypeError), match=message):
         PrefixRollout(tiny_llama(), TOKENIZER).generate(**arguments | change)
-
-
-def test_a_selection_by_mask_is_that_of_its_indices() -> None:
-    batch = PrefixRollout(tiny_llama(), TOKENIZER).generate(PROMPTS, 2, 6, 1.0, (0,))
-    mask = torch.tensor([False, True] * 3 + [True, False])
-    by_mask, by_index = batch.select(mask), batch.select(torch.tensor([1, 3, 5, 6]))
-    assert by_mask.prompts == by_index.prompts == PROMPTS
-    assert torch.equal(by_mask.tokens, by_index.tokens)
-    with pytest.raises(TypeError, match="rows must be a torch.Tensor, got list"):
-        batch.select([0, 1])
-    for rows in (torch.tensor([99]), torch.tensor([True]), torch.tensor([0.0])):
-        with pytest.raises(ValueError, match="rows must be"):
-            batch.select(rows)
 
 
 def test_an_engine_for_no_model_or_no_classes_is_refused() -> None:
@@ -333,27 +294,35 @@ def test_threads_take_turns_on_a_model() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("first", ["inside", "outside"])
-def test_autocast_changes_nothing(first: str) -> None:
-    """Neither a rollout nor the verdict on how the model is decoded."""
-    model = tiny_llama()
-    engine = PrefixRollout(model, TOKENIZER)
+def _in_autocast() -> Any:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@contextmanager
+def _by_default(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "contexts",
+    [
+        (_in_autocast, nullcontext),
+        (nullcontext, _in_autocast),
+        (nullcontext, lambda: _by_default(torch.bfloat16)),
+        (nullcontext, lambda: _by_default(torch.float64)),
+    ],
+    ids=["autocast first", "autocast second", "bf16 by default", "fp64 by default"],
+)
+def test_autocast_and_the_default_dtype_change_nothing(contexts: Any) -> None:
+    """Neither a rollout nor the verdict on how the model is decoded, which the first call makes."""
+    engine = PrefixRollout(tiny_llama(), TOKENIZER)
     batches = []
-    for inside in (first == "inside", first != "inside"):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+    for context in contexts:
+        with context():
             batches.append(engine.generate(PROMPTS, 2, 8, 1.0, (0,)))
     assert torch.equal(batches[0].tokens, batches[1].tokens)
     assert torch.equal(batches[0].logprob, batches[1].logprob)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
-    engine = PrefixRollout(tiny_llama(), TOKENIZER)
-    expected = engine.generate(PROMPTS, 2, 8, 1.0, (0,))
-    torch.set_default_dtype(dtype)
-    try:
-        batch = engine.generate(PROMPTS, 2, 8, 1.0, (0,))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(batch.tokens, expected.tokens)
-    assert torch.equal(batch.logprob, expected.logprob)

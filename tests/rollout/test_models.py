@@ -10,28 +10,15 @@ import peft
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from esr_train.models import ModelError
-from esr_train.rollout import PrefixRollout, RolloutBatch, cache, decoder, engine
-from tests.tiny import char_tokenizer, tiny_llama
+from esr_train.rollout import PrefixRollout, RolloutBatch, cache, decoder, loop
+from tests.tiny import SETTINGS, by_transformers, char_tokenizer, tiny_llama
 
 TOKENIZER = char_tokenizer()
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13, 3, 9, 20, 21, 4], [3, 3]]
 LAYERS, WINDOW = 4, 6  # the third prompt is longer than the window
-COMMON = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+COMMON = SETTINGS | {"num_hidden_layers": LAYERS}
 # With tied heads a random Gemma repeats its last token for ever.
 GEMMA = {
     "head_dim": 16,
@@ -65,30 +52,20 @@ def greedy(model: Any, length: int = 16, samples: int = 1) -> RolloutBatch:
     return PrefixRollout(model, TOKENIZER).generate(PROMPTS, samples, length, 0.0, (0,))
 
 
-def by_transformers(model: Any, prompt: list[int], length: int = 16) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=length,
-        do_sample=False,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
-def assert_greedy_is_theirs(model: Any, samples: int = 1) -> None:
-    ours = greedy(model, samples=samples)
+def assert_greedy_is_theirs(model: Any, samples: int = 1, length: int = 16) -> RolloutBatch:
+    ours = greedy(model, length, samples)
     for row, prompt in enumerate(ours.prompts):
-        assert ours.response(row) == by_transformers(model, prompt)
+        theirs = by_transformers(model, prompt, length)
+        assert ours.response(row) == theirs
+        assert bool(ours.finished_by_eos[row]) == (theirs[-1] == 0)
     assert len(ours.tokens.unique()) > 5  # not one token over and over
+    return ours
 
 
 @pytest.fixture
 def eager_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go as soon as they have ended."""
-    monkeypatch.setattr(engine, "_should_compact", lambda gone, *_: gone > 0)
+    monkeypatch.setattr(loop, "_should_shrink", lambda gone, *_: gone > 0)
 
 
 @pytest.mark.usefixtures("eager_compaction")
@@ -97,10 +74,14 @@ def test_greedy_is_what_transformers_generates(name: str, caplog: pytest.LogCapt
     model = make(name)
     attention = model.config._attn_implementation
     assert_greedy_is_theirs(model, samples=2)
-    assert not [
-        r for r in caplog.records if r.name == "esr_train.rollout.decoder"
-    ]  # shared prompts
-    assert model.config._attn_implementation == attention
+    shared = not [r for r in caplog.records if r.name == "esr_train.rollout.decoder"]
+    assert shared and model.config._attn_implementation == attention
+
+
+def test_rows_that_end_at_different_times() -> None:
+    """EOS and padding are one id here."""
+    ended = [assert_greedy_is_theirs(tiny_llama(seed), length=24).lengths for seed in range(4)]
+    assert len(torch.cat(ended).unique()) > 3
 
 
 def _bloom() -> Any:
@@ -206,38 +187,12 @@ def test_a_model_in_training_samples_without_dropout_and_checkpointing() -> None
     assert model.training and all(module.training for module in model.modules())
 
 
-class _Adapter(nn.Module):
-    """A linear layer and a low-rank update beside it."""
-
-    def __init__(self, inner: nn.Linear) -> None:
-        super().__init__()
-        self.inner = inner
-        self.down = nn.Linear(inner.in_features, 2, bias=False)
-        self.up = nn.Linear(2, inner.out_features, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x) + self.up(self.down(x))
-
-
-def test_adapters_take_part() -> None:
+def test_a_peft_student_samples_through_its_adapters() -> None:
     model = make("qwen3")
     before = greedy(model)
-    for layer in model.model.layers:
-        layer.self_attn.k_proj = _Adapter(layer.self_attn.k_proj)
-        layer.mlp.up_proj = _Adapter(layer.mlp.up_proj)
-    assert_greedy_is_theirs(model)
-    assert not torch.equal(greedy(model).tokens, before.tokens)
-
-
-def test_a_peft_student_samples_through_its_adapters() -> None:
-    model = make("llama")
-    before = greedy(model)
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(target_modules=["k_proj", "up_proj"], init_lora_weights=False)
     student = peft.get_peft_model(model, config).eval()
-    ours = greedy(student)
-    for row, prompt in enumerate(ours.prompts):
-        assert ours.response(row) == by_transformers(student, prompt)
-    assert not torch.equal(ours.tokens, before.tokens)
+    assert not torch.equal(assert_greedy_is_theirs(student).tokens, before.tokens)
 
 
 def _prompted(config: Any) -> Any:

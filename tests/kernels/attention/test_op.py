@@ -11,13 +11,9 @@ from esr_kernels.attention.op import shared_prefix_attention
 from tests.kernels.cases import DEVICE
 
 RAGGED = (0, 1, 1, 1, 1, 3, 0)  # prompt 2 has no row left
-OPTIONS = {
-    "plain": {},
-    "softcap": {"softcap": 2.0, "scale": 0.5},
-    "window": {"window": 7},
-    "one key": {"window": 1},
-    "window and softcap": {"window": 16, "softcap": 3.0},
-}
+LONG = {"length": 300, "own": 70}
+WINDOWED = {"window": 16, "softcap": 3.0}
+OPTIONS = [{}, {"softcap": 2.0, "scale": 0.5}, {"window": 7}, {"window": 1}, WINDOWED]
 
 
 # "compiled" and "torch" are what impl="torch" is with a C compiler and without.
@@ -90,41 +86,30 @@ def _plain(tensors, groups, **options):
 
 
 @pytest.mark.parametrize(
-    ("heads", "options"),
-    [*(((6, 2), options) for options in OPTIONS.values()), ((4, 4), {}), ((5, 1), {})],
+    ("impl", "dtype", "relative"),
+    [("torch", torch.float64, 1e-14)]
+    # Plain fp32 attention has 1e-7 on these shapes.
+    + [(impl, torch.float32, 1e-6) for impl in IMPLS],
+    indirect=["impl"],
     ids=str,
 )
-def test_torch_is_the_reference(heads, options):
-    tensors, groups = _case(heads=heads)
-    truth = _truth(tensors, groups, **options)
-    out = shared_prefix_attention(*tensors, groups=groups, impl="torch", **options)
-    _assert_close(out, truth, 1e-14)
-
-
-@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 @pytest.mark.parametrize(
     ("heads", "options"),
-    [*(((6, 2), options) for options in OPTIONS.values()), ((5, 1), OPTIONS["window and softcap"])],
+    [*(((6, 2), options) for options in OPTIONS), ((4, 4), {}), ((5, 1), WINDOWED)],
     ids=str,
 )
-def test_single_precision_is_the_reference(heads, options, impl):
+def test_it_is_the_reference(heads, options, impl, dtype, relative):
     tensors, groups = _case(heads=heads)
     truth = _truth(tensors, groups, **options)
-    single = _in(torch.float32, tensors)
-    out = shared_prefix_attention(*single, groups=groups, impl=impl, **options)
-    _assert_close(out, truth, 1e-6)  # plain fp32 attention has 1e-7 on these shapes
+    out = shared_prefix_attention(*_in(dtype, tensors), groups=groups, impl=impl, **options)
+    _assert_close(out, truth, relative)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"], indirect=True)
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [
-        ({}, {}),
-        ({"std": 4.0}, {}),
-        ({"length": 300, "own": 70}, {}),
-        ({"length": 300, "own": 70}, {"window": 40, "softcap": 3.0}),
-    ],
-    ids=["random", "peaked", "splits", "splits, window and softcap"],
+    [({"std": 4.0}, {}), (LONG, {}), (LONG, WINDOWED | {"window": 40})],
+    ids=["peaked", "splits", "splits, window and softcap"],
 )
 def test_16_bit_errs_no_more_than_plain_pytorch(impl, shape, options):
     tensors, groups = _case(**shape, dtype=torch.float16)

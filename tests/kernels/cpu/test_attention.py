@@ -48,15 +48,10 @@ def test_wider_heads_go_through_pytorch():
 @pytest.mark.parametrize("window", [None, 40, 90])
 def test_a_row_is_the_same_alone_and_with_any_threads(window):
     tensors, groups = _case((0,) * 40, prompts=1, length=200, own=70, dim=64, dtype=torch.float32)
-    query, pk, pv, lengths, sk, sv, own = tensors = [tensor.cpu() for tensor in tensors]
+    query, pk, pv, lengths, sk, sv, own = tensors
     together = _attend(tensors, window=window)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(_attend(tensors, window=window), together)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(3)
+    assert torch.equal(_attend(tensors, window=window), together)
     for row in (0, 17, 39):
         one = slice(row, row + 1)
         row_of = (query[one], pk, pv, lengths, sk[one], sv[one], own[one])

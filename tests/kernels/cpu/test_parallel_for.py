@@ -24,15 +24,8 @@ def _operands():
     tensors, _ = _case(
         (0,) * 30, prompts=1, length=400, own=100, dim=64, heads=(6, 2), dtype=torch.float32
     )
-    return [tensor.cpu() for tensor in tensors]
-
-
-@pytest.fixture
-def three_threads():
-    before = torch.get_num_threads()
     torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+    return [tensor.cpu() for tensor in tensors]
 
 
 def test_pytorchs_threads_are_found():
@@ -79,14 +72,14 @@ def test_another_openmp_library_in_the_process_is_not_joined(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_pool_computes_the_same(three_threads, monkeypatch):
+def test_a_pool_computes_the_same(monkeypatch):
     tensors = _operands()
     expected = shared_prefix_attention(*tensors)
     monkeypatch.setattr(parallel_for, "_pytorch_gomp_parallel", lambda process: None)
     assert torch.equal(shared_prefix_attention(*tensors), expected)
 
 
-def test_fewer_threads_than_requested_do_all_parts(three_threads, monkeypatch):
+def test_fewer_threads_than_requested_do_all_parts(monkeypatch):
     """As in a nested parallel region of OpenMP."""
     tensors = _operands()
     expected = shared_prefix_attention(*tensors)
@@ -111,7 +104,7 @@ def _in_a_child(tensors, sender):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_does_not_wait_for_its_parents_threads(three_threads):
+def test_a_forked_process_does_not_wait_for_its_parents_threads():
     tensors = _operands()
     expected = shared_prefix_attention(*tensors)
     context = multiprocessing.get_context("fork")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import esr_kernels
-from esr_kernels.cpu import huge_pages, library, products
+from esr_kernels.cpu import library, products
 
 PACKAGE = Path(esr_kernels.__file__).parent
 # Of every op that this room makes faster.
@@ -90,21 +90,13 @@ def test_the_package_works_with_the_room_deleted(tmp_path):
         assert torch.equal(without, off)
 
 
-def test_nothing_happens_when_switched_off(monkeypatch):
-    monkeypatch.setenv("ESR_NATIVE", "0")
+def test_the_order_of_products_follows_the_switch(monkeypatch):
     monkeypatch.setattr(products.Path, "read_text", lambda path: "AuthenticAMD")
-    caches = library.is_enabled, library.library, products.is_faster
-    for cached in caches:
-        cached.cache_clear()
-    try:
-        assert not library.is_enabled() and library.library() is None
-        assert not products.is_faster()
-        monkeypatch.setattr(huge_pages.ctypes, "CDLL", None)  # calling it would raise
-        huge_pages.on_huge_pages(torch.empty(12 << 20))
-        monkeypatch.setenv("ESR_NATIVE", "yes")
-        library.is_enabled.cache_clear()
-        with pytest.raises(ValueError, match="ESR_NATIVE must be 0 or 1, got 'yes'"):
-            library.is_enabled()
-    finally:
-        for cached in caches:
-            cached.cache_clear()
+    is_enabled = library.is_enabled.__wrapped__  # without its cache
+    monkeypatch.setattr(products, "is_enabled", is_enabled)
+    for value, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv("ESR_NATIVE", value)
+        assert products.is_faster.__wrapped__() == expected
+    monkeypatch.setenv("ESR_NATIVE", "yes")
+    with pytest.raises(ValueError, match="ESR_NATIVE must be 0 or 1, got 'yes'"):
+        is_enabled()

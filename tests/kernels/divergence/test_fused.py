@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import Tensor
 
+from esr_kernels.common.reference import transformed_logits
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.call import Operands
 from esr_kernels.divergence.fused_triton import BLOCKS, Blocks, _split_classes, fused_stats
@@ -44,26 +47,15 @@ def _as_operands(
     return Operands(s_hidden, s_weight, biases[0], None, t_hidden, t_weight, biases[1], None, None)
 
 
-def _logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    dtype: torch.dtype,
-) -> Tensor:
-    z = hidden.to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        z = z + bias.to(dtype)
-    z = z * transform.scale
-    if transform.softcap is not None:
-        z = transform.softcap * torch.tanh(z / transform.softcap)
-    return z / transform.temperature
-
-
 def _statistics(operands: list[Tensor], spec: RowSpec, biases, dtype: torch.dtype) -> RowStats:
     """The same statistics from whole rows of logits, by their formulas."""
-    s = _logits(*operands[:2], biases[0], spec.student, dtype)
-    t = _logits(*operands[2:], biases[1], spec.teacher, dtype)
+    s, t = (
+        transformed_logits(*operands, bias, **asdict(transform), classes=slice(None), dtype=dtype)
+        for operands, bias, transform in (
+            (operands[:2], biases[0], spec.student),
+            (operands[2:], biases[1], spec.teacher),
+        )
+    )
     p, q = s.softmax(1), t.softmax(1)
 
     def under(probability: Tensor, value: Tensor) -> Tensor:
@@ -264,11 +256,3 @@ def test_splits_cover_the_classes_once(rows, classes):
         assert (splits - 1) * each < classes <= splits * each
         assert each % blocks.classes == 0
         assert splits <= 65_535, "the second dimension of a CUDA grid"
-
-
-def test_sanitize_fused():
-    """Few enough tiles for a sanitizer that executes them one element at a time."""
-    bias = torch.zeros(21, dtype=torch.bfloat16, device=cases.DEVICE)
-    bias[3] = -torch.inf
-    spec = RowSpec(ReverseKL(), LogitTransform(1.0, 5.0, 0.7), PLAIN)
-    _check(_operands(torch.bfloat16, 19, 21, (17, 32)), spec, (bias, bias.clone()))

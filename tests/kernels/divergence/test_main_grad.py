@@ -17,15 +17,10 @@ PLANS = ["stash", "recompute"]
 
 
 def _run(case, upstream=1.0, **how):
-    """(gradients of hidden, head, bias) after one backward, None where there is none."""
+    """Gradients by name after one backward, None where there is none."""
     leaves, options = cases._leaves(case, None)
-    out = linear_divergence(
-        leaves["student_hidden"],
-        leaves["student_weight"],
-        case.teacher_hidden,
-        case.teacher_weight,
-        **{**options, **how},
-    )
+    student = leaves["student_hidden"], leaves["student_weight"]
+    out = linear_divergence(*student, *case.tensors[2:], **{**options, **how})
     (out.loss * upstream).sum().backward()
     return {name: leaf.grad for name, leaf in leaves.items()}
 
@@ -79,14 +74,7 @@ def test_two_micro_batches_accumulate_whatever_the_order_of_their_backwards(plan
     hidden = case.student_hidden.requires_grad_()
     halves = [slice(0, 9), slice(9, TOKENS)]
     losses = [
-        linear_divergence(
-            hidden[half],
-            case.student_weight,
-            case.teacher_hidden[half],
-            case.teacher_weight,
-            weight_grad=weight_grad,
-            plan=plan,
-        ).loss
+        linear_divergence(*case.rows(half).tensors, weight_grad=weight_grad, plan=plan).loss
         for half in halves
     ]
     assert weight_grad.abs().max() == 0, "nothing is added before a backward"
@@ -113,15 +101,6 @@ def test_on_the_gpu_path(make, dtype, plan):
     assert error <= cases.ALLOWED_RATIO * cases.relative_error(baseline, truth)
 
 
-def test_a_frozen_head_may_have_one_too():
-    case = cases.random_pair(torch.float32)
-    weight_grad = torch.zeros_like(case.student_weight)
-    hidden = case.student_hidden.requires_grad_()
-    linear_divergence(hidden, *case.tensors[1:], weight_grad=weight_grad).loss.backward()
-    expected = _run(case)["student_weight"]
-    torch.testing.assert_close(weight_grad, expected, rtol=1e-5, atol=1e-8)
-
-
 def test_plans_count_its_memory():
     """A stash holds an fp32 gradient until the backward, recompute writes where it belongs."""
     problem = Problem(1600, 151_936, 1536, 2048, weight_grad_given=True)
@@ -133,30 +112,3 @@ def test_plans_count_its_memory():
     assert recompute.extra_bytes == make_plan(fresh, "recompute", 1 << 30).extra_bytes
     assert make_plan(problem, "auto", 1 << 30).kind == "recompute"
     assert plan_linear_divergence(1600, 151_936, 1536, 2048).kind == "stash"
-
-
-@pytest.mark.parametrize(
-    "bad, error, message",
-    [
-        (torch.zeros(1003, 23), ValueError, r"weight_grad must have shape \[1003, 24\]"),
-        (torch.zeros(1003, 24).half(), TypeError, "weight_grad must be float32, got torch.float16"),
-        (torch.zeros(24, 1003).T, ValueError, "weight_grad must be contiguous"),
-        (torch.zeros(1003, 24, device="meta"), ValueError, "device"),
-        ([0.0], TypeError, "weight_grad must be a torch.Tensor, got list"),
-    ],
-    ids=["shape", "dtype", "strided", "device", "type"],
-)
-def test_bad_memory_is_refused(bad, error, message):
-    case = cases.random_pair(torch.float32)
-    case.student_hidden.requires_grad_()
-    bad = bad.to(DEVICE) if isinstance(bad, torch.Tensor) and bad.device.type == "cpu" else bad
-    with pytest.raises(error, match=message):
-        linear_divergence(*case.tensors, weight_grad=bad)
-
-
-def test_the_reference_has_autograd_only():
-    case = cases.random_pair(torch.float32)
-    with pytest.raises(ValueError, match="weight_grad must be None"):
-        linear_divergence(
-            *case.tensors, weight_grad=torch.zeros_like(case.student_weight), impl="reference"
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 
-import pytest
 import torch
 
 from esr_kernels import JSD, LinearDivergenceLoss, linear_divergence
@@ -12,15 +11,8 @@ from tests.kernels import cases
 from tests.kernels.cases import DEVICE, TOKENS
 
 OPTIONS = {
-    "temperature": 0.7,
-    "teacher_temperature": 1.3,
-    "student_softcap": 5.0,
-    "teacher_softcap": 7.0,
-    "student_logit_scale": 1.7,
-    "teacher_logit_scale": 0.6,
-    "num_classes": 998,
+    **cases.TRANSFORMS,
     "label_weight": 0.3,
-    "reduction": "mean",
     "plan": "recompute",
     "memory_budget": 18 << 20,
     "compact": False,
@@ -59,12 +51,6 @@ def test_it_has_every_option_of_the_function():
     documented = LinearDivergenceLoss.__doc__ + LinearDivergenceLoss.forward.__doc__
     for name in every - {"student_hidden", "student_weight", "teacher_hidden", "teacher_weight"}:
         assert name in documented
-
-
-@pytest.mark.parametrize("name, why", [("temprature", "is unknown"), ("labels", "pass it to")])
-def test_an_option_that_it_does_not_have(name, why):
-    with pytest.raises(TypeError, match=f"option '{name}' .*{why}"):
-        LinearDivergenceLoss(**{name: None})
 
 
 def test_its_repr_shows_what_was_chosen():

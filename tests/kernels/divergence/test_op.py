@@ -28,15 +28,8 @@ def _case(dtype=torch.float32):
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_empty_batch_gives_zero_loss_and_zero_gradients(plan, reduction, impl):
     case = _case()
-    out = linear_divergence(
-        case.student_hidden[:0],
-        case.student_weight,
-        case.teacher_hidden[:0],
-        case.teacher_weight,
-        plan=plan,
-        reduction=reduction,
-        impl=impl,
-    )
+    how = {"plan": plan, "reduction": reduction, "impl": impl}
+    out = linear_divergence(*case.rows(slice(0)).tensors, **how)
     out.loss.backward()
     assert out.loss.item() == 0 and out.per_token.shape == (0,)
     assert torch.equal(case.student_weight.grad, torch.zeros_like(case.student_weight))
@@ -86,34 +79,14 @@ def test_a_row_of_weight_0_is_as_if_it_were_absent_even_if_nan(plan, compact, im
     case = _case()
     weights = torch.rand(TOKENS, device=DEVICE) + 0.5
     weights[[2, 9]] = 0
-    hidden = case.student_hidden.detach().clone()
-    hidden[2] = torch.nan
-    hidden.requires_grad_()
     kept = weights != 0
-    absent = linear_divergence(
-        case.student_hidden[kept],
-        case.student_weight,
-        case.teacher_hidden[kept],
-        case.teacher_weight,
-        token_weights=weights[kept],
-        plan=plan,
-        impl=impl,
-    )
-    absent.loss.backward()
-    expected = case.student_weight.grad
-    case.student_weight.grad = None
-    teacher_hidden = case.teacher_hidden.clone()
-    teacher_hidden[9] = torch.inf
-    out = linear_divergence(
-        hidden,
-        case.student_weight,
-        teacher_hidden,
-        case.teacher_weight,
-        token_weights=weights,
-        plan=plan,
-        compact=compact,
-        impl=impl,
-    )
+    how = {"plan": plan, "impl": impl}
+    absent = linear_divergence(*case.rows(kept).tensors, token_weights=weights[kept], **how)
+    (expected,) = torch.autograd.grad(absent.loss, case.student_weight)
+    hidden, teacher_hidden = case.student_hidden.detach().clone(), case.teacher_hidden.clone()
+    hidden[2], teacher_hidden[9] = torch.nan, torch.inf
+    broken = replace(case, student_hidden=hidden.requires_grad_(), teacher_hidden=teacher_hidden)
+    out = linear_divergence(*broken.tensors, token_weights=weights, compact=compact, **how)
     out.loss.backward()
     torch.testing.assert_close(out.loss, absent.loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(case.student_weight.grad, expected, rtol=1e-4, atol=1e-6)
@@ -238,133 +211,20 @@ def test_autocast_takes_fp32_parameters_and_returns_fp32_gradients():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = linear_divergence(*case.tensors)
     out.loss.backward()
-    rounded = replace(
-        case,
-        student_hidden=case.student_hidden.detach().bfloat16(),
-        student_weight=case.student_weight.detach().bfloat16(),
-        teacher_hidden=case.teacher_hidden.bfloat16(),
-        teacher_weight=case.teacher_weight.bfloat16(),
-    )
-    expected = cases.ours(rounded, "reverse_kl")
+    expected = cases.ours(case.to(torch.bfloat16), "reverse_kl")
     assert case.student_weight.grad.dtype == torch.float32
     assert torch.equal(out.loss.detach(), expected["loss"])
     assert torch.equal(case.student_weight.grad, expected["d student_weight"].float())
 
 
-def test_gradcheck_in_fp64():
+@pytest.mark.parametrize("divergence", ["forward_kl", KLMix(0.5, 0.5), JSD(0.4)], ids=str)
+def test_gradcheck_in_fp64(divergence):
     case = cases._pair(3, 11, (4, 5), (1.0, 1.0), torch.float64)
-    teacher = case.teacher_hidden, case.teacher_weight
-    for divergence in ("forward_kl", KLMix(0.5, 0.5), JSD(0.4)):
-        for plan in ("recompute",):
-            assert torch.autograd.gradcheck(
-                lambda h, w, d=divergence, p=plan: (
-                    linear_divergence(
-                        h,
-                        w,
-                        *teacher,
-                        d,
-                        plan=p,
-                        impl="torch",
-                        student_softcap=2.0,
-                        temperature=1.5,
-                    ).loss
-                ),
-                (case.student_hidden.requires_grad_(), case.student_weight.requires_grad_()),
-            )
-
-
-def _error_cases():
-    good = {
-        "student_hidden": torch.randn(4, 3),
-        "student_weight": torch.randn(7, 3),
-        "teacher_hidden": torch.randn(4, 5),
-        "teacher_weight": torch.randn(7, 5),
-    }
-    bad = {
-        "misspelt divergence": (
-            {"divergence": "reverse-kl"},
-            ValueError,
-            "got 'reverse-kl'; did you mean 'reverse_kl'",
-        ),
-        "unknown divergence": ({"divergence": "kl"}, ValueError, "divergence must be one of.*'kl'"),
-        "token counts": (
-            {"teacher_hidden": torch.randn(5, 5)},
-            ValueError,
-            "same number of tokens, got 4 and 5",
-        ),
-        "hidden size": (
-            {"student_weight": torch.randn(7, 4)},
-            ValueError,
-            r"student_weight must have 3 columns.*\[7, 4\]",
-        ),
-        "vocabulary size": ({"num_classes": 8}, ValueError, "num_classes.*from 1 to 7.*got 8"),
-        "no classes": ({"num_classes": 0}, ValueError, "num_classes.*got 0"),
-        "three dimensions": (
-            {"student_hidden": torch.randn(2, 2, 3)},
-            ValueError,
-            r"student_hidden must have 2 dimensions, got shape \[2, 2, 3\]",
-        ),
-        "dtype": (
-            {"student_hidden": torch.ones(4, 3, dtype=torch.int64)},
-            TypeError,
-            "student_hidden must be one of.*int64",
-        ),
-        "mixed dtype": (
-            {"student_hidden": torch.randn(4, 3).bfloat16()},
-            TypeError,
-            "same dtype outside of autocast.*bfloat16.*float32",
-        ),
-        "not a tensor": ({"teacher_weight": None}, TypeError, "teacher_weight must be a torch.Ten"),
-        "device": (
-            {"teacher_hidden": torch.empty(4, 5, device="meta")},
-            ValueError,
-            "device",
-        ),
-        "weights": (
-            {"token_weights": torch.ones(3)},
-            ValueError,
-            r"token_weights must have shape \[4\], got \[3\]",
-        ),
-        "weights with gradient": (
-            {"token_weights": torch.ones(4, requires_grad=True)},
-            TypeError,
-            "token_weights.*detach",
-        ),
-        "bias": (
-            {"student_bias": torch.ones(6)},
-            ValueError,
-            r"student_bias must have shape \[7\]",
-        ),
-        "temperature": ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0"),
-        "scale": ({"student_logit_scale": 0.0}, ValueError, "student_logit_scale.*not 0, got 0.0"),
-        "softcap": (
-            {"teacher_softcap": -1.0},
-            ValueError,
-            "teacher_softcap must be None or finite",
-        ),
-        "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of.*'avg'"),
-        "plan": ({"plan": "magic"}, ValueError, "plan must be.*'magic'"),
-        "impl": ({"impl": "cuda"}, ValueError, "impl must be one of.*'cuda'"),
-        "stash per token": (
-            {"plan": "stash", "reduction": "none"},
-            ValueError,
-            "cannot serve reduction='none'",
-        ),
-        "budget": ({"memory_budget": 10}, ValueError, "memory_budget of 10 bytes is too small"),
-        "negative budget": ({"memory_budget": -1}, ValueError, "memory_budget must be a positive"),
-    }
-    return good, bad
-
-
-@pytest.mark.parametrize("name", _error_cases()[1])
-def test_bad_input_names_the_argument(name):
-    good, bad = _error_cases()
-    change, error, message = bad[name]
-    arguments = {**good, **change}
-    if arguments["student_hidden"].is_floating_point():
-        arguments["student_hidden"].requires_grad_()
-    with pytest.raises(error, match=message):
-        linear_divergence(**arguments)
+    how = {"plan": "recompute", "impl": "torch", "student_softcap": 2.0, "temperature": 1.5}
+    assert torch.autograd.gradcheck(
+        lambda *student: linear_divergence(*student, *case.tensors[2:], divergence, **how).loss,
+        (case.student_hidden.requires_grad_(), case.student_weight.requires_grad_()),
+    )
 
 
 def test_vocabularies_too_unlike_to_be_padded_are_warned_of():
@@ -380,13 +240,20 @@ def test_vocabularies_too_unlike_to_be_padded_are_warned_of():
         linear_divergence(*heads, weight[:50], student_ids=ids, teacher_ids=ids)
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, float("nan")])
-def test_jsd_refuses_the_ends_of_beta(beta):
-    with pytest.raises(ValueError, match="ForwardKL|strictly between"):
-        JSD(beta)
-
-
-@pytest.mark.parametrize("weights", [(-1.0, 1.0), (0.0, 0.0), (float("inf"), 1.0)])
-def test_a_mix_refuses_negative_or_empty_weights(weights):
-    with pytest.raises(ValueError, match="KLMix weights"):
-        KLMix(*weights)
+@pytest.mark.parametrize("divergence", ["forward_kl", KLMix(1.0, 0.0)], ids=str)
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_forward_kl_is_finite_where_the_teacher_alone_lost_a_class(impl, plan, divergence):
+    case = cases._pair(4, 10, (8, 8), (3.0, 3.0), torch.float32)
+    hidden, weight, teacher, teacher_weight = case.tensors
+    bias = torch.zeros(10, device=DEVICE)
+    bias[5] = -torch.inf
+    how = {"teacher_bias": bias, "plan": plan, "impl": impl}
+    out = linear_divergence(hidden.requires_grad_(), *case.tensors[1:], divergence, **how)
+    out.loss.backward()
+    p = (hidden.detach().double() @ weight.double().T).log_softmax(1)
+    q = (teacher.double() @ teacher_weight.double().T + bias.double()).softmax(1)
+    exact = torch.special.xlogy(q, q).sum() - (q * p).sum()
+    assert float(out.loss) == pytest.approx(float(exact), rel=1e-5)
+    gradient = (p.exp() - q) @ weight.double()
+    torch.testing.assert_close(hidden.grad.double(), gradient, rtol=1e-4, atol=1e-5)

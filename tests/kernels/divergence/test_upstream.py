@@ -67,9 +67,13 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
     plan = plan_linear_divergence(
         cases.TOKENS, 1003, 24, 40, device=DEVICE, dtype=torch.float32, plan="stash"
     )
-    for how in ("stash", plan):
-        with torch.no_grad():
-            linear_divergence(*tensors, plan=how)
+    compiled = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        outputs = [linear_divergence(*tensors, plan=how) for how in ("auto", "stash", plan)]
+        outputs += [compiled(*tensors, plan=how) for how in ("auto", "stash")]
+    for out in outputs:
+        assert not out.loss.requires_grad
+        torch.testing.assert_close(out.loss, outputs[0].loss, rtol=1e-6, atol=0)
 
 
 def test_a_bias_alone_is_trained_within_the_budget():

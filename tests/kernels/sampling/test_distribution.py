@@ -154,26 +154,26 @@ def test_the_tail_of_a_confident_tile_is_drawn():
     assert low > 0 and low <= int((drawn > 0).sum()) <= high
 
 
-def test_two_steps_are_independent():
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"step": 4}, {"step": 5}),
+        ({"seed": 1}, {"seed": 2}),
+        ({}, {"first": 1 << 32}),
+        ({}, {"first": -(1 << 40)}),
+    ],
+    ids=str,
+)
+def test_draws_by_neighbouring_keys_are_independent(one, other):
+    """Steps, seeds, and row ids that differ in their upper half alone."""
     logits = _logits(8, 1.0)
-    assert_independent(_draw(logits, step=4), _draw(logits, step=5), _softmax(logits))
+    assert_independent(_draw(logits, **one), _draw(logits, **other), _softmax(logits))
 
 
 def test_neighbouring_rows_are_independent():
     logits = _logits(8, 1.0)
     drawn = _draw(logits, draws=2 * DRAWS)
     assert_independent(drawn[::2], drawn[1::2], _softmax(logits))
-
-
-def test_neighbouring_seeds_are_independent():
-    logits = _logits(8, 1.0)
-    assert_independent(_draw(logits, seed=1), _draw(logits, seed=2), _softmax(logits))
-
-
-@pytest.mark.parametrize("shift", [1 << 32, -(1 << 40)])
-def test_row_ids_that_differ_in_their_upper_half_are_independent(shift):
-    logits = _logits(8, 1.0)
-    assert_independent(_draw(logits), _draw(logits, first=shift), _softmax(logits))
 
 
 def test_tile_and_class_in_it_are_independent():

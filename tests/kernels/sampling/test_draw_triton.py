@@ -16,7 +16,15 @@ from esr_kernels.sampling.philox_triton import gumbel as triton_gumbel
 from esr_kernels.sampling.philox_triton import tile_words as triton_words
 from esr_kernels.sampling.philox_triton import uniform as triton_uniform
 from tests.kernels.cases import DEVICE, thinned
-from tests.kernels.sampling.test_op import LOGITS, ODD_OPTIONS, PARAMS, _keys, _normal
+from tests.kernels.sampling.test_op import (
+    EACH_ROW,
+    LOGITS,
+    ODD_OPTIONS,
+    PARAMS,
+    _keys,
+    _normal,
+    assert_same_draws,
+)
 
 pytestmark = pytest.mark.kernels
 
@@ -60,11 +68,7 @@ def _agree(logits, params, keys=None, **options) -> None:
     keys = keys or _keys(len(logits))
     drawn = sample_from_logits(logits, keys, params, impl="triton", **options)
     expected = sample_from_logits(logits, keys, params, impl="torch", **options)
-    assert torch.equal(drawn.tokens, expected.tokens)
-    for field in ("logprob", "log_kept", "lse"):
-        torch.testing.assert_close(
-            getattr(drawn, field), getattr(expected, field), rtol=0, atol=8e-6, equal_nan=True
-        )
+    assert_same_draws(drawn, expected)
 
 
 @pytest.mark.parametrize(("name", "odd"), thinned(list(product(PARAMS, [False, True])), 3), ids=str)
@@ -73,13 +77,7 @@ def test_the_tokens_of_pytorch(name, odd):
 
 
 def test_parameters_of_each_row():
-    params = SamplingParams(
-        torch.tensor([0.0, 0.5, 1.0, 1.5], device=DEVICE),
-        torch.tensor([0, 3, 0, 50], device=DEVICE),
-        torch.tensor([0.9, 1.0, 0.5, 0.8], device=DEVICE),
-        torch.tensor([0.1, 0.0, 0.0, 0.01], device=DEVICE),
-    )
-    _agree(SOME, params, _keys(4, step=torch.arange(4, device=DEVICE)))
+    _agree(SOME, EACH_ROW, _keys(4, step=torch.arange(4, device=DEVICE)))
 
 
 @pytest.mark.parametrize("name", ["plain", "greedy", "top_k"])
@@ -151,3 +149,18 @@ def test_parameters_need_not_lie_side_by_side():
     bias = _normal(1, 600, seed=3)[0, ::2]
     invalid = (_normal(1, 600, seed=4)[0] > 1.5)[::2]
     _agree(logits, params, bias=bias, invalid=invalid, softcap=30)
+
+
+@pytest.mark.parametrize("seed", [0, -1, (1 << 40) + 12345])
+def test_a_seed_in_memory_is_the_seed(seed):
+    """A CUDA graph reads it at every replay, so that a captured step serves another seed."""
+    logits = SOME.to(DEVICE)
+    rows = torch.arange(len(logits), device=DEVICE)
+    in_memory = torch.tensor([seed], device=DEVICE)
+    for impl in ("triton", "torch"):
+        expected = sample_from_logits(logits, SampleKeys(seed, rows, 3), impl=impl)
+        other = sample_from_logits(logits, SampleKeys(seed + 1, rows, 3), impl=impl)
+        found = sample_from_logits(logits, SampleKeys(in_memory, rows, 3), impl=impl)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.logprob, expected.logprob)
+        assert not torch.equal(other.tokens, expected.tokens)

@@ -11,7 +11,14 @@ from esr_kernels import sample_from_hidden
 from esr_kernels.sampling import fused_triton
 from esr_kernels.sampling.fused_triton import BLOCKS, Blocks, is_faster
 from tests.kernels.cases import thinned
-from tests.kernels.sampling.test_op import HIDDEN, ODD_OPTIONS, PARAMS, WEIGHT, _keys
+from tests.kernels.sampling.test_op import (
+    HIDDEN,
+    ODD_OPTIONS,
+    PARAMS,
+    WEIGHT,
+    _keys,
+    assert_same_draws,
+)
 
 pytestmark = pytest.mark.kernels
 
@@ -40,16 +47,13 @@ def _both(name, dtype=torch.float32, rows=ROWS, keys=None, **options):
 )
 def test_the_tokens_of_the_logits(name, odd):
     fused, plain = _both(name, **(ODD_OPTIONS if odd else {}))
-    assert torch.equal(fused.tokens, plain.tokens)
-    for field in ("logprob", "log_kept", "lse"):
-        torch.testing.assert_close(getattr(fused, field), getattr(plain, field), rtol=0, atol=8e-6)
+    assert_same_draws(fused, plain)
 
 
 def test_16_bit_operands():
     """Their products are exact in fp32, so that the same tokens come out."""
     fused, plain = _both("plain", torch.bfloat16)
-    assert torch.equal(fused.tokens, plain.tokens)
-    torch.testing.assert_close(fused.lse, plain.lse, rtol=0, atol=8e-6)
+    assert_same_draws(fused, plain)
 
 
 def test_a_row_alone_is_a_row_of_the_batch():

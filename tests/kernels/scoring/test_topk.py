@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from esr_kernels import linear_divergence, linear_topk_divergence
-from esr_kernels.common import matmul
-from esr_kernels.scoring import reference, selected
 from tests.kernels import cases, head_cases
 from tests.kernels.cases import DEVICE
 from tests.kernels.head_cases import CLASSES, HEADS, TOKENS
@@ -21,47 +19,8 @@ DIVERGENCES = ["forward_kl", "reverse_kl"]
 TAILS = ["bucket", "renormalise"]
 
 
-def _teacher(case, k=11, noise=None, pads=True):
-    """(ids, log-probabilities) of a random teacher, or of the student's own logits plus noise."""
-    hidden, weight, options = case
-    classes = options.get("num_classes", CLASSES)
-    logits = 3 * head_cases._normal(hidden.shape[0], classes, seed=8).to(DEVICE)
-    if noise is not None:
-        logits = hidden.float() @ weight.float().T + noise / 3 * logits
-    if "bias" in options:
-        # The classes that a bias of -inf takes from the student are not the teacher's either.
-        logits = torch.where(options["bias"][:classes] == -torch.inf, -torch.inf, logits)
-    top = logits.log_softmax(-1).topk(k)
-    ids = top.indices.clone()
-    if pads and hidden.shape[0] > 6:
-        ids[3, 5:] = -1
-        ids[6] = -1
-    return ids, top.values
-
-
-def _backward(output):
-    upstream = head_cases._normal(output["per_token"].shape[0], seed=6).to(DEVICE)
-    return (output["loss"] * upstream).sum() if output["loss"].dim() else output["loss"] * 0.25
-
-
 def _three(case, teacher, **how):
-    """(ours, plain PyTorch, oracle)."""
-    options = {"reduction": "none", **how}
-    ours_only = {key: options.pop(key) for key in ("impl", "memory_budget") if key in options}
-    return (
-        head_cases.run(linear_topk_divergence, case, teacher, _backward, **options, **ours_only),
-        head_cases.run(
-            lambda *a, **k: reference.linear_topk_divergence(*a, dtype=torch.float32, **k),
-            case,
-            teacher,
-            _backward,
-            rounds_dz=ours_only.get("impl") == "triton",
-            **options,
-        ),
-        head_cases.run(
-            reference.linear_topk_divergence, case, teacher, _backward, torch.float64, **options
-        ),
-    )
+    return head_cases.three(linear_topk_divergence, case, teacher, **{"reduction": "none", **how})
 
 
 _NEAR = list(product(DIVERGENCES, TAILS, DTYPES))
@@ -83,7 +42,7 @@ _ON_CPU += [
 )
 def test_no_worse_than_plain_pytorch(head, divergence, tail, dtype, impl):
     case = HEADS[head](dtype)
-    three = _three(case, _teacher(case), divergence=divergence, tail=tail, impl=impl)
+    three = _three(case, head_cases.teacher(case), divergence=divergence, tail=tail, impl=impl)
     cases.assert_as_good_as_plain(*three)
 
 
@@ -97,7 +56,7 @@ def test_no_worse_than_plain_pytorch(head, divergence, tail, dtype, impl):
 )
 def test_no_worse_where_the_teacher_nearly_agrees(divergence, tail, dtype, impl):
     case = head_cases.head(dtype, 3.0)
-    teacher = _teacher(case, noise=0.02)
+    teacher = head_cases.teacher(case, noise=0.02)
     three = _three(case, teacher, divergence=divergence, tail=tail, impl=impl)
     cases.assert_as_good_as_plain(*three)
 
@@ -108,7 +67,9 @@ def test_no_worse_with_weights_of_which_some_are_0(reduction, impl):
     case = HEADS["odd_options"](torch.float32)
     weights = head_cases._normal(TOKENS, seed=9).abs().to(DEVICE)
     weights[::5] = 0
-    three = _three(case, _teacher(case), token_weights=weights, reduction=reduction, impl=impl)
+    three = _three(
+        case, head_cases.teacher(case), token_weights=weights, reduction=reduction, impl=impl
+    )
     cases.assert_as_good_as_plain(*three)
 
 
@@ -116,7 +77,7 @@ def test_no_worse_with_weights_of_which_some_are_0(reduction, impl):
 @pytest.mark.parametrize("k", [1, 300])
 def test_tiles_of_classes_change_nothing(k, impl):
     case = HEADS["odd_options"](torch.float32)
-    teacher = _teacher(case, k=k)
+    teacher = head_cases.teacher(case, k=k)
     three = _three(case, teacher, impl=impl, memory_budget=TOKENS * 128 * 4)
     cases.assert_as_good_as_plain(*three)
 
@@ -165,8 +126,8 @@ def test_the_bucket_is_a_divergence_below_the_whole_one(divergence):
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_student_that_agrees_has_no_divergence_and_hardly_a_gradient(divergence, tail):
     hidden, weight, _ = head_cases.head(torch.float32, 3.0)
-    ids, logprobs = _teacher((hidden, weight, {}), noise=0.0)
-    other = _teacher((hidden, weight, {}))
+    ids, logprobs = head_cases.teacher((hidden, weight, {}), noise=0.0)
+    other = head_cases.teacher((hidden, weight, {}))
     hidden.requires_grad_()
     how = {"divergence": divergence, "tail": tail}
     out = linear_topk_divergence(hidden, weight, ids, logprobs, **how)
@@ -217,7 +178,7 @@ def test_values_by_hand():
 def test_reductions_by_hand():
     """The reference shares `reduce_rows` with the op, so comparing the two misses its mistakes."""
     hidden, weight, _ = HEADS["random_head"](torch.float32)
-    teacher = _teacher((hidden, weight, {}))
+    teacher = head_cases.teacher((hidden, weight, {}))
     weights = torch.arange(TOKENS, device=DEVICE) % 3
     rows = linear_topk_divergence(hidden, weight, *teacher).per_token
     for given, total in ((None, TOKENS), (weights, weights.sum()), (weights * 0, 1)):
@@ -233,102 +194,12 @@ def test_reductions_by_hand():
             torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_gradcheck_in_fp64(divergence, tail):
-    hidden, weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3), (7, 3)))
-    bias = torch.randn(7, dtype=torch.float64)
-    top = torch.randn(4, 7, dtype=torch.float64).log_softmax(-1).topk(3)
-    ids = top.indices.clone()
-    ids[1, 1:] = -1
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: (
-            linear_topk_divergence(
-                h,
-                w,
-                ids,
-                top.values,
-                divergence=divergence,
-                tail=tail,
-                bias=b,
-                softcap=2.0,
-                temperature=1.5,
-                logit_scale=0.8,
-                reduction="none",
-            ).loss
-        ),
-        (hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()),
-    )
-
-
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("damage", ["zero dX", "halve dX", "zero dW", "halve dW", "bf16 logits"])
-def test_the_suite_notices_a_wrong_gradient(damage, tail, monkeypatch):
-    """A mutation check: the criterion above must fail when the op is broken on purpose."""
-    case = HEADS["random_head"](torch.float32)
-    name = {"dX": "hidden_gradient", "dW": "weight_gradient"}.get(damage[-2:])
-    if name is None:
-        project = matmul.project
-
-        def rounded(hidden, weight, out):
-            return out.copy_(project(hidden, weight, out).to(torch.bfloat16))
-
-        monkeypatch.setattr(matmul, "project", rounded)
-    else:
-        compute = getattr(matmul, name)
-        factor = 0.0 if damage.startswith("zero") else 0.5
-        monkeypatch.setattr(
-            matmul, name, lambda *args, alpha, **how: compute(*args, alpha=alpha * factor, **how)
-        )
-    three = _three(case, _teacher(case), tail=tail, impl="torch")
-    with pytest.raises(AssertionError, match="d (hidden|weight)"):
-        cases.assert_as_good_as_plain(*three)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("how", ["dropped", "masked, as on a GPU"])
-def test_a_row_of_weight_0_is_as_if_it_were_absent_even_if_nan(how, impl, monkeypatch):
-    if how != "dropped":
-        monkeypatch.setattr(selected, "values_are_at_hand", lambda rows: False)
-    hidden, weight, _ = HEADS["random_head"](torch.float32)
-    ids, logprobs = _teacher((hidden, weight, {}))
-    weights = torch.ones(TOKENS, device=DEVICE)
-    weights[[2, 9]] = 0
-    kept = weights != 0
-    broken = torch.where(kept[:, None], hidden, torch.nan).requires_grad_()
-    out = linear_topk_divergence(broken, weight, ids, logprobs, token_weights=weights, impl=impl)
-    absent = linear_topk_divergence(hidden[kept], weight, ids[kept], logprobs[kept], impl=impl)
-    torch.testing.assert_close(out.loss, absent.loss, rtol=1e-6, atol=0)
-    for ours, expected in zip(out[1:], absent[1:], strict=True):
-        torch.testing.assert_close(ours[kept], expected, rtol=1e-5, atol=0)
-        assert ours[~kept].eq(0).all()
-    out.loss.backward()
-    assert broken.grad[~kept].eq(0).all() and broken.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("tail", TAILS)
-def test_nan_stays_in_its_row(tail, impl):
-    hidden, weight, _ = HEADS["random_head"](torch.float32)
-    teacher = _teacher((hidden, weight, {}))
-    clean = linear_topk_divergence(hidden, weight, *teacher, tail=tail, impl=impl)
-    broken = hidden.clone()
-    broken[7] = torch.nan
-    broken.requires_grad_()
-    out = linear_topk_divergence(broken, weight, *teacher, tail=tail, impl=impl)
-    out.loss.backward()
-    others = torch.arange(TOKENS, device=DEVICE) != 7
-    for ours, expected in zip(out[1:], clean[1:], strict=True):
-        assert ours[7].isnan() and torch.equal(ours[others], expected[others])
-    assert broken.grad[7].isnan().all() and broken.grad[others].isfinite().all()
-
-
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("tail", TAILS)
 def test_nan_of_the_teacher_reaches_the_gradient(tail, divergence, impl):
     hidden, weight, _ = HEADS["random_head"](torch.float32)
-    ids, logprobs = _teacher((hidden, weight, {}))
+    ids, logprobs = head_cases.teacher((hidden, weight, {}))
     broken = logprobs.clone()
     broken[7, 0] = torch.nan
     hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
@@ -366,42 +237,8 @@ def test_nothing_to_learn_gives_0_and_a_connected_graph(reduction, tail, impl):
         assert hidden.grad.eq(0).all() and weight.grad.eq(0).all()
 
 
-def test_any_number_of_backwards_and_no_double_backward():
-    hidden, weight, _ = HEADS["random_head"](torch.float32)
-    hidden.requires_grad_()
-    loss = linear_topk_divergence(hidden, weight, *_teacher((hidden, weight, {}))).loss
-    (once,) = torch.autograd.grad(loss, hidden, retain_graph=True)
-    (twice,) = torch.autograd.grad(loss, hidden, retain_graph=True)
-    assert torch.equal(once, twice)
-    with pytest.raises(RuntimeError, match="linear_topk_divergence has no double backward"):
-        torch.autograd.grad(loss, hidden, create_graph=True)
-
-
-def test_autocast_takes_fp32_parameters_and_returns_fp32_gradients():
-    hidden, weight, _ = HEADS["random_head"](torch.float32)
-    teacher = _teacher((hidden, weight, {}))
-    weight.requires_grad_()
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        out = linear_topk_divergence(hidden, weight, *teacher)
-    out.loss.backward()
-    rounded = (hidden.bfloat16(), weight.detach().bfloat16(), {})
-    expected = head_cases.run(linear_topk_divergence, rounded, teacher, lambda o: o["loss"])
-    assert out.loss.dtype == weight.grad.dtype == torch.float32
-    assert torch.equal(out.loss.detach(), expected["loss"])
-    assert torch.equal(weight.grad, expected["d weight"].float())
-
-
 def test_the_reference_behind_impl_is_the_reference():
     case = HEADS["odd_options"](torch.float32)
-    teacher = _teacher(case)
-    ours = head_cases.run(
-        linear_topk_divergence, case, teacher, lambda o: o["loss"], impl="reference"
-    )
-    plain = head_cases.run(
-        lambda *a, **k: reference.linear_topk_divergence(*a, dtype=torch.float32, **k),
-        case,
-        teacher,
-        lambda o: o["loss"],
-    )
+    ours, plain, _ = _three(case, head_cases.teacher(case), impl="reference")
     for name, value in plain.items():
         assert torch.equal(ours[name], value)
