@@ -309,3 +309,22 @@ def test_an_adapter_is_exported_merged_and_not(
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", str(run), "--out", str(tmp_path / "x"), "--arm", "full"]) == 2
     assert "may be those of train/seed0" in capsys.readouterr().err
+
+
+def test_compiled_forward_passes_train_alike(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and run by PyTorch's own operators, which needs no compiler; sampling is left alone."""
+    real, traced = torch.compile, []
+
+    def trace(module: Any, **options: Any) -> Any:
+        traced.append(module)
+        return real(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    for on in (False, True):
+        changes = {"runtime__compile": on, "eval__every": 0, "steps": 2}
+        trainer = build(lora_config(make_config, **changes), tmp_path / str(on))
+        trainer.run()
+    assert len(traced) == 2, "student and teacher"
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
