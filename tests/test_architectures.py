@@ -315,7 +315,7 @@ def test_an_adapter_is_exported_merged_and_not(
 def test_compiled_forward_passes_train_alike(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced and run by PyTorch's own operators, which needs no compiler; sampling is left alone."""
+    """Traced and run by PyTorch's own operators, which needs no compiler."""
     real, traced = torch.compile, []
 
     def trace(module: Any, **options: Any) -> Any:
