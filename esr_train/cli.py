@@ -188,6 +188,7 @@ def _train(options: argparse.Namespace) -> None:
     run_dir = options.out or Path("runs") / options.config.stem
     check_continues(run_dir, config)
     experiment = load_experiment(config)
+    print(experiment.ends)
     with progress_bar(config.steps) as bar:
 
         def on_step(row: dict, metrics: dict[str, float]) -> None:

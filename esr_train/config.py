@@ -105,6 +105,7 @@ class LossConfig(_Strict):
     window_tokens: PositiveInt | None = None  # length of the window; null = the whole response
     temperature: PositiveFloat = 1.0  # both models' logits are divided by this
     train_on_eos: bool = True  # the EOS token is part of the answer
+    merge_terminators: bool = False  # all ways to end an answer, of both models, are one class
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"  # reference = plain PyTorch
 
     @model_validator(mode="after")

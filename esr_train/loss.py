@@ -13,6 +13,7 @@ from esr_train.config import LossConfig
 from esr_train.data import seed_from
 from esr_train.models import Head
 from esr_train.rollout import RolloutBatch
+from esr_train.terminators import Groups
 
 
 def token_weights(
@@ -66,8 +67,13 @@ def divergence_from_hidden(
     token_weights: Tensor | None,
     config: LossConfig,
     divergence: str | None = None,
+    merge: Groups | None = None,
 ) -> LinearDivergence:
-    """`linear_divergence` between two models' heads; `divergence` replaces the configured one."""
+    """`linear_divergence` between two models' heads; `divergence` replaces the configured one.
+
+    `merge` are rows of the student's and of the teacher's head that count as one class.
+    """
+    merge_student_ids, merge_teacher_ids = merge or (None, None)
     return linear_divergence(
         student_hidden,
         student.weight,
@@ -84,6 +90,8 @@ def divergence_from_hidden(
         teacher_logit_scale=teacher.scale,
         # Models with one tokenizer may be padded to any size: that is no mistake to warn of.
         num_classes=min(len(student.weight), len(teacher.weight)),
+        merge_student_ids=merge_student_ids,
+        merge_teacher_ids=merge_teacher_ids,
         reduction="sum",
         # The reference has autograd's gradients only.
         weight_grad=None if config.impl == "reference" else student.weight_grad,

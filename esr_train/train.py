@@ -64,6 +64,7 @@ class Trainer:
         self.save_end = True  # write a checkpoint after the last step, too
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
         self.rollout, self.teacher = experiment.student, experiment.teacher
+        self.merge = experiment.merge
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
         self.student: Any = self.rollout.model
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
@@ -193,6 +194,7 @@ class Trainer:
                     self.teacher.head,
                     laid_out.weights,
                     config.loss,
+                    merge=self.merge,
                 )
                 out.loss.backward()
             rows = (out.per_token, out.student_entropy, out.teacher_entropy, out.agreement)
