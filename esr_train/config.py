@@ -47,6 +47,10 @@ class LoraConfig(_Strict):
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
 
 
+_TopP = Annotated[float, Field(gt=0, le=1)]
+_MinP = Annotated[float, Field(ge=0, le=1)]
+
+
 class ModelConfig(_Strict):
     model: str = Field(min_length=1)  # builtin:NAME, smollm2, a hub id, or a local directory
     drop_layers: list[int] = []  # decoder layers to remove after loading
@@ -75,14 +79,10 @@ class RolloutConfig(_Strict):
     samples: PositiveInt = 1  # responses sampled per prompt
     max_new_tokens: PositiveInt = 100  # N: response tokens sampled and trained on, EOS included
     temperature: float = 1.0  # of the sampling; 0 = greedy
-    # What is sampled from: the k likeliest tokens (0 = all); of those, the fewest that have a share
-    # top_p of the probability; of those, the ones at least min_p times as likely as the likeliest.
-    top_k: NonNegativeInt = 0
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    # Tokens of prompts and responses with keys and values in memory at once; null = as many as half
-    # of a GPU's free memory holds, or 4 GiB on CPU.
-    max_tokens_in_flight: PositiveInt | None = None
+    top_k: NonNegativeInt = 0  # sample from the k most probable tokens; 0 = all
+    top_p: _TopP = 1.0  # from the fewest tokens with this share of the probability; 1 = all
+    min_p: _MinP = 0.0  # from tokens of at least this share of the largest probability
+    max_tokens_in_flight: PositiveInt | None = None  # KV cache; null = half of free GPU memory
 
     @property
     def filters(self) -> dict[str, Any]:
