@@ -157,7 +157,7 @@ def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None
         False,
         _empty(rows, dtype=torch.int64) if filters else None,
         row if filters else None,
-        row if filters else None,
+        {"min_p": row} if filters else {},
     )
     keys = SampleKeys(1 << 40, _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.int64))
     if fused_dim is None:
