@@ -1,15 +1,28 @@
-"""The arms of a comparison, trained in this process one after another."""
+"""The arms of a comparison, trained in this process one after another.
+
+arms/NAME/seed0/metrics.jsonl ...
+               /checkpoints/   while it trains
+               /finished       an empty file that says it has; then its checkpoints go, but
+               /model, /best   the final model and the best one
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from esr_train import checkpoint
 from esr_train.config import Config, arm_config
 from esr_train.evaluate import Evaluation
-from esr_train.experiment import load_experiment
+from esr_train.experiment import check_context, load_experiment
 from esr_train.train import Trainer
+
+_FINISHED = "finished"
 
 
 class Arms:
@@ -20,13 +33,18 @@ class Arms:
         self.first_seed = config.seeds[0]
         self.experiment = load_experiment(config)
         student = self.experiment.student.model
-        self._weights = {k: v.detach().cpu().clone() for k, v in student.state_dict().items()}
+        # What training changes; below adapters that is little.
+        self._weights = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in student.named_parameters()
+            if parameter.requires_grad
+        }
         self._initial: Evaluation | None = None  # evaluation of those weights
 
-    def check(self, run_dir: Path) -> None:
+    def check(self) -> None:
         """Raise ContextError if the prompts of an arm do not fit, before any arm has trained."""
-        for name in self.configs:
-            self._trainer(run_dir, name, self.first_seed)
+        for config in self.configs.values():
+            check_context(config, self.experiment, self.first_seed)
 
     def run(
         self,
@@ -35,15 +53,43 @@ class Arms:
         seed: int,
         on_step: Callable[[dict[str, Any], dict[str, float]], None],
     ) -> None:
-        """Train one arm with one seed."""
-        self.experiment.student.model.load_state_dict(self._weights)
-        trainer = self._trainer(run_dir, name, seed, initial=self._initial, on_step=on_step)
+        """Train one arm with one seed, from its newest checkpoint if there is one."""
+        parameters = dict(self.experiment.student.model.named_parameters())
+        with torch.no_grad():
+            for key, weight in self._weights.items():
+                parameters[key].copy_(weight)
+        config, directory = self.configs[name], _directory(run_dir, name, seed)
+        trainer = Trainer(
+            config, self.experiment, directory, seed, initial=self._initial, on_step=on_step
+        )
+        trainer.save_end = config.checkpoint.keep_models
         trainer.run()
         self._initial = trainer.initial
+        (directory / _FINISHED).touch()
+        self.finished(run_dir, name, seed)
 
-    def _trainer(self, run_dir: Path, name: str, seed: int, **options: Any) -> Trainer:
-        directory = run_dir / "arms" / name / f"seed{seed}"
-        return Trainer(self.configs[name], self.experiment, directory, seed, save=False, **options)
+    def finished(self, run_dir: Path, name: str, seed: int) -> bool:
+        """Whether an arm has been trained with a seed; of its checkpoints only models are left."""
+        directory = _directory(run_dir, name, seed)
+        if not (directory / _FINISHED).is_file():
+            return False
+        _tidy(directory, self.configs[name].checkpoint.keep_models)
+        return True
+
+
+def _directory(run_dir: Path, name: str, seed: int) -> Path:
+    return run_dir / "arms" / name / f"seed{seed}"
+
+
+def _tidy(directory: Path, keep_models: bool) -> None:
+    """Keep the models of a run's checkpoints, or nothing; after a kill, a second call finishes."""
+    checkpoints = directory / "checkpoints"
+    if keep_models:
+        final, best = checkpoint.latest(checkpoints), checkpoint.best(checkpoints)
+        for found, name in ((final and final / "model", "model"), (best, "best")):
+            if found and found.is_dir() and not (directory / name).exists():
+                os.replace(found, directory / name)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def run_order(names: list[str], seeds: list[int]) -> list[tuple[str, int]]:

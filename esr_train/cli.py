@@ -3,6 +3,7 @@
     esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
     esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--dry-run]
     esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
+    esr-train export   RUN_DIR --out DIR [--merge] [--best] [--arm NAME] [--seed N]
     esr-train sample   CONFIG.yaml [key=value ...] --prompt TEXT [--samples G] [--teacher]
     esr-train report   RUN_DIR
     esr-train fetch    smollm2
@@ -25,9 +26,11 @@ import torch
 from transformers import logging as transformers_logging
 
 from esr_kernels import SamplingParams
+from esr_train.adapters import AdapterError
 from esr_train.checkpoint import CheckpointError, Interrupt
 from esr_train.compare import Interrupted, cap_steps, compare
 from esr_train.config import (
+    EVAL_PROBLEMS,
     Config,
     ConfigError,
     arm_config,
@@ -37,6 +40,7 @@ from esr_train.config import (
 )
 from esr_train.evaluate import Evaluator
 from esr_train.experiment import Experiment, load_experiment
+from esr_train.export import export
 from esr_train.fetch import FetchError, fetch_smollm2
 from esr_train.models import ModelError
 from esr_train.progress import progress_bar, progress_text
@@ -48,6 +52,7 @@ from esr_train.train import Trainer, TrainingError
 from esr_train.worker import ArmError
 
 ERRORS = (
+    AdapterError,
     ArmError,
     CheckpointError,
     ConfigError,
@@ -127,7 +132,16 @@ def _parser() -> argparse.ArgumentParser:
                 "as PyTorch has threads if the models are small and on the CPU, else 1",
             )
     _add_sample(commands)
-    summary = "write the report again from the files of a run"
+    summary = "write the model of a run to a directory that other tools load"
+    command = commands.add_parser("export", help=summary, description=summary)
+    command.set_defaults(run=_export)
+    command.add_argument("run_dir", type=Path)
+    command.add_argument("--out", type=Path, required=True, help="a directory with nothing in it")
+    command.add_argument("--merge", action="store_true", help="add an adapter into its base")
+    command.add_argument("--best", action="store_true", help="the best model, not the final one")
+    command.add_argument("--arm", default="train", help="of a comparison")
+    command.add_argument("--seed", type=int, help="default: the first of the run")
+    summary = "write report.html and the rest again from the files of a run"
     command = commands.add_parser("report", help=summary, description=summary)
     command.set_defaults(run=_report)
     command.add_argument("run_dir", type=Path)
@@ -175,6 +189,7 @@ def _train(options: argparse.Namespace) -> None:
     run_dir = options.out or Path("runs") / options.config.stem
     check_continues(run_dir, config)
     experiment = load_experiment(config)
+    print(experiment.notes)
     with progress_bar(config.steps) as bar:
 
         def on_step(row: dict, metrics: dict[str, float]) -> None:
@@ -187,7 +202,7 @@ def _train(options: argparse.Namespace) -> None:
             run_dir / "arms" / "train" / f"seed{seed}",
             seed,
             on_step=on_step,
-            on_first_rollout=lambda batch: bar.write(_decoded(experiment, batch)),
+            on_first_rollout=lambda *first: bar.write(_decoded(experiment, *first)),
         )
         write_run_files(run_dir, config)
         try:
@@ -219,7 +234,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         return _print_plan(config)
     experiment = load_experiment(config)
     evaluator = experiment.evaluator or Evaluator(
-        config, experiment.student, experiment.teacher, experiment.tokenized
+        config,
+        experiment.student,
+        experiment.teacher,
+        experiment.tokenized,
+        experiment.alignment,
     )
     metrics, samples = evaluator.evaluate()
     print(json.dumps({"metrics": metrics, "samples": samples}, indent=2, ensure_ascii=False))
@@ -253,6 +272,19 @@ def _report(options: argparse.Namespace) -> None:
     print(path)
 
 
+def _export(options: argparse.Namespace) -> None:
+    print(
+        export(
+            options.run_dir,
+            options.out,
+            options.arm,
+            options.seed,
+            best=options.best,
+            merge=options.merge,
+        )
+    )
+
+
 def _fetch(options: argparse.Namespace) -> None:
     print(fetch_smollm2())
 
@@ -275,24 +307,27 @@ def _print_plan(config: Config) -> None:
         )
     if config.eval.every:
         print(
-            f"evaluation every {config.eval.every} steps: {config.eval.problems} problems, answers "
-            f"of at most {config.eval.max_new_tokens} tokens, {config.eval.teacher_text} tokens "
-            "of teacher text each"
+            f"evaluation every {config.eval.every} steps: "
+            f"{config.eval.problems or f'up to {EVAL_PROBLEMS}'} problems, answers of at most "
+            f"{config.eval.max_new_tokens} tokens, {config.eval.teacher_text} tokens of teacher "
+            "text each"
         )
 
 
-def _decoded(experiment: Experiment, batch: RolloutBatch) -> str:
-    """The first prompt and response with special tokens, through both tokenizers."""
+def _decoded(experiment: Experiment, batch: RolloutBatch, teacher_prompt: list[int]) -> str:
+    """The first prompt and response with special tokens, as each model reads them."""
+    response = batch.response(0)
+    read = experiment.alignment.as_teacher_reads(batch, 0)
     lines = []
-    for who, tokenizer in (
-        ("student", experiment.tokenized.tokenizer),
-        ("teacher", experiment.teacher_tokenizer),
+    for who, tokenizer, prompt, answer in (
+        ("student", experiment.tokenized.tokenizer, batch.prompts[0], response),
+        ("teacher", experiment.teacher_tokenizer, teacher_prompt, read),
     ):
-        prompt, response = (
-            tokenizer.decode(ids, skip_special_tokens=False)
-            for ids in (batch.prompts[0], batch.response(0))
-        )
-        lines.append(f"first prompt, to the {who}: {prompt!r}\nfirst response: {response!r}")
+        texts = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (prompt, answer))
+        lines += [
+            f"first {what}, to the {who}: {text!r}"
+            for what, text in zip(("prompt", "response"), texts, strict=True)
+        ]
     return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
 All arms of a seed start from the same weights and see the same prompts in the same order. Which arm
 goes first rotates from seed to seed, so that a machine that slows down or warms up favours none.
 Runs go one after another, or side by side in processes of one thread each; either way all arms are
-timed in the same way.
+timed in the same way. A comparison that was interrupted resumes: runs that had finished are left as
+they are, the others resume from their newest checkpoint (`checkpoint.every`) or start again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from esr_train.config import Config, ConfigError, with_overrides
 from esr_train.models import device
 from esr_train.progress import duration, estimate, progress_bar, progress_text
 from esr_train.report import summary_table, write_report
-from esr_train.run_dir import clear_comparison, write_run_files
+from esr_train.run_dir import check_comparison, clear_comparison, write_run_files
 from esr_train.worker import run_side_by_side
 
 # Of student and teacher together. Up to this size a second thread speeds up a step by a third or
@@ -48,43 +49,66 @@ def compare(
 
     Raises:
         ArmError: a run failed in its worker.
-        Interrupted: SIGINT or SIGTERM; the files of runs that had finished are complete.
+        ConfigError: `run_dir` holds a comparison with other settings, or something else.
+        Interrupted: SIGINT or SIGTERM; the same call goes on from there.
     """
     config = cap_steps(config, max_steps)
     if not config.arms:
         raise ConfigError("arms: compare needs a list of {name, max_new_tokens}")
+    anew = config.checkpoint.resume == "never"
+    check_comparison(run_dir, config, anew)
     arms = Arms(config)
-    arms.check(run_dir)
+    arms.check()
     order = run_order(list(arms.configs), config.seeds)
-    jobs = min(len(order), default_jobs(arms) if jobs is None else jobs)
-    clear_comparison(run_dir)
-    write_run_files(run_dir, config, jobs)
-    say(_announcement(arms, order, jobs))
-    finished: list[tuple[str, int]] = []
-    try:
-        with progress_bar(sum(arms.configs[name].steps for name, _ in order)) as bar:
-
-            def on_step(name: str, seed: int, row: dict[str, Any], metrics: dict) -> None:
-                bar.set_description(f"{name} seed {seed}", refresh=False)
-                bar.set_postfix_str(progress_text(row, metrics, config.report.metric))
-                bar.update()
-
-            if jobs > 1:
-                run_side_by_side(run_dir, order, jobs, on_step, finished.append)
-            else:
-                for name, seed in order:
-                    arms.run(run_dir, name, seed, partial(on_step, name, seed))
-                    finished.append((name, seed))
-    except KeyboardInterrupt as error:
-        done = ", ".join(f"{name} seed {seed}" for name, seed in finished) or "none"
-        raise Interrupted(
-            f"interrupted: finished runs: {done}, of {len(order)}; their files are in {run_dir}, "
-            f"and `esr-train report {run_dir}` makes a report of them"
-        ) from error
+    if anew:
+        clear_comparison(run_dir)
+    finished = [run for run in order if arms.finished(run_dir, *run)]
+    waiting = [run for run in order if run not in finished]
+    if waiting:
+        jobs = min(len(waiting), default_jobs(arms) if jobs is None else jobs)
+        write_run_files(run_dir, config, jobs)
+        say(arms.experiment.notes)
+        say(_announcement(arms, waiting, jobs))
+        try:
+            _train(arms, run_dir, waiting, jobs, finished.append)
+        except KeyboardInterrupt as error:
+            done = ", ".join(f"{name} seed {seed}" for name, seed in finished) or "none"
+            raise Interrupted(
+                f"interrupted: finished runs: {done}, of {len(order)}; their files are in "
+                f"{run_dir}. The same command with --out {run_dir} goes on from there, and "
+                f"`esr-train report {run_dir}` makes a report of what there is"
+            ) from error
     report = write_report(run_dir)
     say(summary_table(run_dir))
     say(str(report))
     return report
+
+
+def _train(
+    arms: Arms,
+    run_dir: Path,
+    runs: list[tuple[str, int]],
+    jobs: int,
+    on_finished: Callable[[tuple[str, int]], None],
+) -> None:
+    """Train `runs`, with a progress bar over their steps."""
+    metric = next(iter(arms.configs.values())).report.metric
+    at = dict.fromkeys(runs, 0)
+    with progress_bar(sum(arms.configs[name].steps for name, _ in runs)) as bar:
+
+        def on_step(name: str, seed: int, row: dict[str, Any], metrics: dict) -> None:
+            bar.set_description(f"{name} seed {seed}", refresh=False)
+            bar.set_postfix_str(progress_text(row, metrics, metric))
+            # A run that goes on from a checkpoint begins in the middle.
+            bar.update(row["step"] - at[name, seed])
+            at[name, seed] = row["step"]
+
+        if jobs > 1:
+            run_side_by_side(run_dir, runs, jobs, on_step, on_finished)
+            return
+        for name, seed in runs:
+            arms.run(run_dir, name, seed, partial(on_step, name, seed))
+            on_finished((name, seed))
 
 
 def default_jobs(arms: Arms) -> int:

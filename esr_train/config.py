@@ -13,12 +13,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -29,6 +28,8 @@ from pydantic import (
     model_validator,
 )
 
+EVAL_PROBLEMS = 64  # at most, where `eval.problems` is null
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what is allowed."""
@@ -38,8 +39,18 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-# YAML 1.1 reads the word `off` as False.
-_OFF = BeforeValidator(lambda value: "off" if value is False else value)
+class LoraConfig(_Strict):
+    """Low-rank adapters: weight + alpha / r * B @ A; A [r, in] and B [out, r] are trained."""
+
+    r: PositiveInt = 32
+    alpha: PositiveFloat = 64.0
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the adapters' inputs; in training, not in sampling
+    # Linear layers that get an adapter: "all-linear", which is all but the head, or ends of names.
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+_TopP = Annotated[float, Field(gt=0, le=1)]
+_MinP = Annotated[float, Field(ge=0, le=1)]
 
 
 class ModelConfig(_Strict):
@@ -47,27 +58,52 @@ class ModelConfig(_Strict):
     drop_layers: list[int] = []  # decoder layers to remove after loading
 
 
+class StudentConfig(ModelConfig):
+    lora: LoraConfig | None = None  # train adapters (peft) and freeze the rest; null = all weights
+
+
+class TeacherConfig(ModelConfig):
+    adapter: str | None = None  # directory or hub id of a peft adapter that the teacher has
+
+
 class RuntimeConfig(_Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 on CUDA, else fp32
-    attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa
-    liger: Annotated[Literal["auto", "off"], _OFF] = "auto"  # auto: on CUDA where installed
+    attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa or eager
+    gradient_checkpointing: bool = False  # keep a layer's inputs alone, and run it again backward
+    compile: bool = False  # torch.compile forward passes over whole sequences; not the sampling
+    liger: bool = False  # norm, rotary embedding and MLP of liger-kernel; needs CUDA
     trust_remote_code: bool = False  # run model code that comes with a hub repository
 
 
+class DataConfig(_Strict):
+    """Where problems come from; `subset` to `grader` are for files and hub datasets."""
+
+    # sums, prompts, prompts:PATH.txt, reasoning_gym:NAME, a .jsonl, .json or .parquet file, or a
+    # dataset of the Hugging Face hub
+    task: str = Field(default="sums", min_length=1)
+    subset: str | None = None  # of a hub dataset, such as main
+    split: str = "train"  # the split that is trained on
+    # What is held out: a file, the name of another split, or null for every 10th problem
+    heldout: str | None = None
+    prompt: str = "prompt"  # column with text, or with a list of {role, content} messages
+    answer: str | None = None  # column that the grader compares with; null = answers are not graded
+    teacher_prompt: str | None = None  # column with the teacher's own prompt; null = the student's
+    grader: str | None = None  # exact, math, function_call, python, or an import path a.b:function
+    allow_code: bool = False  # grader python: run the code in answers, in a process without network
+    chat: bool | None = None  # through the chat template; null = if the tokenizer has one
+    system: str | None = None  # system message before every prompt
+    chat_template_kwargs: dict[str, Any] = {}  # such as {enable_thinking: false}
+
+
 class RolloutConfig(_Strict):
-    task: str = "sums"  # sums, prompts, or prompts:PATH.txt
     prompts: PositiveInt = 16  # prompts per step
     samples: PositiveInt = 1  # responses sampled per prompt
     max_new_tokens: PositiveInt = 100  # N: response tokens sampled and trained on, EOS included
     temperature: float = 1.0  # of the sampling; 0 = greedy
-    # What is sampled from: the k likeliest tokens (0 = all); of those, the fewest that have a share
-    # top_p of the probability; of those, the ones at least min_p times as likely as the likeliest.
-    top_k: NonNegativeInt = 0
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    # Tokens of prompts and responses with keys and values in memory at once; null = as many as half
-    # of a GPU's free memory holds, or 4 GiB on CPU.
-    max_tokens_in_flight: PositiveInt | None = None
+    top_k: NonNegativeInt = 0  # sample from the k most probable tokens; 0 = all
+    top_p: _TopP = 1.0  # from the fewest tokens with this share of the probability; 1 = all
+    min_p: _MinP = 0.0  # from tokens of at least this share of the largest probability
+    max_tokens_in_flight: PositiveInt | None = None  # KV cache; null = half of free GPU memory
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -90,6 +126,7 @@ class LossConfig(_Strict):
     window_tokens: PositiveInt | None = None  # length of the window; null = the whole response
     temperature: PositiveFloat = 1.0  # both models' logits are divided by this
     train_on_eos: bool = True  # the EOS token is part of the answer
+    merge_terminators: bool = False  # all ways to end an answer, of both models, are one class
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"  # reference = plain PyTorch
 
     @model_validator(mode="after")
@@ -111,14 +148,29 @@ class OptimConfig(_Strict):
 
 class EvalConfig(_Strict):
     every: NonNegativeInt = 0  # steps between evaluations; 0 = no evaluation
-    problems: PositiveInt = 64  # held-out problems
+    problems: PositiveInt | None = None  # held-out problems; null = all, but at most 64
+    samples: PositiveInt = 1  # sampled answers a problem, beside the greedy one: avg@k, pass@k
     max_new_tokens: PositiveInt = 256  # longest answer in an evaluation
     teacher_text: NonNegativeInt = 0  # tokens of teacher text a problem to measure KL on; 0 = off
+    student_text: NonNegativeInt = 0  # the same on the student's own sampled answers
+    # Positions at which divergences are also reported apart: 0-31, 32-99, ... and the rest
+    position_bins: list[PositiveInt] = []
+
+    @field_validator("position_bins")
+    @classmethod
+    def _check_bins(cls, bins: list[int]) -> list[int]:
+        if bins != sorted(set(bins)):
+            raise ValueError("must be increasing")
+        return bins
 
 
 class CheckpointConfig(_Strict):
     every: NonNegativeInt = 0  # steps between checkpoints; 0 = only at the end
-    resume: Literal["auto", "never"] = "auto"  # auto: resume from the newest one
+    keep: PositiveInt = 2  # newest checkpoints kept
+    keep_best: bool = True  # also keep the model with the best report.metric
+    keep_models: bool = True  # `compare` keeps the final and the best model of each run
+    # auto: resume from the newest one; never: `train` refuses, `compare` replaces what is there
+    resume: Literal["auto", "never"] = "auto"  # whether an earlier run in --out is resumed
 
 
 class ReportConfig(_Strict):
@@ -136,9 +188,10 @@ class Config(_Strict):
     {name: last-32, loss.window: last, loss.window_tokens: 32}.
     """
 
-    student: ModelConfig  # the model that is trained
-    teacher: ModelConfig  # the model that it is trained to match
+    student: StudentConfig  # the model that is trained
+    teacher: TeacherConfig  # the model that it is trained to match
     runtime: RuntimeConfig = RuntimeConfig()
+    data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -172,10 +225,20 @@ class Config(_Strict):
                 + _did_you_mean(baseline, names)
             )
         for arm in self.arms:
+            for key in arm:
+                if key.partition(".")[0] in _COMMON:
+                    raise ConfigError(
+                        f"arm {arm['name']}: {key} cannot differ between arms, which share their "
+                        "models; make a comparison for each value"
+                    )
             arm_config(self, arm)
         return self
 
 
+# Sections that the arms of a comparison have in common.
+_COMMON = ("student", "teacher", "runtime")
+# Keys that are about the model named beside them.
+_OF_A_MODEL = {"drop_layers": "[]", "adapter": "null"}
 # Keys of an arm that may be written without their section.
 _ARM_SHORT = {"max_new_tokens": "rollout.max_new_tokens"}
 
@@ -241,19 +304,42 @@ def _validated(data: Any, changes: Mapping[str, Any]) -> Config:
     """The Config of plain data with dotted keys replaced."""
     if not isinstance(data, dict):
         raise ConfigError(f"config: got {data!r}, must be a mapping of keys to values")
-    data = dict(data)
+    _check_of_the_model(data, changes)
     for key, value in changes.items():
         if key not in _known_keys():
             raise ConfigError(_unknown(key))
-        section, _, name = key.partition(".")
-        if not name:
-            data[section] = value
-        elif isinstance(data.setdefault(section, {}), dict):  # else an error of the section
-            data[section] = {**data[section], name: value}
+        data = _replaced(data, key.split("."), value)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
         raise _first_error(error) from error
+
+
+def _replaced(data: Any, path: list[str], value: Any) -> Any:
+    """`data` with the value at `path` replaced; what is no mapping stays, to be an error later."""
+    if not path:
+        return value
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        return data
+    return {**data, path[0]: _replaced(data.get(path[0]), path[1:], value)}
+
+
+def _check_of_the_model(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Raise ConfigError if another model would get what was meant for the one it replaces."""
+    for section in ("student", "teacher"):
+        before, model = data.get(section), changes.get(f"{section}.model")
+        if model is None or not isinstance(before, dict):
+            continue
+        if before.get("model") in (None, model):
+            continue
+        for name, nothing in _OF_A_MODEL.items():
+            key = f"{section}.{name}"
+            if before.get(name) and key not in changes:
+                raise ConfigError(
+                    f"{key}: {before[name]} is for {before['model']}; with {section}.model={model} "
+                    f"give {key} as well, {key}={nothing} for none"
+                )
 
 
 def _first_error(error: ValidationError) -> ConfigError:
@@ -279,11 +365,14 @@ def _unknown(key: Any) -> str:
     return f"unknown key {key!r}{_did_you_mean(str(key), _known_keys())}"
 
 
-def _known_keys() -> list[str]:
+def _known_keys(section: Any = None) -> list[str]:
+    """Dotted keys of a section, those of sections in it included; of Config if none is given."""
     keys = []
-    for name, field in Config.model_fields.items():
-        section = getattr(field.annotation, "model_fields", {})
-        keys += [name, *(f"{name}.{key}" for key in section)]
+    for name, field in (section or Config).model_fields.items():
+        keys.append(name)
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if hasattr(inner, "model_fields"):
+                keys += [f"{name}.{key}" for key in _known_keys(inner)]
     return keys
 
 

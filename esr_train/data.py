@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from esr_train.config import ConfigError
-from esr_train.tasks import Problem, Task
+from esr_train.config import ConfigError, DataConfig
+from esr_train.tasks import Problem, Prompt, Task
 
-POOL = 8192  # training problems requested from a task; an epoch has each of them once
+POOL = 8192  # problems of an epoch where a task makes them up without end
 
 
 def seed_from(*parts: int | str) -> int:
@@ -23,45 +23,102 @@ def seed_from(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-class TokenizedTask:
-    """A task and a tokenizer; each problem is encoded once.
+class PromptEncoder:
+    """Prompts as the token ids of one tokenizer; each is encoded once.
 
-    A prompt is formatted by the chat template, up to the start of the answer, or encoded unchanged.
+    Messages go through the chat template, up to where the answer starts. Text does so as a message
+    of the user where `data.chat` says so or the tokenizer has a template, else it is encoded as it
+    is.
+
+    Raises:
+        ConfigError: `data` asks for a chat template, and the tokenizer has none.
     """
 
-    def __init__(self, task: Task, tokenizer: Any) -> None:
-        if task.chat and not getattr(tokenizer, "chat_template", None):
+    def __init__(self, tokenizer: Any, config: DataConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._chat = self._has_template if config.chat is None else config.chat
+        if self._chat and not self._has_template:
+            raise ConfigError("data.chat: got True, but the tokenizer has no chat template")
+        if config.system is not None and not self._chat:
             raise ConfigError(
-                "rollout.task: its prompts are chat messages, but the tokenizer has no chat "
-                "template"
+                f"data.system: got {config.system!r}, must be null where prompts do not go through "
+                "a chat template"
             )
+        self._ids: dict[Prompt, list[int]] = {}
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt."""
+        if prompt not in self._ids:
+            self._ids[prompt] = self._encode(prompt)
+        return self._ids[prompt]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if not self._chat:
+                return list(self.tokenizer(prompt)["input_ids"])
+            prompt = (("user", prompt),)
+        if not self._chat:
+            reason = "data.chat is false" if self._has_template else "the tokenizer has none"
+            raise ConfigError(
+                f"data.task: its prompts are chat messages, and need a chat template, but {reason}"
+            )
+        if self.config.system is not None:
+            if prompt[0][0] == "system":
+                raise ConfigError(
+                    "data.system: must be null, a prompt has a system message of its own: "
+                    f"{prompt[0][1]!r}"
+                )
+            prompt = (("system", self.config.system), *prompt)
+        # Rendered to text first: the template writes its own special tokens, so none are added.
+        text = self.tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in prompt],
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.config.chat_template_kwargs,
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class TokenizedTask:
+    """A task, and its prompts in the tokens of student and teacher.
+
+    `same_tokens`: the teacher reads the student's tokens.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Any,
+        config: DataConfig,
+        teacher_tokenizer: Any = None,
+        same_tokens: bool = True,
+    ) -> None:
         self.task, self.tokenizer = task, tokenizer
-        self._ids: dict[Problem, list[int]] = {}
+        self.encode = PromptEncoder(tokenizer, config)
+        self._for_teacher = None
+        if config.teacher_prompt is not None or not same_tokens:
+            self._for_teacher = PromptEncoder(teacher_tokenizer, config)
 
     def ids(self, problem: Problem) -> list[int]:
         """Token ids of a prompt."""
-        if problem not in self._ids:
-            self._ids[problem] = self._encode(problem)
-        return self._ids[problem]
+        return self.encode(problem.prompt)
 
-    def _encode(self, problem: Problem) -> list[int]:
-        if not self.task.chat:
-            return list(self.tokenizer(problem.prompt)["input_ids"])
-        # Rendered to text first: the template writes its own special tokens, so none are added.
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem.prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def teacher_ids(self, problem: Problem) -> list[int] | None:
+        """Token ids of the teacher's own prompt, or of the same one in its own tokens, by its own
+        chat template; None where it reads the student's."""
+        if self._for_teacher is None:
+            return None
+        own = problem.teacher_prompt
+        return self._for_teacher(problem.prompt if own is None else own)
 
 
 class PromptStream:
     """The training prompts of every step."""
 
     def __init__(self, tokenized: TokenizedTask, per_step: int, seed: int) -> None:
-        # A task with few prompts repeats them to fill the pool; an epoch has each of them once.
-        self.problems = list(dict.fromkeys(tokenized.task.problems("train", POOL, seed)))
+        count = tokenized.task.count("train")
+        self.problems = tokenized.task.problems("train", POOL if count is None else count, seed)
         self.tokenized, self.per_step, self.seed = tokenized, per_step, seed
         self._epoch, self._order = -1, [0]
 
@@ -80,3 +137,14 @@ class PromptStream:
     def prompts_for(self, step: int) -> list[list[int]]:
         """Token ids of the prompts of a step."""
         return [self.tokenized.ids(problem) for problem in self.problems_for(step)]
+
+    def teacher_prompts_for(self, step: int) -> list[list[int]] | None:
+        """Token ids of the prompts that the teacher sees at a step; None where they are the
+        student's."""
+        prompts = [self.tokenized.teacher_ids(problem) for problem in self.problems_for(step)]
+        return None if None in prompts else [prompt for prompt in prompts if prompt]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the problems and their order: a resumed run must have the same."""
+        return hashlib.sha256(repr(self.problems).encode()).hexdigest()

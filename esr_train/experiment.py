@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from esr_kernels.divergence.losses import resolve_divergence
+from esr_train.alignment import Alignment
 from esr_train.config import Config, ConfigError
-from esr_train.data import TokenizedTask
+from esr_train.data import PromptStream, TokenizedTask
 from esr_train.evaluate import Evaluator
-from esr_train.models import head, load_model, load_tokenizer
+from esr_train.models import compiled, eos_ids, head, load_pair, load_tokenizer
 from esr_train.rollout import PrefixRollout
 from esr_train.tasks import load_task
-from esr_train.teacher import Teacher, check_same_tokenizer
+from esr_train.teacher import Teacher
+from esr_train.terminators import Groups, Terminators
+from esr_train.vocabulary import Vocabulary, shared_vocabulary
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A student and a teacher with a common tokenizer, and the task that they work on."""
+    """A student and a teacher, what their vocabularies share, and the task that they work on."""
 
     student: PrefixRollout  # samples from the model that is trained
     teacher: Teacher
     teacher_tokenizer: Any
-    tokenized: TokenizedTask  # the task, with the student's tokenizer
+    tokenized: TokenizedTask  # the task's prompts, for both models
+    alignment: Alignment  # what of a text is compared
+    classes: Vocabulary  # what the loss is over: the shared vocabulary, with merged terminators
+    notes: str  # on vocabularies and terminators, a text to print
     evaluator: Evaluator | None  # None if eval.every is 0
 
 
@@ -30,23 +36,73 @@ def load_experiment(config: Config) -> Experiment:
     """Load all that a run needs.
 
     Raises:
-        ConfigError, ModelError, FetchError, ContextError: a part that cannot be used.
+        AdapterError, ConfigError, ContextError, FetchError, ModelError: a part that cannot be used.
     """
     try:
         resolve_divergence(config.loss.divergence)
     except ValueError as error:
         raise ConfigError(f"loss.divergence: {error}") from error
-    try:
-        task = load_task(config.rollout.task)
-    except ValueError as error:
-        raise ConfigError(f"rollout.task: {error}") from error
+    task = load_task(config.data)
     tokenizer = load_tokenizer(config.student, config.runtime)
     teacher_tokenizer = load_tokenizer(config.teacher, config.runtime)
-    models = [load_model(spec, config.runtime) for spec in (config.student, config.teacher)]
-    classes = min(head(model).weight.shape[0] for model in models)
-    check_same_tokenizer(tokenizer, teacher_tokenizer, classes)
-    student, teacher_rollout = (PrefixRollout(model, tokenizer, classes) for model in models)
-    teacher = Teacher(teacher_rollout)
-    tokenized = TokenizedTask(task, tokenizer)
-    evaluator = Evaluator(config, student, teacher, tokenized) if config.eval.every else None
-    return Experiment(student, teacher, teacher_tokenizer, tokenized, evaluator)
+    models = load_pair(config)
+    rows = head(models[0]).weight.shape[0], head(models[1]).weight.shape[0]
+    vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer, rows)
+    vocabulary = vocabulary.on(head(models[0]).weight.device)
+    merges = config.loss.merge_terminators
+    ends = Terminators(
+        student=tuple(eos_ids(models[0], tokenizer)),
+        teacher=tuple(eos_ids(models[1], teacher_tokenizer)),
+    )
+    stops = _stops(ends, vocabulary, rows, merges)
+    # With other tokenizers each model samples from all of its own tokens.
+    limit = vocabulary.classes if vocabulary.same_tokens else None
+    student = PrefixRollout(models[0], tokenizer, limit, stop_ids=stops[0])
+    teacher_rollout = PrefixRollout(models[1], teacher_tokenizer, limit, stop_ids=stops[1])
+    teacher = Teacher(teacher_rollout, compiled(models[1], config.runtime))
+    tokenized = TokenizedTask(
+        task, tokenizer, config.data, teacher_tokenizer, vocabulary.same_tokens
+    )
+    alignment = Alignment(vocabulary, tokenizer, teacher_tokenizer)
+    evaluator = None
+    if config.eval.every:
+        evaluator = Evaluator(config, student, teacher, tokenized, alignment)
+    notes = [vocabulary.note, ends.describe(tokenizer, teacher_tokenizer, merges)]
+    return Experiment(
+        student,
+        teacher,
+        teacher_tokenizer,
+        tokenized,
+        alignment,
+        replace(vocabulary, merge=stops) if merges else vocabulary,
+        "\n".join(note for note in notes if note),
+        evaluator,
+    )
+
+
+def _stops(
+    ends: Terminators, vocabulary: Vocabulary, rows: tuple[int, int], merges: bool
+) -> Groups:
+    """Ids at which sampling from student and teacher stops: those of both models."""
+    shared: Any = vocabulary.classes
+    if vocabulary.student_ids is not None:
+        shared = vocabulary.student_ids, vocabulary.teacher_ids
+    stops = ends.groups(rows, shared)
+    if merges and not all(stops):
+        raise ConfigError(
+            "loss.merge_terminators: a model has no token that ends an answer; set eos_token_id in "
+            "its generation config"
+        )
+    return stops
+
+
+def check_context(config: Config, experiment: Experiment, seed: int) -> None:
+    """Raise ContextError before any work if a prompt of any step does not fit."""
+    prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
+    for step in range(1, config.steps + 1):
+        asked, length = prompts.prompts_for(step), config.rollout.max_new_tokens
+        experiment.student.check_fits(asked, length)
+        read = prompts.teacher_prompts_for(step)
+        experiment.teacher.rollout.check_fits(asked if read is None else read, length)
+        if step * prompts.per_step >= len(prompts.problems):
+            break  # every prompt has been checked

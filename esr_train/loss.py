@@ -13,12 +13,20 @@ from esr_train.config import LossConfig
 from esr_train.data import seed_from
 from esr_train.models import Head
 from esr_train.rollout import RolloutBatch
+from esr_train.vocabulary import Vocabulary
+
+_MASS_ROWS = 64
 
 
 def token_weights(
-    batch: RolloutBatch, config: LossConfig, seed_key: tuple[int | str, ...]
+    batch: RolloutBatch,
+    config: LossConfig,
+    seed_key: tuple[int | str, ...],
+    comparable: Tensor | None = None,
 ) -> Tensor:
     """Weights [B, N] fp32, the denominator already divided out; 0 where a token is not trained on.
+
+    `comparable` [B, N] bool: the tokens that can be trained on (`Alignment.comparable`).
 
     token       1 / trained tokens of the batch
     trajectory  1 / (responses x trained tokens of the response)
@@ -28,6 +36,8 @@ def token_weights(
     if not config.train_on_eos:
         ended = batch.finished_by_eos.nonzero()[:, 0]
         trained[ended, batch.lengths[ended] - 1] = False
+    if comparable is not None:
+        trained &= comparable
     weights, count = trained.float(), len(batch.prompts)
     if config.denominator == "token":
         return weights / weights.sum().clamp(min=1)
@@ -64,16 +74,16 @@ def divergence_from_hidden(
     teacher_hidden: Tensor,
     teacher: Head,
     token_weights: Tensor | None,
+    vocabulary: Vocabulary,
     config: LossConfig,
-    divergence: str | None = None,
 ) -> LinearDivergence:
-    """`linear_divergence` between two models' heads; `divergence` replaces the configured one."""
+    """`linear_divergence` between two models' heads, over the classes that they share."""
     return linear_divergence(
         student_hidden,
         student.weight,
         teacher_hidden,
         teacher.weight,
-        divergence=divergence or config.divergence,
+        divergence=config.divergence,
         token_weights=token_weights,
         temperature=config.temperature,
         student_bias=student.bias,
@@ -82,8 +92,24 @@ def divergence_from_hidden(
         teacher_softcap=teacher.softcap,
         student_logit_scale=student.scale,
         teacher_logit_scale=teacher.scale,
-        # Models with one tokenizer may be padded to any size: that is no mistake to warn of.
-        num_classes=min(len(student.weight), len(teacher.weight)),
+        num_classes=vocabulary.classes if vocabulary.same_tokens else None,
+        student_ids=vocabulary.student_ids,
+        teacher_ids=vocabulary.teacher_ids,
+        merge_student_ids=None if vocabulary.merge is None else vocabulary.merge[0],
+        merge_teacher_ids=None if vocabulary.merge is None else vocabulary.merge[1],
         reduction="sum",
+        # The reference has autograd's gradients only.
+        weight_grad=None if config.impl == "reference" else student.weight_grad,
         impl=config.impl,
     )
+
+
+@torch.no_grad()
+def shared_mass(hidden: Tensor, head: Head, lse: Tensor, config: LossConfig) -> float:
+    """Mean share of a model's probability that the classes of a divergence have.
+
+    `lse` [T] is the log-sum-exp over these classes. Measured on the first rows, since it takes the
+    logits of the whole vocabulary.
+    """
+    logits = head.logits(hidden[:_MASS_ROWS]) / config.temperature
+    return float((lse[:_MASS_ROWS] - logits.logsumexp(-1)).exp().mean())

@@ -7,7 +7,10 @@ every `PrefixRollout` calls once, refuses a model whose logits are computed in a
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from esr_train.config import ModelConfig, RuntimeConfig
+from esr_train.adapters import add_lora, base_of, load_adapter
+from esr_train.config import Config, ModelConfig, RuntimeConfig
 from esr_train.fetch import fetch_smollm2
 from esr_train.tasks import BUILTIN_MODELS, builtin_model_path
 
@@ -36,6 +41,8 @@ class Head:
     bias: Tensor | None  # [V]
     softcap: float | None
     scale: float
+    # fp32 [V, D] memory that the loss adds the weight's gradient to; None: it goes to weight.grad.
+    weight_grad: Tensor | None = None
 
     def first(self, classes: int) -> Head:
         """The head of the first `classes` tokens of the vocabulary."""
@@ -63,35 +70,135 @@ def load_tokenizer(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
 
 
 def load_model(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
-    """Load a causal language model in eval mode (no dropout) on `device()`."""
+    """Load a causal language model, with its adapter if it has one, in eval mode on `device()`.
+
+    A directory may hold a whole model or, as a LoRA run leaves it, an adapter that names its base.
+    """
+    return _completed(_base(spec, runtime), spec)
+
+
+def stored_dtype(spec: ModelConfig) -> torch.dtype:
+    """The dtype that a model's weights have on disk."""
+    return AutoConfig.from_pretrained(_source(spec.model)).dtype or torch.float32
+
+
+def load_pair(config: Config) -> tuple[Any, Any]:
+    """The student, with a fresh LoRA if `student.lora` asks for one, and the teacher.
+
+    With LoRA nothing changes the student's own weights. A teacher that is made of the same ones,
+    with layers dropped or an adapter or neither, shares their memory.
+    """
+    spec, runtime = config.student, config.runtime
+    if spec.lora and base_of(_source(spec.model)):
+        raise ModelError(f"student.lora: {spec.model!r} is an adapter itself; merge it by export")
+    student = _base(spec, runtime)
+    if spec.lora and _source(config.teacher.model) == _source(spec.model):
+        # Before the student is changed.
+        teacher = _completed(share_weights(student), config.teacher)
+    else:
+        teacher = load_model(config.teacher, runtime)
+    student = _completed(student, spec)
+    if spec.lora:
+        student = add_lora(student, spec.lora).eval()
+    if runtime.gradient_checkpointing:
+        _checkpoint_layers(student)
+    return student, teacher
+
+
+def _base(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
+    """The model below any adapter that its directory holds, all of its layers there."""
     source = _source(spec.model)
+    source = base_of(source) or source
     on_cuda = device().type == "cuda"
     dtype = runtime.dtype if runtime.dtype != "auto" else "bfloat16" if on_cuda else "float32"
-    attention = runtime.attention
+    attention: str | None = runtime.attention
     if attention == "auto":
         flash = on_cuda and dtype != "float32" and importlib.util.find_spec("flash_attn")
-        attention = "flash_attention_2" if flash else "sdpa"
+        # None is sdpa where the model has it: not Gemma 2, whose scores are soft-capped.
+        attention = "flash_attention_2" if flash else None
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             trust_remote_code=runtime.trust_remote_code,
+            use_safetensors=True,  # a pickle can run any code
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(_not_loaded(spec.model, source, "model", error)) from error
-    if spec.drop_layers:
-        drop_layers(model, spec.drop_layers)
     model.to(device()).eval()
-    if on_cuda and runtime.liger == "auto" and importlib.util.find_spec("liger_kernel"):
+    if runtime.liger:
         _use_liger_layers(model)
     return model
+
+
+def _completed(model: Any, spec: ModelConfig) -> Any:
+    """`model` without the layers that `spec` drops, and with the adapter that it names."""
+    if spec.drop_layers:
+        drop_layers(model, spec.drop_layers)
+    adapter, source = getattr(spec, "adapter", None), _source(spec.model)
+    if base_of(source):
+        if adapter:
+            raise ModelError(f"teacher.adapter: {spec.model!r} is an adapter itself; name its base")
+        adapter = source
+    return load_adapter(model, adapter).eval() if adapter else model
+
+
+def share_weights(model: Any) -> Any:
+    """A second model on the parameters and buffers of the first: modules are copied, memory is not.
+
+    What is done to the modules of one, such as adding an adapter or removing layers, does not show
+    in the other; what is written into a parameter does.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Have each layer recompute its activations in the backward pass, while in training mode."""
+    if not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
+        raise ModelError(
+            f"runtime.gradient_checkpointing: {type(model).__name__} has no layers that support it"
+        )
+    # The first name is that of newer versions of transformers.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+@contextlib.contextmanager
+def training_mode(model: Any) -> Iterator[None]:
+    """Inside, adapters have their dropout and checkpointed layers recompute, backward included.
+
+    The rest stays in eval mode: a student is trained on the distribution that it sampled from, so
+    the dropout of its pretraining is off.
+    """
+    switched = [
+        module
+        for name, module in model.named_modules()
+        if ("lora_dropout" in name and isinstance(module, nn.Dropout))
+        or (isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing)
+    ]
+    try:
+        for module in switched:
+            module.training = True  # train() would reach all that is below
+        yield
+    finally:
+        for module in switched:
+            module.training = False
 
 
 def decoder(model: Any) -> nn.Module:
     """The part of a causal model below its output head."""
     inner: nn.Module = model.get_decoder()
     return inner
+
+
+def compiled(model: Any, runtime: RuntimeConfig) -> Callable[..., Any] | None:
+    """The decoder as `torch.compile` has it, for any length; None if `runtime` does not ask for it.
+
+    It computes with the model's own modules, which sampling goes on calling one by one.
+    """
+    return torch.compile(decoder(model), dynamic=True) if runtime.compile else None
 
 
 def head(model: Any) -> Head:
@@ -215,6 +322,10 @@ def _not_loaded(model: str, source: str, what: str, error: Exception) -> str:
 
 def _use_liger_layers(model: Any) -> None:
     """liger-kernel's rotary embedding, norm and MLP on this instance; not its losses."""
+    if device().type != "cuda" or not importlib.util.find_spec("liger_kernel"):
+        raise ModelError(
+            "runtime.liger: needs a GPU and liger-kernel (pip install 'esr-distill[gpu]')"
+        )
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(

@@ -1,18 +1,22 @@
-"""AdamW with fp32 moments and weights for models of any dtype, and the learning-rate schedule.
+"""AdamW with fp32 gradients, moments and weights for models of any dtype, and the learning rate.
 
 A bf16 weight has 8 bits of mantissa: an update smaller than 1/256 of it is rounded away, and at the
-learning rates of distillation most updates are. So 16-bit weights have an fp32 master copy.
+learning rates of distillation most updates are. So 16-bit weights have an fp32 master copy. A sum
+over micro-batches loses as much, so a gradient is added to the fp32 gradient of the master as soon
+as a backward pass has computed it, and its 16-bit memory is freed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from esr_train.config import OptimConfig
+from esr_train.models import ModelError
 
 GRAD_CLIP = 1.0  # L2 norm of the whole gradient
 _MASTER, _STATE = "master/", "adamw/"
@@ -29,10 +33,22 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW without weight decay over a model's trainable parameters."""
+    """AdamW without weight decay over a model's trainable parameters.
+
+    Gradients are those of `masters`: for an fp32 parameter that is the parameter itself. `close`
+    detaches the optimizer from a model that is trained on by another one.
+
+    Raises:
+        ModelError: nothing in the model is trainable.
+    """
 
     def __init__(self, model: Any) -> None:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ModelError(
+                "the student has no trainable weights: an adapter is only trained by student.lora, "
+                "on a whole model; `esr-train export --merge` makes one of an adapter"
+            )
         self.masters = {
             name: p if p.dtype == torch.float32 else p.detach().float()
             for name, p in self.parameters.items()
@@ -42,14 +58,34 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             self.masters.values(), weight_decay=0.0, fused=on_cuda, foreach=None
         )
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(_adds_to(self.masters[name]))
+            for name, parameter in self.parameters.items()
+            if self.masters[name] is not parameter
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks on the model's parameters; gradients are theirs again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def weight_grad(self, weight: Tensor) -> Tensor | None:
+        """The fp32 memory that gradients of a 16-bit parameter are summed in, else None.
+
+        What computes a gradient in fp32 adds it there, instead of rounding it to weight.grad.
+        """
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if parameter is weight and master is not parameter:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                return master.grad
+        return None
 
     def step(self, lr: float) -> None:
         """One update from the gradients of the model's parameters, which are cleared."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter and parameter.grad is not None:
-                self.masters[name].grad = parameter.grad.float()
         self.adamw.step()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -59,11 +95,11 @@ class Optimizer:
 
     def clip(self) -> Tensor:
         """Scale the gradient down to norm GRAD_CLIP; returns the norm before, a 0-d tensor."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), GRAD_CLIP)
+        return torch.nn.utils.clip_grad_norm_(self.masters.values(), GRAD_CLIP)
 
     def zero_grad(self) -> None:
-        for parameter in (*self.parameters.values(), *self.masters.values()):
-            parameter.grad = None
+        for master in self.masters.values():
+            master.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by parameter name."""
@@ -86,3 +122,18 @@ class Optimizer:
             # Moments are on the device of the weights; the step counter is on the CPU without CUDA.
             device = tensor.device if key == "step" and not master.is_cuda else master.device
             self.adamw.state[master][key] = tensor.to(device).clone()
+
+
+def _adds_to(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that moves the gradient of a parameter into that of its master."""
+
+    def add(parameter: Tensor) -> None:
+        if parameter.grad is None:  # the loss has added it to `weight_grad`
+            return
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    return add

@@ -21,6 +21,8 @@ from esr_train.metrics import cpu_name
 _PACKAGES = "torch triton transformers tokenizers safetensors flash-attn liger-kernel".split()
 # Settings that may differ between a run and its continuation.
 _MAY_CHANGE = {"steps", "eval", "checkpoint", "report", "arms", "seeds"}
+# The same for a comparison; an arm or a seed may be added.
+_MAY_CHANGE_BETWEEN_ARMS = {"checkpoint", "report", "arms", "seeds"}
 
 
 def write_run_files(directory: Path, config: Config, jobs: int = 1) -> None:
@@ -33,30 +35,63 @@ def write_run_files(directory: Path, config: Config, jobs: int = 1) -> None:
 
 def check_continues(directory: Path, config: Config) -> None:
     """Raise ConfigError if `directory` holds a run that was made with other settings."""
-    path = directory / "config.yaml"
-    if not path.is_file():
-        if directory.is_dir() and any(directory.iterdir()):
-            raise ConfigError(f"--out: {directory} is not empty and holds no earlier run")
+    before = _config_in(directory, "run")
+    if before is not None:
+        _check_same(directory, before, yaml.safe_load(to_yaml(config)), _MAY_CHANGE)
+
+
+def check_comparison(directory: Path, config: Config, anew: bool) -> None:
+    """Raise ConfigError if `directory` holds anything but a comparison with these settings.
+
+    With `anew`, which replaces it, the settings may be others.
+    """
+    before = _config_in(directory, "comparison")
+    if before is None:
         return
-    before, now = yaml.safe_load(path.read_text()), yaml.safe_load(to_yaml(config))
-    for key, value in now.items():
-        if key not in _MAY_CHANGE and before.get(key) != value:
-            raise ConfigError(
-                f"{directory} holds a run with another configuration: {key} was "
-                f"{before.get(key)}, is {value}; choose another --out"
-            )
+    if (directory / "arms" / "train").exists():
+        raise ConfigError(f"--out: {directory} holds a run of `train`, not a comparison")
+    if anew:
+        return
+    now = yaml.safe_load(to_yaml(config))
+    advice = ", or checkpoint.resume=never to replace it"
+    _check_same(directory, before, now, _MAY_CHANGE_BETWEEN_ARMS, advice)
+    arms = [{arm["name"]: arm for arm in settings["arms"]} for settings in (before, now)]
+    common = {name: arm for name, arm in arms[0].items() if name in arms[1]}
+    _check_same(directory, common, {name: arms[1][name] for name in common}, set(), advice)
 
 
 def clear_comparison(directory: Path) -> None:
-    """Remove an earlier comparison; raise ConfigError if `directory` holds anything else."""
-    if not directory.exists() or not any(directory.iterdir()):
-        return
-    if not (directory / "environment.json").is_file() or (directory / "arms" / "train").exists():
-        raise ConfigError(f"--out: {directory} is not empty and holds no earlier comparison")
+    """Remove an earlier comparison, and no other file."""
     for name in ("arms", "figures"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("report.html", "report.md", "summary.json"):
         (directory / name).unlink(missing_ok=True)
+
+
+def _config_in(directory: Path, what: str) -> dict[str, Any] | None:
+    """The configuration that `directory` was made with, None if it is empty."""
+    path = directory / "config.yaml"
+    if path.is_file():
+        settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return settings
+    if directory.is_dir() and any(directory.iterdir()):
+        raise ConfigError(f"--out: {directory} is not empty and holds no earlier {what}")
+    return None
+
+
+def _check_same(
+    directory: Path,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    may_change: set[str],
+    advice: str = "",
+) -> None:
+    for key, value in now.items():
+        if key not in may_change and before.get(key) != value:
+            raise ConfigError(
+                f"{directory} holds a run with another configuration: {key} was "
+                f"{before.get(key)}, is {value}; choose another --out{advice}"
+            )
 
 
 def environment(jobs: int) -> dict[str, Any]:

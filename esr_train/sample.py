@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from esr_kernels import SamplingParams
-from esr_train.config import Config, ConfigError, ModelConfig
-from esr_train.data import TokenizedTask
+from esr_train.config import Config, ModelConfig
+from esr_train.data import PromptEncoder
 from esr_train.models import load_model, load_tokenizer
 from esr_train.rollout import PrefixRollout, RolloutBatch
-from esr_train.tasks import Problem, load_task
 
 _TOKENS_A_LINE = 8
 
@@ -31,20 +30,16 @@ def sample_text(
 ) -> str:
     """Every prompt with `samples` answers, as text for a terminal.
 
-    Prompts are formatted by the chat template if those of the config's task are. Log-probs
+    Prompts are formatted by the chat template as those of training are. Log-probs
     are those of the whole distribution at the temperature, before the filters of `params`.
 
     Raises:
-        ConfigError, ModelError, ContextError: an unknown task, a model that cannot be loaded,
+        ConfigError, ModelError, ContextError: no chat template, a model that cannot be loaded,
             prompts that do not fit its context.
     """
-    try:
-        task = load_task(config.rollout.task)
-    except ValueError as error:
-        raise ConfigError(f"rollout.task: {error}") from error
     tokenizer = load_tokenizer(spec, config.runtime)
-    tokenized = TokenizedTask(task, tokenizer)
-    ids = [tokenized.ids(Problem(prompt)) for prompt in prompts]
+    encode = PromptEncoder(tokenizer, config.data)
+    ids = [encode(prompt) for prompt in prompts]
     rollout = PrefixRollout(load_model(spec, config.runtime), tokenizer)
     batch = rollout.generate(
         ids,

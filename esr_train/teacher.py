@@ -6,13 +6,14 @@ last position of the prompt. Only these rows are kept, so no logits are computed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esr_train.models import ModelError, decoder, head
+from esr_train.models import decoder, head
 from esr_train.rollout import PrefixRollout, RolloutBatch
 
 
@@ -24,6 +25,7 @@ class Sequences:
     mask: Tensor  # [B, L]
     rows: Tensor  # [T] int64 into the flattened [B * L] positions
     weights: Tensor  # [T] fp32, the weight of each row's token in the loss
+    tokens: Tensor  # [T] int64, the position of each row's token in its response
 
 
 def sequences(batch: RolloutBatch, weights: Tensor, device: torch.device) -> Sequences:
@@ -38,45 +40,34 @@ def sequences(batch: RolloutBatch, weights: Tensor, device: torch.device) -> Seq
         mask[row, : len(sequence)] = 1
     response, token = weights.nonzero(as_tuple=True)
     rows = response * width + torch.tensor(starts)[response] - 1 + token
-    return Sequences(
-        ids.to(device), mask.to(device), rows.to(device), weights[response, token].to(device)
-    )
+    row_weights = weights[response, token]
+    return Sequences(*(x.to(device) for x in (ids, mask, rows, row_weights, token)))
 
 
-def hidden_rows(model: Any, batch: Sequences) -> Tensor:
-    """The model's hidden states [T, D] at the rows of a batch, differentiable."""
+def hidden_rows(model: Any, batch: Sequences, forward: Callable[..., Any] | None = None) -> Tensor:
+    """The model's hidden states [T, D] at the rows of a batch, differentiable.
+
+    `forward` is its decoder, compiled; None calls the decoder as it is.
+    """
     # Right padding: causal attention does not reach it, and positions count from 0.
-    output = decoder(model)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    run = decoder(model) if forward is None else forward
+    output = run(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)[batch.rows]
 
 
 class Teacher:
-    """A frozen model in the same process; `rollout` samples its text."""
+    """A frozen model in the same process; `rollout` samples its text.
 
-    def __init__(self, rollout: PrefixRollout) -> None:
-        self.rollout = rollout
+    Its weights may be those that the student has below its adapters (`models.load_pair`): nobody
+    writes to them.
+    """
+
+    def __init__(self, rollout: PrefixRollout, forward: Callable[..., Any] | None = None) -> None:
+        self.rollout, self.forward = rollout, forward
         self.model = rollout.model.requires_grad_(False)
         self.head = head(self.model)
 
     @torch.no_grad()
     def hidden_rows(self, batch: Sequences) -> Tensor:
         """Hidden states [T, D] at the rows of a batch."""
-        return hidden_rows(self.model, batch)
-
-
-def check_same_tokenizer(student: Any, teacher: Any, classes: int) -> None:
-    """Raise ModelError unless both tokenizers agree on the meaning of every id below `classes`."""
-    names = [
-        {index: token for token, index in tokenizer.get_vocab().items() if index < classes}
-        for tokenizer in (student, teacher)
-    ]
-    if names[0] == names[1]:
-        return
-    different = min(
-        i for i in names[0].keys() | names[1].keys() if names[0].get(i) != names[1].get(i)
-    )
-    raise ModelError(
-        "student and teacher must share a tokenizer: token id "
-        f"{different} is {names[0].get(different)!r} to the student "
-        f"and {names[1].get(different)!r} to the teacher"
-    )
+        return hidden_rows(self.model, batch, self.forward)

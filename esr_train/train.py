@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,20 @@ import torch
 
 from esr_train import checkpoint
 from esr_train.config import Config
-from esr_train.data import PromptStream
+from esr_train.data import PromptStream, seed_from
 from esr_train.evaluate import Evaluation
-from esr_train.experiment import Experiment
-from esr_train.loss import divergence_from_hidden, token_weights
+from esr_train.experiment import Experiment, check_context
+from esr_train.loss import divergence_from_hidden, shared_mass, token_weights
 from esr_train.metrics import JsonLines, Spans
-from esr_train.models import head
+from esr_train.models import compiled, head, training_mode
 from esr_train.optim import Optimizer, learning_rate
 from esr_train.rollout import RolloutBatch
-from esr_train.teacher import hidden_rows, sequences
+from esr_train.teacher import hidden_rows
 
 # Averages over the trained tokens of a step.
 _PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
+# With other tokenizers: the share of each model's probability that is on tokens of both.
+_SHARED = ("student_shared_mass", "teacher_shared_mass")
 
 
 class TrainingError(RuntimeError):
@@ -44,7 +47,8 @@ class Trainer:
         save: write checkpoints, and resume from the newest one if there is any.
         initial: evaluation of the initial weights, if it has been computed already.
         on_step: called after each step with its row of metrics.jsonl and the latest evaluation.
-        on_first_rollout: called with the first batch that is sampled.
+        on_first_rollout: called with the first batch that is sampled and the prompt that the
+            teacher sees before its first response.
     """
 
     def __init__(
@@ -56,24 +60,29 @@ class Trainer:
         save: bool = True,
         initial: Evaluation | None = None,
         on_step: Callable[[dict[str, Any], dict[str, float]], None] | None = None,
-        on_first_rollout: Callable[[RolloutBatch], None] | None = None,
+        on_first_rollout: Callable[[RolloutBatch, list[int]], None] | None = None,
     ) -> None:
-        self.config, self.seed, self.directory, self.save = config, seed, directory, save
+        self.config, self.seed, self.directory = config, seed, directory
+        self.save = save
+        self.save_end = True  # write a checkpoint after the last step, too
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
         self.rollout, self.teacher = experiment.student, experiment.teacher
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
+        self.alignment, self.classes = experiment.alignment, experiment.classes
         self.student: Any = self.rollout.model
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
         self.optimizer = Optimizer(self.student)
+        self.forward = compiled(self.student, config.runtime)
         self.device = head(self.student).weight.device
-        # Progress, as it is saved in checkpoints.
-        self.state: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "tokens": 0}
+        # Progress, as it is saved in checkpoints; `best` is the best evaluation, (value, step).
+        self.state: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "tokens": 0, "best": None}
+        self.state["data"] = self.prompts.digest
         self.saved_step = -1
         self.latest_metrics: dict[str, float] = {}
-        self._check_context()
+        check_context(config, experiment, seed)
 
     def run(self) -> None:
-        """Train to config.steps, from the newest checkpoint if there is one.
+        """Train to config.steps, from the newest whole checkpoint if there is one; call it once.
 
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM; a checkpoint of the last whole step is saved.
@@ -89,6 +98,7 @@ class Trainer:
             with checkpoint.Interrupt() as interrupt:
                 self._loop(interrupt)
         finally:
+            self.optimizer.close()
             for file in (self.metrics, self.evals, self.samples):
                 file.close()
 
@@ -103,11 +113,16 @@ class Trainer:
                     self.on_step(row, self.latest_metrics)
                 if every and row["step"] % every == 0:
                     self._save()
-        finally:
-            # After the last step, a signal or an error: the weights are those of state["step"].
-            # If the last update made them infinite or NaN, the older checkpoint is kept.
-            if all(bool(p.isfinite().all()) for p in self.student.parameters()):
+            if self.save_end:
                 self._save()
+        except checkpoint.CheckpointError:
+            raise
+        except BaseException:
+            # The weights are those of state["step"]. If the last update made them infinite or NaN,
+            # the older checkpoint is kept.
+            if all(bool(p.isfinite().all()) for p in self.optimizer.parameters.values()):
+                self._save()
+            raise
 
     def step(self, step: int, interrupt: checkpoint.Interrupt) -> dict[str, Any]:
         """One optimizer step; returns the row that it writes to metrics.jsonl."""
@@ -123,7 +138,8 @@ class Trainer:
                 max_tokens_in_flight=config.rollout.max_tokens_in_flight,
             )
         if self.on_first_rollout:
-            self.on_first_rollout(batch)
+            own = self.prompts.teacher_prompts_for(step)
+            self.on_first_rollout(batch, batch.prompts[0] if own is None else own[0])
             self.on_first_rollout = None
         sums = self._gradient(step, batch, spans)
         with spans("student"):
@@ -144,6 +160,7 @@ class Trainer:
                 "step": step,
                 "loss": sums["loss"],
                 **{key: sums[key] / trained for key in _PER_TOKEN},
+                **{key: sums[key] for key in ("aligned_share", *_SHARED) if key in sums},
                 "response_length": tokens / len(batch.prompts),
                 "eos_rate": float(batch.finished_by_eos.double().mean()),
                 "tokens": tokens,
@@ -162,31 +179,57 @@ class Trainer:
     def _gradient(self, step: int, batch: RolloutBatch, spans: Spans) -> dict[str, float]:
         """Accumulate the gradient of the batch; returns its loss and sums over its tokens."""
         config = self.config
-        weights = token_weights(batch, config.loss, (self.seed, "window", step))
+        comparable = self.alignment.comparable(batch)
+        weights = token_weights(batch, config.loss, (self.seed, "window", step), comparable)
+        own = self.prompts.teacher_prompts_for(step)  # one for each prompt, or None
+        each = config.rollout.samples
         sums = torch.zeros(2 + len(_PER_TOKEN), dtype=torch.float64, device=self.device)
+        student = head(self.student)
+        student = replace(student, weight_grad=self.optimizer.weight_grad(student.weight))
+        torch.manual_seed(seed_from(self.seed, "dropout", step))
+        masses: list[tuple[float, float]] = []  # of other tokenizers: what they share
         size = config.optim.micro_batch or len(batch.prompts)
         # Sorted by length, so that a micro-batch has little padding.
         for part in batch.lengths.argsort(stable=True).split(size):
-            laid_out = sequences(batch.select(part), weights[part], self.device)
+            prompts = None if own is None else [own[row // each] for row in part.tolist()]
+            laid_out, read = self.alignment.pair(
+                batch.select(part), weights[part], prompts, self.device
+            )
             if len(laid_out.rows) == 0:
                 continue
             with spans("teacher"):
-                teacher_hidden = self.teacher.hidden_rows(laid_out)
-            with spans("student"):
+                teacher_hidden = self.teacher.hidden_rows(read)
+            with spans("student"), training_mode(self.student):
+                hidden = hidden_rows(self.student, laid_out, self.forward)
                 out = divergence_from_hidden(
-                    hidden_rows(self.student, laid_out),
-                    head(self.student),
+                    hidden,
+                    student,
                     teacher_hidden,
                     self.teacher.head,
                     laid_out.weights,
+                    self.classes,
                     config.loss,
                 )
                 out.loss.backward()
+            if comparable is not None:
+                masses.append(
+                    (
+                        shared_mass(hidden, student, out.student_lse, config.loss),
+                        shared_mass(
+                            teacher_hidden, self.teacher.head, out.teacher_lse, config.loss
+                        ),
+                    )
+                )
             rows = (out.per_token, out.student_entropy, out.teacher_entropy, out.agreement)
             sums[0] += out.loss.detach()
             sums[1] += len(laid_out.rows)
             sums[2:] += torch.stack([row.double().sum() for row in rows])
-        return dict(zip(("loss", "trained_tokens", *_PER_TOKEN), sums.tolist(), strict=True))
+        found = dict(zip(("loss", "trained_tokens", *_PER_TOKEN), sums.tolist(), strict=True))
+        if comparable is not None and masses:
+            shares = torch.tensor(masses, dtype=torch.float64).mean(0).tolist()
+            found["aligned_share"] = int(comparable.sum()) / int(batch.lengths.sum())
+            found |= dict(zip(_SHARED, shares, strict=True))
+        return found
 
     def _evaluate(self) -> None:
         """Evaluate if it is due at this step and has not been done; `train_seconds` excludes it."""
@@ -199,6 +242,7 @@ class Trainer:
         if step == 0:
             self.initial = evaluation
         self.latest_metrics, samples = evaluation
+        self._keep_best()
         for sample in samples:
             self.samples.write({"step": step, **sample})
         self.evals.write(
@@ -210,30 +254,46 @@ class Trainer:
             }
         )
 
-    def _check_context(self) -> None:
-        """Raise ContextError before any work if a prompt of any step does not fit."""
-        length = self.config.rollout.max_new_tokens
-        for step in range(1, self.config.steps + 1):
-            prompts = self.prompts.prompts_for(step)
-            for rollout in (self.rollout, self.teacher.rollout):
-                rollout.check_fits(prompts, length)
-            if step * self.prompts.per_step >= len(self.prompts.problems):
-                break  # every prompt has been checked
-
     def _resume(self) -> None:
-        path = checkpoint.latest(self.directory / "checkpoints")
-        if not self.save or path is None:
+        directory = self.directory / "checkpoints"
+        if not self.save:
             return
-        if self.config.checkpoint.resume == "never":
+        if self.config.checkpoint.resume == "never" and checkpoint.latest(directory):
             raise checkpoint.CheckpointError(
-                f"{path.parent} holds checkpoints and checkpoint.resume is never; "
+                f"{directory} holds checkpoints and checkpoint.resume is never; "
                 "choose another --out, or remove them"
             )
-        self.state = checkpoint.load(path, self.student, self.optimizer)
-        self.saved_step = self.state["step"]
+        state = checkpoint.resume(directory, self.student, self.optimizer)
+        if state is None:
+            return
+        if state.get("data", self.state["data"]) != self.state["data"]:
+            raise checkpoint.CheckpointError(
+                f"{directory} was trained on other problems than data.task "
+                f"{self.config.data.task!r} has now; choose another --out, or put the data back"
+            )
+        self.state, self.saved_step = state, state["step"]
 
     def _save(self) -> None:
         if self.save and self.saved_step != self.state["step"]:
-            directory = self.directory / "checkpoints"
-            checkpoint.save(directory, self.state, self.student, self.tokenizer, self.optimizer)
+            checkpoint.save(
+                self.directory / "checkpoints",
+                self.state,
+                self.student,
+                self.tokenizer,
+                self.optimizer,
+                self.config.checkpoint.keep,
+            )
             self.saved_step = self.state["step"]
+
+    def _keep_best(self) -> None:
+        """Save the model if its evaluation, just made, is the best so far of a trained one."""
+        report, step = self.config.report, self.state["step"]
+        value = self.latest_metrics.get(report.metric)
+        wanted = self.save and self.config.checkpoint.keep_best and step > 0
+        if not wanted or value is None or math.isnan(value):
+            return
+        sign = 1 if report.higher_is_better else -1
+        best = self.state["best"]
+        if best is None or sign * value > sign * best[0]:
+            self.state["best"] = [value, step]
+            checkpoint.save_best(self.directory / "checkpoints", step, self.student, self.tokenizer)

@@ -6,7 +6,7 @@ same format, each step's metrics and how each run ended. What libraries print go
 
 A worker ends when its stdin closes, which happens however the parent ends. It has its own
 session, so that only the parent receives Ctrl-C from a terminal, and kills the workers: what they
-have written is flushed, and a comparison saves no checkpoints.
+have written is flushed, and an unfinished checkpoint is ignored.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
         (["train", "CONFIG", "optim.lrr=1"], "did you mean 'optim.lr'"),
         (["compare", "CONFIG", "loss.divergence=revers_kl"], "loss.divergence: "),
         (["compare", "CONFIG", "student.model=/nowhere"], "no such directory"),
-        (["compare", "CONFIG", "rollout.task=sumz"], "rollout.task: "),
-        (["compare", "CONFIG", "rollout.task=prompts", "eval.problems=9999"], "eval.problems: "),
+        (["compare", "CONFIG", "data.task=sumz"], "data.task: "),
+        (["compare", "CONFIG", "data.task=prompts", "eval.problems=9999"], "eval.problems: "),
         (["compare", "CONFIG", "arms=[]"], "compare needs a list"),
         (["compare", "CONFIG", "eval.max_new_tokens=400"], "context overflow"),
         (["evaluate", "CONFIG", "--model", "builtin:nothing"], "no such built-in model"),
@@ -93,7 +93,7 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
         (["sample", "CONFIG", "--prompt", "1" * 200], "the longest prompt has 200 tokens"),
         (["sample", "CONFIG", "--prompt", "1", "--max-new-tokens", "500"], "with 500 new ones exc"),
         (["sample", "CONFIG", "--prompt", "1", "student.model=/nowhere"], "no such directory"),
-        (["sample", "CONFIG", "--prompt", "1", "rollout.tsk=sums"], "did you mean 'rollout.task'"),
+        (["sample", "CONFIG", "--prompt", "1", "data.tsk=sums"], "did you mean 'data.task'"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(

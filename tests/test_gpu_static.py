@@ -69,7 +69,8 @@ def test_sm_90_passes(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     kernels = json.loads(result.read_text())["sm_90"]
-    assert set(kernels) == {"fused_statistics_kernel", "row_statistics_kernel", "gradient_kernel"}
+    rows = {"row_statistics_kernel", "merge_kernel", "gradient_kernel"}
+    assert set(kernels) == {"fused_statistics_kernel", *rows}
     [fused] = kernels["fused_statistics_kernel"].values()
     assert fused["blocks"] == "x".join(map(str, BLOCKS["16-bit", "sm_90"][:3]))
     for variants in kernels.values():

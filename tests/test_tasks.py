@@ -7,8 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from esr_train.tasks import Problem, builtin_model_path, load_task
+from esr_train.config import ConfigError, DataConfig
+from esr_train.tasks import Problem, builtin_model_path
+from esr_train.tasks import load_task as load_task_of
 from esr_train.tasks.sums import step_by_step, summands_of, wordy_guess
+
+
+def load_task(name: str):
+    return load_task_of(DataConfig(task=name))
 
 
 @pytest.mark.parametrize("name", ["sums", "prompts"])
@@ -53,7 +59,7 @@ def test_every_step_by_step_answer_is_right_and_long():
     task = load_task("sums")
     for problem in task.problems("train", 1000, seed=0):
         answer = step_by_step(summands_of(problem))
-        assert task.score(problem, answer) == 1.0
+        assert task.score(problem, answer) == {"accuracy": 1.0}
         assert 130 <= len(answer) <= 170
         for left, right in (part.split("=") for part in _equations(answer)):
             assert sum(map(int, left.split("+"))) == int(right)
@@ -63,7 +69,8 @@ def test_most_guesses_are_wrong_and_longer_than_the_steps():
     task, rng = load_task("sums"), random.Random(0)
     problems = task.problems("train", 1000, seed=0)
     guesses = [wordy_guess(summands_of(problem), rng) for problem in problems]
-    right = sum(map(task.score, problems, guesses)) / len(problems)
+    scores = map(task.score, problems, guesses)
+    right = sum(score["accuracy"] for score in scores) / len(problems)
     assert 0 < right < 0.05
     assert all(160 <= len(guess) <= 220 and "the answer is " in guess for guess in guesses)
 
@@ -81,12 +88,14 @@ def test_most_guesses_are_wrong_and_longer_than_the_steps():
     ],
 )
 def test_score_reads_the_last_answer(response, score):
-    assert load_task("sums").score(Problem("23+45+67+12=", "147"), response) == score
+    scores = load_task("sums").score(Problem("23+45+67+12=", "147"), response)
+    assert scores == {"accuracy": score}
 
 
 def test_prompts_have_no_score():
     task = load_task("prompts")
-    assert task.chat and task.score(Problem("Why do cats purr?"), "They like it.") is None
+    assert task.score(Problem("Why do cats purr?"), "They like it.") is None
+    assert [role for role, _ in task.problems("train", 1, 0)[0].prompt] == ["user"]
 
 
 def test_built_in_models_are_fp32_with_their_own_eos_and_fit_the_size_limit():
@@ -102,7 +111,7 @@ def test_built_in_models_are_fp32_with_their_own_eos_and_fit_the_size_limit():
 
 
 def test_unknown_names_are_refused_with_the_allowed_ones():
-    with pytest.raises(ValueError, match="'summs', allowed are 'sums', 'prompts'"):
+    with pytest.raises(ConfigError, match="'summs', allowed are 'sums', 'prompts'"):
         load_task("summs")
     with pytest.raises(ValueError, match="allowed are 'sums-teacher', 'sums-student'"):
         builtin_model_path("sums-tutor")
@@ -124,19 +133,20 @@ def test_bad_prompt_files_are_refused(tmp_path: Path):
         ("empty.txt", "holds no prompt"),
         ("latin.txt", "not UTF-8"),
     ):
-        with pytest.raises(ValueError, match=f"prompt file: .*{name}.*{reason}"):
+        with pytest.raises(ConfigError, match=f"data.task: prompt file: .*{name}.*{reason}"):
             load_task(f"prompts:{tmp_path / name}")
 
 
-def test_too_many_heldout_prompts_are_refused_and_training_starts_over(tmp_path: Path):
+def test_more_prompts_than_there_are_are_refused(tmp_path: Path):
     path = tmp_path / "mine.txt"
     path.write_text("\n".join(["a", "b", "", "b", "c", "d", "e", "f"]))  # a repeat and a blank
     task = load_task(f"prompts:{path}")
-    with pytest.raises(ValueError, match="count: got 2, but .*mine.txt' has 1 held-out prompts"):
+    with pytest.raises(ValueError, match="count: got 2, but .*mine.txt' has 1 heldout prompts"):
         task.problems("heldout", 2, seed=0)
-    assert [problem.prompt for problem in task.problems("heldout", 1, seed=0)] == ["e"]
-    twice = [problem.prompt for problem in task.problems("train", 10, seed=0)]
-    assert sorted(twice[:5]) == sorted(twice[5:]) == ["a", "b", "c", "d", "f"]
+    assert task.problems("heldout", 1, seed=0) == [Problem((("user", "e"),))]
+    assert task.count("train") == 5
+    texts = [problem.prompt[0][1] for problem in task.problems("train", 5, seed=0)]
+    assert sorted(texts) == ["a", "b", "c", "d", "f"]
 
 
 def _equations(answer: str) -> list[str]:

@@ -140,7 +140,10 @@ def accuracy(
     texts = tokenizer.batch_decode(
         [batch.response(row) for row in range(len(problems))], skip_special_tokens=True
     )
-    return sum(map(task.score, problems, texts)) / len(problems)
+    scores = [
+        task.score(problem, text)["accuracy"] for problem, text in zip(problems, texts, strict=True)
+    ]
+    return sum(scores) / len(scores)
 
 
 def main(arguments: list[str] | None = None) -> int:

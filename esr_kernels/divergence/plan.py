@@ -28,15 +28,25 @@ KINDS = ("stash", "recompute", "fused")
 _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
 # With fewer classes or tokens in a tile, a GEMM runs far below its usual rate.
 SMALLEST_TILE = 64
+# A chunk of tokens on a GPU is a multiple of this. Its GEMMs fill their tiles of up to 256 rows,
+# and buffers, gigabytes of them, keep a few sizes however the number of tokens varies: those that
+# varied with it would leave holes in the allocator's cache.
+ROW_STEP = 256
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
 _TORCH_SCRATCH = 4 * 5 * 640_000
-# The fused kernel's share of the vendor GEMM's rate, and its epilogue (25 FLOPs and 2 exponentials
-# a logit pair, not overlapped) as the bytes that move in that time. Estimates from the instruction
-# mix on an H100, not measured.
-_FUSED_RATE = 0.7
-_FUSED_EPILOGUE = 4.4
-# As in `fused_triton`: the tokens of a tile, and the programs wanted. A GPU runs about 128 at once.
-_FUSED_TILE, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 512, 128
+# Numbers a token that a merged class takes besides its members' logits, and the block that the
+# derivative of a softcap takes then (PyTorch's row passes have room for it).
+_MERGED_COLUMNS, _MERGED_SCRATCH = 30, 4 * 640_000
+# The fused kernel's share of the vendor GEMM's rate, and its epilogue, which no product overlaps,
+# as the bytes that move in that time. By counts on sm_90, predicted: a tile of 128 tokens and 128
+# classes takes (128 + 128) * 2 bytes from L2 for 2 * 128 * 128 FLOPs, so that 5.5 TB/s of L2 feed
+# 64 * 5.5 = 352 of the 660 TFLOP/s of cuBLAS; and 49 instructions a logit pair in its SASS at
+# 29.6e12 lanes a second are the time of 4.5 bytes at 2.7 TB/s.
+_FUSED_RATE = 0.53
+_FUSED_EPILOGUE = 4.5
+# As in `fused_triton`: the tokens of a tile, the token blocks that walk the classes side by side,
+# and the programs wanted. A GPU runs about 128 at once.
+_FUSED_TILE, _FUSED_GROUP, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 8, 512, 128
 # Bytes of a token's statistics from one split of the classes, and of merging them.
 _PART_BYTES = 2 * 4 * 10
 
@@ -60,6 +70,7 @@ class Problem:
     mapped: bool = False
     weight_grad_given: bool = False  # the head's gradient is added to a buffer of the caller
     train_bias: bool = False
+    merged: tuple[int, int] = (0, 0)  # classes of student and teacher that are merged into one
     rows: str = "triton"  # what computes the row passes: "triton", "torch" or "native" (C, on CPU)
 
     @property
@@ -91,7 +102,8 @@ class Plan:
     """One way to compute a `Problem`.
 
     token_chunk: tokens whose dz exists at once; logit_chunk: tokens whose logits are projected at
-    once (stash); vocab_chunk: classes in a tile (recompute, backward of fused). extra_bytes is the
+    once (stash); either may be a little more than there are tokens, and buffers have that size.
+    vocab_chunk: classes in a tile (recompute, backward of fused). extra_bytes is the
     predicted peak beyond the inputs and the returned gradients; on CPU the buffers stay for the
     next call (`release_workspace`).
     """
@@ -111,13 +123,15 @@ class Plan:
             row = row_stride(p.classes)
             logits = self.logit_chunk * row * p.logit_bytes * buffers
             dz = self.token_chunk * row * p.gradient_bytes
-            return logits + dz + self._accumulator_bytes + self._gathered_bytes + scratch
+            buffers_of_call = self._accumulator_bytes + self._gathered_bytes + self._merged_bytes
+            return logits + dz + buffers_of_call + scratch
         tile = 2 * p.logit_bytes if self._has_tiles else 0
         if p.needs_gradient and not p.in_place:
             tile += p.gradient_bytes
         parts = _PART_BYTES * self._fused_splits if self.kind == "fused" else 0
         by_token = p.tokens * (self.vocab_chunk * tile + parts)
-        return by_token + self._accumulator_bytes + self._gathered_bytes + scratch
+        buffers_of_call = self._accumulator_bytes + self._gathered_bytes + self._merged_bytes
+        return by_token + buffers_of_call + scratch
 
     @property
     def _has_tiles(self) -> bool:
@@ -130,6 +144,15 @@ class Plan:
         programs = math.ceil(self.problem.tokens / _FUSED_TILE)
         tiles = math.ceil(self.problem.classes / SMALLEST_TILE)
         return min(tiles, max(1, _FUSED_PROGRAMS // max(programs, 1)))
+
+    @property
+    def sums_hidden_apart(self) -> bool:
+        """Whether a stash sums the hidden gradient in an fp32 buffer before it takes its dtype.
+
+        fp16 is scaled back there, and a merged class adds to it after the last chunk.
+        """
+        p = self.problem
+        return p.hidden_dtype.itemsize < 4 and (p.hidden_dtype == torch.float16 or any(p.merged))
 
     @property
     def sums_weight_apart(self) -> bool:
@@ -160,10 +183,23 @@ class Plan:
             if p.train_weight and p.weight_grad_given:
                 # Holds the gradient until the upstream factor is known; it is not returned.
                 weight += p.classes * p.student_dim * p.weight_gradient_bytes
-            fp16 = p.hidden_dtype == torch.float16
-            return weight + (p.tokens * p.student_dim * 4 if p.train_hidden and fp16 else 0)
+            apart = p.train_hidden and self.sums_hidden_apart
+            return weight + (p.tokens * p.student_dim * 4 if apart else 0)
         narrow = p.hidden_dtype.itemsize < 4
         return p.tokens * p.student_dim * 4 if p.train_hidden and narrow else 0
+
+    @property
+    def _merged_bytes(self) -> int:
+        """The biases that remove the members, their logits and their rows of the heads."""
+        p, (student, teacher) = self.problem, self.problem.merged
+        if not student:
+            return 0
+        vectors = p.classes * (3 * p.logit_bytes + 3)
+        logits = p.tokens * p.logit_bytes * (4 * student + 2 * teacher + _MERGED_COLUMNS)
+        rows = student * p.student_dim * (p.weight_dtype.itemsize + p.logit_bytes)
+        rows += teacher * p.teacher_dim * p.weight_dtype.itemsize
+        block = _MERGED_SCRATCH if self.kind == "stash" and p.rows == "native" else 0
+        return vectors + logits + rows + block
 
     @property
     def _gathered_bytes(self) -> int:
@@ -209,8 +245,10 @@ class Plan:
         written_and_read = 2 * logits + (logits if p.two_pass else 0)
         gradient_reads = dz * (int(p.train_hidden) + int(p.train_weight))
         if self.kind == "stash":
-            calls = math.ceil(p.tokens / self.logit_chunk) if p.tokens else 1
-            updates = math.ceil(p.tokens / self.token_chunk) if p.tokens else 1
+            updates, rest = divmod(p.tokens, self.token_chunk)
+            calls = updates * math.ceil(self.token_chunk / self.logit_chunk)
+            calls = max(1, calls + math.ceil(rest / self.logit_chunk))
+            updates = max(1, updates + int(rest > 0))
             # Statistics read both logits, the gradient pass reads them again and writes dz.
             row = written_and_read + logits + dz + gradient_reads
             weight_traffic = calls * heads + updates * int(p.train_hidden) * student_head
@@ -223,7 +261,9 @@ class Plan:
         total = pass_from_memory * int(p.two_pass)
         if self.kind == "fused":
             # Programs that run at once over the same split share its heads in the cache.
-            rounds = math.ceil(p.tokens / (_FUSED_TILE * _FUSED_WAVE))
+            programs = math.ceil(p.tokens / _FUSED_TILE)
+            splits = max(1, _FUSED_PROGRAMS // max(programs, 1))
+            rounds = math.ceil(programs / max(_FUSED_GROUP, _FUSED_WAVE // splits))
             total += rounds * heads + hidden + p.tokens * _PART_BYTES * self._fused_splits
         else:
             total += pass_from_memory
@@ -265,5 +305,17 @@ class Plan:
         )
 
 
+def padded_tokens(tokens: int, device: str) -> int:
+    """The rows of a chunk that holds all tokens."""
+    if device == "cpu" or tokens <= ROW_STEP:
+        return max(tokens, 1)
+    return -(-tokens // ROW_STEP) * ROW_STEP
+
+
 def _family(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
+
+
+def merged_sizes(merge: tuple[tuple[int, ...], tuple[int, ...]] | None) -> tuple[int, int]:
+    """`Problem.merged` of a call."""
+    return (0, 0) if merge is None else (len(merge[0]), len(merge[1]))

@@ -8,22 +8,35 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from esr_kernels.common.arguments import (
     IMPLEMENTATIONS,
     REDUCTIONS,
     check_memory_budget,
     check_size,
+    checked_ids,
     one_of,
 )
 from esr_kernels.common.workspace import default_memory_budget, row_stride
 from esr_kernels.divergence import rows_native
 from esr_kernels.divergence.losses import Divergence, kernel_form, resolve_divergence
-from esr_kernels.divergence.plan import KINDS, SMALLEST_TILE, Plan, Problem
+from esr_kernels.divergence.plan import (
+    KINDS,
+    ROW_STEP,
+    SMALLEST_TILE,
+    Plan,
+    Problem,
+    merged_sizes,
+    padded_tokens,
+)
+
+_MOST_ELEMENTS = 2**31 - 1
 
 
 @functools.lru_cache(maxsize=1024)
@@ -111,15 +124,29 @@ def _even_chunks(size: int, smallest: int) -> list[int]:
     return chunks if chunks[-1] <= smallest else [*chunks, smallest]
 
 
+def _row_chunks(rows: int, device: str) -> list[int]:
+    """Chunks of up to `rows` tokens. On a GPU their sizes do not depend on the number of tokens."""
+    if device == "cpu":
+        return _even_chunks(rows, SMALLEST_TILE)
+    whole = padded_tokens(rows, device)
+    fixed = [SMALLEST_TILE, 2 * SMALLEST_TILE]
+    for doubling in range(rows.bit_length()):
+        fixed += [ROW_STEP << doubling, 3 * ROW_STEP << doubling]
+    return [whole, *(size for size in fixed if size < whole)]
+
+
 def _stash_plans(problem: Problem) -> list[Plan]:
     if not problem.needs_gradient:
         # Nothing to stash.
         return _recompute_plans(problem)
     base = Plan("stash", problem, 1, 1, problem.classes)
+    # Not every product of the vendors' libraries takes a matrix of more elements.
+    tallest = max(SMALLEST_TILE, _MOST_ELEMENTS // row_stride(problem.classes))
     return [
         replace(base, token_chunk=token_chunk, logit_chunk=logit_chunk)
-        for token_chunk in _even_chunks(problem.tokens, SMALLEST_TILE)
-        for logit_chunk in _even_chunks(token_chunk, SMALLEST_TILE)
+        for token_chunk in _row_chunks(problem.tokens, problem.device)
+        for logit_chunk in _row_chunks(token_chunk, problem.device)
+        if token_chunk <= tallest or problem.device == "cpu"
     ]
 
 
@@ -149,6 +176,21 @@ def row_pass_backend(on_gpu: bool, impl: str, dtype: torch.dtype, divergence: Di
     return "native" if rows_native.supports(divergence) else "torch"
 
 
+def checked_merge(
+    student: Sequence[int] | Tensor | None, teacher: Sequence[int] | Tensor | None, group: Any
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """`merge_student_ids` and `merge_teacher_ids` where no heads are known; None for neither."""
+    if student is None and teacher is None:
+        return None
+    if student is None or teacher is None:
+        raise ValueError("merge_student_ids and merge_teacher_ids must be given together")
+    if group is not None:
+        raise ValueError(
+            "merge_student_ids cannot be merged over a sharded vocabulary: group must be None"
+        )
+    return checked_ids("merge_student_ids", student), checked_ids("merge_teacher_ids", teacher)
+
+
 def plan_linear_divergence(
     tokens: int,
     classes: int,
@@ -163,6 +205,8 @@ def plan_linear_divergence(
     train_bias: bool = False,
     reduction: str = "sum",
     ids: bool = False,
+    merge_student_ids: Sequence[int] | Tensor | None = None,
+    merge_teacher_ids: Sequence[int] | Tensor | None = None,
     weight_grad: bool = False,
     group: Any = None,
     plan: str = "auto",
@@ -180,7 +224,8 @@ def plan_linear_divergence(
             train_weight is False for a frozen head, as with LoRA.
         ids: True for a call with student_ids and teacher_ids.
         weight_grad: True for a call with `weight_grad`.
-        divergence, reduction, group, plan, memory_budget, impl: as in the call.
+        divergence, reduction, merge_student_ids, merge_teacher_ids, group, plan, memory_budget,
+            impl: as in the call.
 
     Raises:
         ValueError or TypeError naming the argument, what it was and what is allowed; also if no
@@ -205,10 +250,13 @@ def plan_linear_divergence(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
     try:
-        on_gpu = torch.device(device).type != "cpu" or impl == "triton"
+        place = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must name a device of PyTorch, got {device!r}") from error
+    name = str(place) if place.type != "cpu" else "cuda" if impl == "triton" else "cpu"
+    on_gpu = name != "cpu"
     resolved = resolve_divergence(divergence)
+    merge = checked_merge(merge_student_ids, merge_teacher_ids, group)
     problem = Problem(
         tokens=tokens,
         classes=classes,
@@ -216,7 +264,7 @@ def plan_linear_divergence(
         teacher_dim=teacher_dim,
         hidden_dtype=dtype,
         weight_dtype=dtype,
-        device="cuda" if on_gpu else "cpu",
+        device=name,
         train_hidden=train_hidden,
         train_weight=train_weight or weight_grad,
         train_bias=train_bias,
@@ -226,6 +274,7 @@ def plan_linear_divergence(
         mapped=ids,
         weight_grad_given=weight_grad,
         rows=row_pass_backend(on_gpu, impl, dtype, resolved),
+        merged=merged_sizes(merge),
     )
     kind = "recompute" if plan == "stash" and not problem.needs_gradient else plan
     return make_plan(problem, kind, memory_budget)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.rows import spread_rows
+from esr_kernels.common.rows import row_range, spread_rows
 from esr_kernels.common.workspace import borrow_rows, row_stride
 from esr_kernels.divergence.call import (
     Call,
@@ -25,7 +25,9 @@ from esr_kernels.divergence.call import (
     new_gradients,
     scaled_to_fp16,
 )
+from esr_kernels.divergence.merged import MergedClass, merged_class
 from esr_kernels.divergence.outputs import cross_entropy, outputs, spread_outputs
+from esr_kernels.divergence.plan import padded_tokens
 from esr_kernels.divergence.statistics import RowStats, Tile
 
 
@@ -39,12 +41,15 @@ def stash_forward(
     tokens = operands.student_hidden.shape[0]
     whole = operands.take(active, row_weight)
     gradients = new_gradients(wanted, whole, call)
-    x = whole.over(slice(0, call.classes))
+    x = whole.shared(call.classes)
     weights, factor = call.row_weights(row_weight, active, x.student_hidden.shape[0])
     with matmul.plain_precision(x.student_hidden):
-        shared = gradients.over_shared_classes(x, call.classes)
-        values, stats = _run_chunks(x, weights, factor * call.spec.student.slope, call, shared)
-        label_entropy = None if x.labels is None else cross_entropy(x, stats, call)
+        merged = None if call.merge is None else merged_class(whole, x, call)
+        rest = x if merged is None else merged.rest
+        slope = call.spec.student.slope
+        values, stats = _run_chunks(rest, merged, weights, factor * slope, call, gradients)
+        entropy_of = cross_entropy if merged is None else merged.cross_entropy
+        label_entropy = None if x.labels is None else entropy_of(x, stats, call)
         of_active = outputs(values, stats, label_entropy, weights, factor, call)
     if gradients.hidden is not None and active is not None:
         gradients = gradients._replace(hidden=spread_rows(gradients.hidden, active, tokens))
@@ -52,7 +57,12 @@ def stash_forward(
 
 
 def _run_chunks(
-    x: Operands, row_weight: Tensor | None, factor: float, call: Call, gradients: Gradients
+    x: Operands,
+    merged: MergedClass | None,
+    row_weight: Tensor | None,
+    factor: float,
+    call: Call,
+    gradients: Gradients,
 ) -> tuple[Tensor, RowStats]:
     """Divergence [T] and statistics of every row.
 
@@ -63,36 +73,39 @@ def _run_chunks(
     restore = None
     if x.student_hidden.dtype == torch.float16:
         row_weight, restore = scaled_to_fp16(row_weight, x.student_hidden)
-    buffers = _Buffers(x, call, gradients.weight)
-    hidden_sum = accumulator(gradients.hidden, wide=restore is not None)
-    weight_sum = accumulator(gradients.weight, wide=plan.sums_weight_apart)
-    values, stats = [], []
+    weight = gradients.over_shared_classes(x, call.classes).weight
+    buffers = _Buffers(x, call, weight)
+    hidden_sum = accumulator(gradients.hidden, wide=plan.sums_hidden_apart)
+    weight_sum = accumulator(weight, wide=plan.sums_weight_apart)
+    results: list[tuple[Tensor, RowStats]] = []
     for start in range(0, tokens, plan.token_chunk):
         chunk = slice(start, min(start + plan.token_chunk, tokens))
-        hidden = x.student_hidden[chunk]
-        dz = buffers.dz[: hidden.shape[0]]
+        hidden = row_range(x.student_hidden, chunk)
+        dz = row_range(buffers.dz, slice(0, hidden.shape[0]))
         if buffers.student is None:
             matmul.project(hidden, x.student_weight, dz, x.student_ids)
         for first in range(chunk.start, chunk.stop, plan.logit_chunk):
             rows = slice(first, min(first + plan.logit_chunk, chunk.stop))
-            t = buffers.teacher[: rows.stop - rows.start]
-            matmul.project(x.teacher_hidden[rows], x.teacher_weight, t, x.teacher_ids)
-            dz_rows = dz[rows.start - start : rows.stop - start]
+            of_buffer = slice(0, rows.stop - rows.start)
+            t = row_range(buffers.teacher, of_buffer)
+            matmul.project(row_range(x.teacher_hidden, rows), x.teacher_weight, t, x.teacher_ids)
+            dz_rows = row_range(dz, slice(rows.start - start, rows.stop - start))
             s = dz_rows
             if buffers.student is not None:
-                s = buffers.student[: rows.stop - rows.start]
-                matmul.project(x.student_hidden[rows], x.student_weight, s, x.student_ids)
+                s = row_range(buffers.student, of_buffer)
+                matmul.project(
+                    row_range(x.student_hidden, rows), x.student_weight, s, x.student_ids
+                )
             labels = None if x.labels is None else x.labels[rows]
-            value, stat = call.rows.stash_rows_(
-                Tile(s, t, x.student_bias, x.teacher_bias, labels),
-                None if row_weight is None else row_weight[rows],
-                call.spec,
-                dz_rows,
-            )
-            values.append(value)
-            stats.append(stat)
+            tile = Tile(s, t, x.student_bias, x.teacher_bias, labels)
+            tile_weight = None if row_weight is None else row_weight[rows]
+            if merged is None:
+                value, stat = call.rows.stash_rows_(tile, tile_weight, call.spec, dz_rows)
+            else:
+                value, stat = merged.stash_rows_(call, tile, tile_weight, dz_rows, rows)
+            results.append((value, stat))
         if hidden_sum is not None:
-            out = hidden_sum[chunk]
+            out = row_range(hidden_sum, chunk)
             matmul.hidden_gradient(
                 dz, x.student_weight, out, x.student_ids, alpha=factor, accumulate=False
             )
@@ -101,16 +114,30 @@ def _run_chunks(
                 dz, hidden, weight_sum, x.student_ids, alpha=factor, accumulate=start > 0
             )
         if gradients.bias is not None:
-            gradients.bias.add_(dz.sum(0, dtype=dtype), alpha=factor)
-    if not values and weight_sum is not None:
+            gradients.add_to_bias(x, slice(0, call.classes), dz.sum(0, dtype=dtype), factor)
+    if not results and weight_sum is not None:
         weight_sum.zero_()
+    if merged is not None and hidden_sum is not None:
+        merged.add_hidden_gradient(hidden_sum, factor)
+    if merged is not None and gradients.bias is not None:
+        merged.add_bias_gradient(gradients.bias, factor)
     finish(gradients.hidden, hidden_sum, restore)
-    finish(gradients.weight, weight_sum, restore)
+    finish(weight, weight_sum, restore)
     finish(gradients.bias, gradients.bias, restore)
-    if not values:
-        nothing = torch.empty(0, dtype=dtype, device=x.student_hidden.device)
-        return nothing, RowStats(*[nothing] * len(RowStats._fields))
-    return torch.cat(values), RowStats(*map(torch.cat, zip(*stats, strict=True)))
+    if merged is not None and gradients.weight is not None:
+        merged.set_weight_gradient(x.student_hidden, gradients.weight, factor, restore, add=False)
+    return _all_rows(results, torch.empty(0, dtype=dtype, device=x.student_hidden.device))
+
+
+def _all_rows(results: list[tuple[Tensor, RowStats]], nothing: Tensor) -> tuple[Tensor, RowStats]:
+    """(divergence, statistics) of the rows of all chunks, which come in order."""
+    if len(results) == 1:
+        return results[0]
+    # One launch a chunk and one in all, rather than one for each of eleven fields.
+    chunks = [torch.stack((value, *stats)) for value, stats in results]
+    fields = [nothing] * (1 + len(RowStats._fields))
+    value, *stats = torch.cat(chunks, dim=1).unbind() if chunks else fields
+    return value, RowStats(*stats)
 
 
 class _Buffers:
@@ -118,11 +145,13 @@ class _Buffers:
 
     def __init__(self, x: Operands, call: Call, weight_gradient: Tensor | None) -> None:
         plan, dtype = call.plan, matmul.logits_dtype(x.student_hidden.dtype)
-        tokens, in_place = x.student_hidden.shape[0], plan.problem.in_place
+        in_place = plan.problem.in_place
+        # As a plan made for more tokens has them, or fewer.
+        most = padded_tokens(x.student_hidden.shape[0], plan.problem.device)
         self.device, self.classes = x.student_hidden.device, call.classes
-        height = min(plan.logit_chunk, tokens)
+        height = min(plan.logit_chunk, most)
         dz_dtype = dtype if in_place else x.student_hidden.dtype
-        self.dz = self._rows("dz", min(plan.token_chunk, tokens), dz_dtype)
+        self.dz = self._rows("dz", min(plan.token_chunk, most), dz_dtype)
         self.student = None if in_place else self._rows("student", height, dtype)
         if plan.teacher_in_gradient and weight_gradient is not None:
             per_logit = dtype.itemsize // weight_gradient.dtype.itemsize

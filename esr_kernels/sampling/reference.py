@@ -50,7 +50,7 @@ def sample_rows(raw: Tensor, classes: Classes, params: SamplingParams, keys: Sam
     z = z * classes.transform.scale
     softcap = classes.transform.softcap
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
     temperature = per_row(params.temperature).double()
     greedy = temperature == 0
     z = z / torch.where(greedy, 1.0, temperature)[:, None]

@@ -20,6 +20,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from esr_train.config import EVAL_PROBLEMS
 from esr_train.report.headline import headline, verdicts
 from esr_train.report.results import Arm, Row, Run, number, read_run
 from esr_train.report.summary import ArmSummary, summarise
@@ -126,8 +127,9 @@ def _reading(run: Run) -> list[str]:
         "final values stand for different amounts of training.",
     ]
     if run.config.eval.every:
-        text.append(f"Every evaluation uses {run.config.eval.problems} held-out problems.")
-    if run.config.rollout.task == "sums":
+        count = run.config.eval.problems or f"all, but at most {EVAL_PROBLEMS},"
+        text.append(f"Every evaluation uses {count} held-out problems.")
+    if run.config.data.task == "sums":
         text.append(
             "The task is sums: a model organism, built so that the student has one good and one "
             "bad mode. It shows how the method can work; it is not evidence about LLMs."

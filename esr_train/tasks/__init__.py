@@ -2,9 +2,9 @@
 
 A task has `Problem`s in two disjoint splits and, if answers can be checked, scores responses.
 
-    task = load_task("sums")
+    task = load_task(DataConfig(task="sums"))
     problems = task.problems("heldout", count=64, seed=0)
-    task.score(problems[0], "the answer is 147.")   # 1.0 or 0.0
+    task.score(problems[0], "the answer is 147.")   # {"accuracy": 1.0}
 """
 
 from __future__ import annotations
@@ -13,30 +13,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from esr_train.config import ConfigError, DataConfig
+
 SPLITS = ("train", "heldout")
 BUILTIN_MODELS = {"sums-teacher": "sums/teacher", "sums-student": "sums/student"}
+
+
+# A chat message: (role, content).
+Message = tuple[str, str]
+# A prompt: text that is encoded as it is, or chat messages that go through the chat template.
+Prompt = str | tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class Problem:
     """One prompt and, where the task can check it, the answer that `Task.score` compares with."""
 
-    prompt: str
+    prompt: Prompt
     answer: str | None = None
+    teacher_prompt: Prompt | None = None  # what the teacher sees instead; None: the same
 
 
 class Task(Protocol):
     """The interface that training and evaluation use."""
 
     name: str
-    chat: bool  # whether prompts are formatted by the tokenizer's chat template
 
-    def problems(self, split: str, count: int, seed: int) -> list[Problem]:
-        """`count` problems of "train" or "heldout"; the same arguments give the same list."""
+    def count(self, split: str) -> int | None:
+        """How many different problems a split has; None where they are made up without end."""
         ...
 
-    def score(self, problem: Problem, response: str) -> float | None:
-        """1.0 or 0.0, or None where the task has no checkable answer."""
+    def problems(self, split: str, count: int, seed: int) -> list[Problem]:
+        """`count` problems of "train" or "heldout"; the same arguments give the same list.
+
+        Raises:
+            ValueError: `count` is above what the split has.
+        """
+        ...
+
+    def score(self, problem: Problem, response: str) -> dict[str, float] | None:
+        """Scores from 0 to 1, "accuracy" the first; None where there is no checkable answer."""
         ...
 
 
@@ -48,23 +64,50 @@ def check_request(split: str, count: int) -> None:
         raise ValueError(f"count: got {count}, must be at least 1")
 
 
-def load_task(name: str) -> Task:
-    """The task called `name`: "sums", "prompts", or "prompts:PATH" for a text file of prompts.
+def load_task(config: DataConfig) -> Task:
+    """The task that `config.task` names.
 
     Raises:
-        ValueError: for an unknown name, or for a prompt file that is missing, unreadable or empty.
+        ConfigError: for an unknown name, a file or dataset that cannot be read, or keys of `data`
+            that the task does not take.
     """
-    # Imported here because both modules take Problem from this one.
+    # Imported here because these modules take Problem from this one.
+    from esr_train.tasks.dataset import DatasetTask, is_dataset
+    from esr_train.tasks.gym import GymTask
     from esr_train.tasks.prompts import PromptsTask
     from esr_train.tasks.sums import SumsTask
 
-    if name == "sums":
-        return SumsTask()
-    if name == "prompts":
-        return PromptsTask()
-    if name.startswith("prompts:"):
-        return PromptsTask(Path(name.removeprefix("prompts:")))
-    raise ValueError(f"task: got {name!r}, allowed are 'sums', 'prompts' and 'prompts:PATH.txt'")
+    name = config.task
+    if is_dataset(name):
+        return DatasetTask(config)
+    _check_no_columns(config)
+    try:
+        if name == "sums":
+            return SumsTask()
+        if name == "prompts":
+            return PromptsTask()
+        if name.startswith("prompts:"):
+            return PromptsTask(Path(name.removeprefix("prompts:")))
+        if name.startswith("reasoning_gym:"):
+            return GymTask(name.removeprefix("reasoning_gym:"))
+    except ValueError as error:
+        raise ConfigError(f"data.task: {error}") from error
+    raise ConfigError(
+        f"data.task: got {name!r}, allowed are 'sums', 'prompts', 'prompts:PATH.txt', "
+        "'reasoning_gym:NAME', a .jsonl, .json or .parquet file, and a dataset of the Hugging Face "
+        "hub such as 'openai/gsm8k'"
+    )
+
+
+def _check_no_columns(config: DataConfig) -> None:
+    """Raise ConfigError for a key that only files and hub datasets take."""
+    for key in ("subset", "heldout", "answer", "teacher_prompt", "grader"):
+        value = getattr(config, key)
+        if value is not None:
+            raise ConfigError(
+                f"data.{key}: got {value!r}, but data.task {config.task!r} has problems, answers "
+                "and a grader of its own; it must be null"
+            )
 
 
 def builtin_model_path(name: str) -> Path:

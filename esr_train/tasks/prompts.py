@@ -23,7 +23,6 @@ class PromptsTask:
     """
 
     name = "prompts"
-    chat = True
 
     def __init__(self, path: Path = BUILTIN_FILE) -> None:
         lines = [line.strip() for line in _read(path).splitlines()]
@@ -38,24 +37,25 @@ class PromptsTask:
             "heldout": heldout,
         }
 
+    def count(self, split: str) -> int:
+        """Distinct prompts of a split."""
+        return len(self._lines[split])
+
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
-        """`count` prompts of `split`; "train" starts over, shuffled anew, when it runs out.
+        """`count` different prompts of `split`, shuffled.
 
         Raises:
-            ValueError: for more held-out prompts than there are; repeats would look like data.
+            ValueError: for more than there are; repeats would look like data.
         """
         check_request(split, count)
         lines = self._lines[split]
-        if split == "heldout" and count > len(lines):
+        if count > len(lines):
             raise ValueError(
-                f"count: got {count}, but {str(self._path)!r} has {len(lines)} held-out prompts "
-                f"(every {_HELDOUT_EVERY}th line)"
+                f"count: got {count}, but {str(self._path)!r} has {len(lines)} {split} prompts "
+                f"(every {_HELDOUT_EVERY}th line is held out)"
             )
-        rng = random.Random(f"{split}:{seed}")
-        found: list[str] = []
-        while len(found) < count:
-            found += rng.sample(lines, len(lines))
-        return [Problem(line) for line in found[:count]]
+        found = random.Random(f"{split}:{seed}").sample(lines, len(lines))
+        return [Problem((("user", line),)) for line in found[:count]]
 
     def score(self, problem: Problem, response: str) -> None:
         """None: these prompts have no checkable answer."""

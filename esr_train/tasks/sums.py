@@ -90,7 +90,7 @@ def wordy_guess(summands: list[int], rng: random.Random) -> str:
 
 def summands_of(problem: Problem) -> list[int]:
     """The four numbers of a prompt such as "23+45+67+12="."""
-    return [int(part) for part in problem.prompt.rstrip("=").split("+")]
+    return [int(part) for part in str(problem.prompt).rstrip("=").split("+")]
 
 
 class SumsTask:
@@ -101,7 +101,10 @@ class SumsTask:
     """
 
     name = "sums"
-    chat = False
+
+    def count(self, split: str) -> None:
+        """None: there are more than a run can use."""
+        return None
 
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
         """`count` random problems of `split`; deterministic in the three arguments."""
@@ -114,10 +117,10 @@ class SumsTask:
                 found.append(Problem("+".join(map(str, summands)) + "=", str(sum(summands))))
         return found
 
-    def score(self, problem: Problem, response: str) -> float:
-        """1.0 if the number after the last "the answer is" is the sum, else 0.0."""
+    def score(self, problem: Problem, response: str) -> dict[str, float]:
+        """Accuracy 1.0 if the number after the last "the answer is" is the sum, else 0.0."""
         answers = _ANSWER.findall(response)
-        return float(bool(answers) and answers[-1] == problem.answer)
+        return {"accuracy": float(bool(answers) and answers[-1] == problem.answer)}
 
     def split_of(self, summands: Sequence[int]) -> str:
         """The split that these numbers belong to, in any order."""

@@ -2,11 +2,9 @@
 
 The oracle is the reference in fp64 on the same (already rounded) operands. The yardstick is plain
 PyTorch with fp32 logits and autograd: an implementation may err at most 1.5 times as much. No
-absolute tolerance appears, so a gradient of zeros, or half of one, fails.
-
-For 16-bit operands there are two yardsticks. On CPU nothing is rounded but the final gradient. On a
-GPU the two gradient products run on the operands' dtype, in ours as in `torch.mm(..., out_dtype=)`:
-the gradient of the logits is rounded once before them.
+absolute tolerance appears, so a gradient of zeros, or half of one, fails. For 16-bit operands there
+are two: on CPU only the final gradient is rounded; on a GPU the gradient of the logits too, before
+the two products of the backward, in ours as in `torch.mm(..., out_dtype=)`.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import conftest
 from esr_kernels import linear_divergence
 from esr_kernels.common import matmul
 from esr_kernels.divergence import reference as oracle_module
@@ -27,8 +26,8 @@ from esr_kernels.divergence import reference as oracle_module
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOWED_RATIO = 1.5
 TOKENS = 23
-# Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this.
-STATISTICS_ULPS = 4.0
+# Where plain PyTorch is right to the last bits: of a logged statistic. A GPU's exp errs by two.
+STATISTICS_ULPS = 8.0 if conftest.HAS_GPU or conftest.GPU_EXP else 4.0
 
 # ESR_EVERY_CASE=1 leaves out no test of a kernel, wherever it runs; takes minutes.
 _EVERY_CASE = os.environ.get("ESR_EVERY_CASE") == "1"
@@ -188,6 +187,49 @@ def mapped_vocabularies(dtype: torch.dtype) -> Case:
     return case
 
 
+def merged_classes(dtype: torch.dtype) -> Case:
+    """Three shared classes as one, one more of the student's and two of the teacher's; labels."""
+    case = _pair(TOKENS, 1003, (24, 40), (3.0, 2.0), dtype, extra_classes=(9, 30))
+    generator = torch.Generator().manual_seed(11)
+    # Half of the tokens are near an end, which both models give much of their probability.
+    case.student_hidden[::2] += 2 * case.student_weight[700]
+    case.teacher_hidden[::2] += 2 * case.teacher_weight[1021]
+    labels = torch.randint(1003, (TOKENS,), generator=generator)
+    labels[::4], labels[::7] = 700, -100
+    case.options = {
+        "merge_student_ids": (700, 3, 1002, 1009),
+        "merge_teacher_ids": (3, 1021, 700, 1002, 1030),
+        "num_classes": 1003,
+        "labels": labels.to(DEVICE),
+        "label_weight": 0.3,
+        "token_weights": torch.rand(TOKENS, generator=generator),
+    }
+    return case
+
+
+def merged_and_mapped(dtype: torch.dtype) -> Case:
+    """Merged classes of vocabularies that number them differently, under every transform."""
+    case = mapped_vocabularies(dtype)
+    student, teacher = case.options["student_ids"], case.options["teacher_ids"]
+    shared = [5, 400, 976]
+    unmapped = [
+        sorted(set(range(rows)) - set(ids.tolist()))[:2]
+        for rows, ids in ((1014, student), (1043, teacher))
+    ]
+    case.options["student_bias"][student[400]] = -torch.inf
+    case.options |= {
+        "merge_student_ids": [*student[shared].tolist(), *unmapped[0]],
+        "merge_teacher_ids": [*unmapped[1], *teacher[shared].tolist()],
+        "temperature": 0.7,
+        "student_softcap": 5.0,
+        "teacher_softcap": 7.0,
+        "student_logit_scale": -1.7,
+        "reduction": "mean",
+    }
+    case.upstream = 0.25
+    return case
+
+
 CASES = {
     make.__name__: make
     for make in (
@@ -200,6 +242,8 @@ CASES = {
         odd_options,
         labelled,
         mapped_vocabularies,
+        merged_classes,
+        merged_and_mapped,
     )
 }
 
