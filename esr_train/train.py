@@ -68,7 +68,7 @@ class Trainer:
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
         self.rollout, self.teacher = experiment.student, experiment.teacher
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
-        self.alignment, self.classes = experiment.alignment, experiment.classes
+        self.alignment, self.classes = experiment.alignment, experiment.classes(config.loss)
         self.student: Any = self.rollout.model
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
         self.optimizer = Optimizer(self.student)
