@@ -27,6 +27,7 @@ from transformers import logging as transformers_logging
 
 from esr_kernels import SamplingParams
 from esr_train.adapters import AdapterError
+from esr_train.alarms import Announcer
 from esr_train.checkpoint import CheckpointError, Interrupt
 from esr_train.compare import Interrupted, cap_steps, compare
 from esr_train.config import (
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         first = str(error).split(". ")[0]
-        advice = "Set optim.micro_batch, or lower rollout.prompts"
+        advice = "Set optim.max_tokens, or lower rollout.prompts"
         if options.run is _sample:
             advice = "Lower --samples or --max-new-tokens"
         print(f"esr-train: error: {first}. {advice}", file=sys.stderr)
@@ -190,8 +191,10 @@ def _train(options: argparse.Namespace) -> None:
     check_continues(run_dir, config)
     experiment = load_experiment(config)
     with progress_bar(config.steps) as bar:
+        announce = Announcer(bar.write)
 
         def on_step(row: dict, metrics: dict[str, float]) -> None:
+            announce(row)
             bar.n = row["step"]
             bar.set_postfix_str(progress_text(row, metrics, config.report.metric))
 
@@ -212,6 +215,8 @@ def _train(options: argparse.Namespace) -> None:
                 f"interrupted: step {step} of {config.steps} is saved in {trainer.directory}; "
                 "the same command resumes from there"
             ) from error
+    for line in announce.counts():
+        print(line)
     print(f"model: {trainer.directory / 'checkpoints' / f'step_{config.steps:06d}' / 'model'}")
     print(write_report(run_dir))
 

@@ -23,7 +23,8 @@ def write_config(folder: Path, lengths: dict[str, int], seeds: int = 1, **change
     config: dict[str, Any] = {
         "student": {"model": "a"},
         "teacher": {"model": "b"},
-        "rollout": {"task": "sums", "max_new_tokens": 100},
+        "data": {"task": "sums"},
+        "rollout": {"max_new_tokens": 100},
         "report": {"metric": "greedy_accuracy", "threshold": 0.9},
         "steps": 20,
         "seeds": list(range(seeds)),
