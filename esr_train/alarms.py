@@ -4,10 +4,10 @@
     alarms.of_step(row)             # ["repetition"]
     MEANING["repetition"]           # what it means, and what to do
 
-A rule compares the mean of the last five steps with that of the first five, or the newest evaluation
-with the first, so that what a student was like before training raises none. docs/alarms.md has the
-table of rules. An alarm changes nothing in a run, and is a function of its rows: a resumed run has
-the same ones.
+A rule compares the mean of the last five steps with that of the first five, or the newest
+evaluation with the first, so that what a student was like before training raises none.
+docs/alarms.md has the table of rules. An alarm changes nothing in a run, and is a function of its
+rows: a resumed run has the same ones.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ LOGPROB_GAP = 0.1
 _GAP_RESPONSES = 4
 
 MEANING = {
-    "not_finite": "a number of this step is NaN or infinite, though its loss is not. Look at the row "
-    "in metrics.jsonl; try runtime.dtype=float32, or a lower optim.lr",
+    "not_finite": "a number of this step is NaN or infinite, though its loss is not. Look at the "
+    "row in metrics.jsonl; try runtime.dtype=float32, or a lower optim.lr",
     "entropy_collapse": "the student's entropy is less than a fifth of what it was, and less than "
     "half the teacher's: it says one thing only. Lower optim.lr, or try loss.divergence=jsd or "
     "forward_kl, which ask for all that the teacher would say",
     "eos_vanishing": "a quarter or less of the responses that used to end within the rollout still "
     "do. Keep loss.train_on_eos=true, check that student and teacher end answers with the same "
     "token, or raise rollout.max_new_tokens",
-    "answers_to_the_cap": "most answers in evaluation run to eval.max_new_tokens, which they did not "
-    "before training: the student forgets how to stop. Raise rollout.max_new_tokens so that "
+    "answers_to_the_cap": "most answers in evaluation run to eval.max_new_tokens, which they did "
+    "not before training: the student forgets how to stop. Raise rollout.max_new_tokens so that "
     "responses end in training too, and lower optim.lr",
     "repetition": "more than half of what is sampled, in runs of four tokens, repeats the same "
     "response. Lower optim.lr, go back to an earlier checkpoint, or shorten rollout.max_new_tokens",
-    "logprobs_apart": "the engine that samples and the forward pass that is trained disagree on the "
-    "log-probs of sampled tokens by more than 0.1 nats: training is not on-policy. Try "
+    "logprobs_apart": "the engine that samples and the forward pass that is trained disagree on "
+    "the log-probs of sampled tokens by more than 0.1 nats: training is not on-policy. Try "
     "runtime.attention=eager, runtime.compile=false, or runtime.dtype=float32",
 }
 

@@ -1,7 +1,7 @@
 """Splits the responses of a step into micro-batches, by number and by tokens.
 
-Weights in the loss have the denominator of the whole step in them, so the gradients of micro-batches
-add up to that of one batch, however it is split.
+Weights in the loss have the denominator of the whole step in them, so the gradients of
+micro-batches add up to that of one batch, however it is split.
 """
 
 from __future__ import annotations
