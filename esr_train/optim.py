@@ -128,7 +128,8 @@ def _adds_to(master: Tensor) -> Callable[[Tensor], None]:
     """A hook that moves the gradient of a parameter into that of its master."""
 
     def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:  # the loss has added it to `weight_grad`
+            return
         if master.grad is None:
             master.grad = parameter.grad.float()
         else:
