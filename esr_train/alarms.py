@@ -41,8 +41,8 @@ MEANING = {
     "half the teacher's: it says one thing only. Lower optim.lr, or try loss.divergence=jsd or "
     "forward_kl, which ask for all that the teacher would say",
     "eos_vanishing": "a quarter or less of the responses that used to end within the rollout still "
-    "do. Keep loss.train_on_eos=true, check that student and teacher end answers with the same "
-    "token, or raise rollout.max_new_tokens",
+    "do. Keep loss.train_on_eos=true; where student and teacher end answers by different tokens, "
+    "set loss.merge_terminators=true; or raise rollout.max_new_tokens",
     "answers_to_the_cap": "most answers in evaluation run to eval.max_new_tokens, which they did "
     "not before training: the student forgets how to stop. Raise rollout.max_new_tokens so that "
     "responses end in training too, and lower optim.lr",

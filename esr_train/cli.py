@@ -195,6 +195,7 @@ def _train(options: argparse.Namespace) -> None:
     run_dir = options.out or Path("runs") / options.config.stem
     check_continues(run_dir, config)
     experiment = load_experiment(config)
+    print(experiment.notes)
     with progress_bar(config.steps) as bar:
         announce = Announcer(bar.write)
 
@@ -309,7 +310,7 @@ def _decoded(experiment: Experiment, batch: RolloutBatch, teacher_prompt: list[i
     """The first prompt and response with special tokens, as each model reads them."""
     response = batch.response(0)
     read = experiment.alignment.as_teacher_reads(batch, 0)
-    lines = [experiment.alignment.vocabulary.note or "student and teacher share a vocabulary"]
+    lines = []
     for who, tokenizer, prompt, answer in (
         ("student", experiment.tokenized.tokenizer, batch.prompts[0], response),
         ("teacher", experiment.teacher_tokenizer, teacher_prompt, read),

@@ -68,6 +68,7 @@ def compare(
     if waiting:
         jobs = min(len(waiting), default_jobs(arms) if jobs is None else jobs)
         write_run_files(run_dir, config, jobs)
+        say(arms.experiment.notes)
         say(_announcement(arms, waiting, jobs))
         try:
             _train(arms, run_dir, waiting, jobs, finished.append)

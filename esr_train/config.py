@@ -13,7 +13,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -47,6 +47,10 @@ class LoraConfig(_Strict):
     dropout: float = Field(0.0, ge=0, lt=1)  # of the adapters' inputs; in training, not in sampling
     # Linear layers that get an adapter: "all-linear", which is all but the head, or ends of names.
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+_TopP = Annotated[float, Field(gt=0, le=1)]
+_MinP = Annotated[float, Field(ge=0, le=1)]
 
 
 class ModelConfig(_Strict):
@@ -96,14 +100,10 @@ class RolloutConfig(_Strict):
     samples: PositiveInt = 1  # responses sampled per prompt
     max_new_tokens: PositiveInt = 100  # N: response tokens sampled and trained on, EOS included
     temperature: float = 1.0  # of the sampling; 0 = greedy
-    # What is sampled from: the k likeliest tokens (0 = all); of those, the fewest that have a share
-    # top_p of the probability; of those, the ones at least min_p times as likely as the likeliest.
-    top_k: NonNegativeInt = 0
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    # Tokens of prompts and responses with keys and values in memory at once; null = as many as half
-    # of a GPU's free memory holds, or 4 GiB on CPU.
-    max_tokens_in_flight: PositiveInt | None = None
+    top_k: NonNegativeInt = 0  # sample from the k most probable tokens; 0 = all
+    top_p: _TopP = 1.0  # from the fewest tokens with this share of the probability; 1 = all
+    min_p: _MinP = 0.0  # from tokens of at least this share of the largest probability
+    max_tokens_in_flight: PositiveInt | None = None  # KV cache; null = half of free GPU memory
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -126,6 +126,7 @@ class LossConfig(_Strict):
     window_tokens: PositiveInt | None = None  # length of the window; null = the whole response
     temperature: PositiveFloat = 1.0  # both models' logits are divided by this
     train_on_eos: bool = True  # the EOS token is part of the answer
+    merge_terminators: bool = False  # all ways to end an answer, of both models, are one class
     impl: Literal["auto", "torch", "triton", "reference"] = "auto"  # reference = plain PyTorch
 
     @model_validator(mode="after")

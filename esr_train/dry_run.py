@@ -127,7 +127,7 @@ def make_plan(config: Config, on: str | None = None) -> Plan:
         if any("lora_" in name for name, _ in layer.named_parameters()):
             raise ModelError("student.lora: the head cannot be adapted; leave it out of modules")
     rows = len(student.get_output_embeddings().weight), len(teacher.get_output_embeddings().weight)
-    vocabulary = shared_vocabulary(*tokenizers, rows)
+    vocabulary = shared_vocabulary(tokenizers[0], tokenizers[1], rows)
     longest = _longest_prompt(config, tokenizers, vocabulary)
     prompt = ASSUMED_PROMPT if longest is None else longest
     known = longest is not None

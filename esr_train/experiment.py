@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from esr_kernels.divergence.losses import resolve_divergence
@@ -10,11 +10,12 @@ from esr_train.alignment import Alignment
 from esr_train.config import Config, ConfigError
 from esr_train.data import PromptStream, TokenizedTask
 from esr_train.evaluate import Evaluator
-from esr_train.models import compiled, head, load_pair, load_tokenizer
+from esr_train.models import compiled, eos_ids, head, load_pair, load_tokenizer
 from esr_train.rollout import PrefixRollout
 from esr_train.tasks import load_task
 from esr_train.teacher import Teacher
-from esr_train.vocabulary import shared_vocabulary
+from esr_train.terminators import Groups, Terminators
+from esr_train.vocabulary import Vocabulary, shared_vocabulary
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Experiment:
     teacher_tokenizer: Any
     tokenized: TokenizedTask  # the task's prompts, for both models
     alignment: Alignment  # what of a text is compared
+    classes: Vocabulary  # what the loss is over: the shared vocabulary, with merged terminators
+    notes: str  # on vocabularies and terminators, a text to print
     evaluator: Evaluator | None  # None if eval.every is 0
 
 
@@ -43,13 +46,19 @@ def load_experiment(config: Config) -> Experiment:
     tokenizer = load_tokenizer(config.student, config.runtime)
     teacher_tokenizer = load_tokenizer(config.teacher, config.runtime)
     models = load_pair(config)
-    heads = [head(model).weight for model in models]
-    vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer, (len(heads[0]), len(heads[1])))
-    vocabulary = vocabulary.on(heads[0].device)
+    rows = head(models[0]).weight.shape[0], head(models[1]).weight.shape[0]
+    vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer, rows)
+    vocabulary = vocabulary.on(head(models[0]).weight.device)
+    merges = config.loss.merge_terminators
+    ends = Terminators(
+        student=tuple(eos_ids(models[0], tokenizer)),
+        teacher=tuple(eos_ids(models[1], teacher_tokenizer)),
+    )
+    stops = _stops(ends, vocabulary, rows, merges)
     # With other tokenizers each model samples from all of its own tokens.
-    classes = vocabulary.classes if vocabulary.same_tokens else None
-    student = PrefixRollout(models[0], tokenizer, classes)
-    teacher_rollout = PrefixRollout(models[1], teacher_tokenizer, classes)
+    limit = vocabulary.classes if vocabulary.same_tokens else None
+    student = PrefixRollout(models[0], tokenizer, limit, stop_ids=stops[0])
+    teacher_rollout = PrefixRollout(models[1], teacher_tokenizer, limit, stop_ids=stops[1])
     teacher = Teacher(teacher_rollout, compiled(models[1], config.runtime))
     tokenized = TokenizedTask(
         task, tokenizer, config.data, teacher_tokenizer, vocabulary.same_tokens
@@ -58,7 +67,33 @@ def load_experiment(config: Config) -> Experiment:
     evaluator = None
     if config.eval.every:
         evaluator = Evaluator(config, student, teacher, tokenized, alignment)
-    return Experiment(student, teacher, teacher_tokenizer, tokenized, alignment, evaluator)
+    notes = [vocabulary.note, ends.describe(tokenizer, teacher_tokenizer, merges)]
+    return Experiment(
+        student,
+        teacher,
+        teacher_tokenizer,
+        tokenized,
+        alignment,
+        replace(vocabulary, merge=stops) if merges else vocabulary,
+        "\n".join(note for note in notes if note),
+        evaluator,
+    )
+
+
+def _stops(
+    ends: Terminators, vocabulary: Vocabulary, rows: tuple[int, int], merges: bool
+) -> Groups:
+    """Ids at which sampling from student and teacher stops: those of both models."""
+    shared: Any = vocabulary.classes
+    if vocabulary.student_ids is not None:
+        shared = vocabulary.student_ids, vocabulary.teacher_ids
+    stops = ends.groups(rows, shared)
+    if merges and not all(stops):
+        raise ConfigError(
+            "loss.merge_terminators: a model has no token that ends an answer; set eos_token_id in "
+            "its generation config"
+        )
+    return stops
 
 
 def check_context(config: Config, experiment: Experiment, seed: int) -> None:

@@ -95,6 +95,8 @@ def divergence_from_hidden(
         num_classes=vocabulary.classes if vocabulary.same_tokens else None,
         student_ids=vocabulary.student_ids,
         teacher_ids=vocabulary.teacher_ids,
+        merge_student_ids=None if vocabulary.merge is None else vocabulary.merge[0],
+        merge_teacher_ids=None if vocabulary.merge is None else vocabulary.merge[1],
         reduction="sum",
         # The reference has autograd's gradients only.
         weight_grad=None if config.impl == "reference" else student.weight_grad,

@@ -68,7 +68,7 @@ class Trainer:
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
         self.rollout, self.teacher = experiment.student, experiment.teacher
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
-        self.alignment = experiment.alignment
+        self.alignment, self.classes = experiment.alignment, experiment.classes
         self.student: Any = self.rollout.model
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
         self.optimizer = Optimizer(self.student)
@@ -200,7 +200,7 @@ class Trainer:
                     teacher_hidden,
                     self.teacher.head,
                     laid_out.weights,
-                    self.alignment.vocabulary,
+                    self.classes,
                     config.loss,
                 )
                 out.loss.backward()

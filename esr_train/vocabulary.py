@@ -12,7 +12,7 @@ other       The divergence is over tokens that both spell alike, with the same b
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from esr_train.models import ModelError
+from esr_train.terminators import Groups
 
 # Fewer shared tokens than this share of the smaller vocabulary: the text cannot be compared.
 _LEAST_SHARED = 0.01
@@ -33,6 +34,7 @@ class Vocabulary:
     student_ids: Tensor | None = None  # [classes] int64, with other tokenizers; else None
     teacher_ids: Tensor | None = None
     note: str | None = None  # what a user should know, for the start of a run
+    merge: Groups | None = None  # rows of both heads that count as one class
 
     @property
     def same_tokens(self) -> bool:
@@ -43,8 +45,11 @@ class Vocabulary:
         """The same with its ids on a device."""
         if self.student_ids is None or self.teacher_ids is None:
             return self
-        ids = (self.student_ids.to(device), self.teacher_ids.to(device))
-        return Vocabulary(self.classes, *ids, self.note)
+        return replace(
+            self,
+            student_ids=self.student_ids.to(device),
+            teacher_ids=self.teacher_ids.to(device),
+        )
 
 
 def shared_vocabulary(student: Any, teacher: Any, rows: tuple[int, int]) -> Vocabulary:

@@ -30,6 +30,7 @@ def make_config(pair: tuple[str, str]) -> Callable[..., Config]:
         {
             "student": {"model": pair[0]},
             "teacher": {"model": pair[1]},
+            "data": {"chat": False},
             "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 6},
             "optim": {"lr": 0.003, "warmup_steps": 2},
             "eval": {"every": 2, "problems": 5, "max_new_tokens": 8, "teacher_text": 6},

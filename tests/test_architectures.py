@@ -27,9 +27,8 @@ from esr_train.models import share_weights, training_mode
 from esr_train.rollout import RolloutBatch
 from tests.test_checkpoint import curve
 from tests.test_train import build, losses
-from tests.tiny import char_tokenizer, tiny_llama
+from tests.tiny import MakeConfig, char_tokenizer, tiny_llama
 
-MakeConfig = Callable[..., Config]
 SMALL = {
     "vocab_size": 32,
     "hidden_size": 32,

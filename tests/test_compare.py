@@ -45,8 +45,9 @@ def rows(run_dir: Path, arm: str, seed: int, name: str = "metrics") -> list[dict
 def test_a_comparison_writes_everything(compared: tuple[Path, list[str]]) -> None:
     report, said = compared
     run_dir = report.parent
-    assert re.match(r"6 runs, one at a time: up to \d+ (s|min), estimated", said[0])
-    assert said[-1] == str(report) and "esr-3" in said[1] and "full" in said[1]
+    assert re.match(r"6 runs, one at a time: up to \d+ (s|min), estimated", said[1])
+    assert said[0] == "answers end by: '<eos>' (student); '<eos>' (teacher)"
+    assert said[-1] == str(report) and "esr-3" in said[2] and "full" in said[2]
     assert report.name == "report.html" and report.stat().st_size > 10_000
     for name in ("report.md", "summary.json", "config.yaml", "environment.json"):
         assert (run_dir / name).is_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from esr_train.experiment import load_experiment
 from esr_train.metrics import read_rows
 from esr_train.train import Trainer
 from tests.test_vocabulary import byte_level, unigram
-from tests.tiny import char_tokenizer, tiny_llama
+from tests.tiny import ALPHABET, MakeConfig, char_tokenizer, save_pair, tiny_llama
 
 
 def save(directory: Path, tokenizer: Any, seed: int) -> str:
@@ -62,9 +61,7 @@ def plain_loss(trainer: Trainer, step: int, response: Any) -> float:
     return float(torch.cat(values).mean().detach())
 
 
-def test_other_tokenizers(
-    make_config: Callable[..., Config], others: tuple[str, str], tmp_path: Path
-) -> None:
+def test_other_tokenizers(make_config: MakeConfig, others: tuple[str, str], tmp_path: Path) -> None:
     config = make_config(
         student={"model": others[0]},
         teacher={"model": others[1]},
@@ -100,9 +97,7 @@ def test_other_tokenizers(
         load_experiment(make_config(student={"model": others[0]}, teacher={"model": others[1]}))
 
 
-def test_the_teacher_reads_a_prompt_of_its_own(
-    make_config: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_the_teacher_reads_a_prompt_of_its_own(make_config: MakeConfig, tmp_path: Path) -> None:
     data = {
         "task": questions(tmp_path / "a.jsonl", hint="1+2=3 "),
         "answer": "answer",
@@ -133,10 +128,8 @@ def test_the_teacher_reads_a_prompt_of_its_own(
 
 
 def test_a_longer_vocabulary_is_used_as_far_as_both_have_it(
-    make_config: Callable[..., Config], tmp_path: Path, pair: tuple[str, str]
+    make_config: MakeConfig, tmp_path: Path, pair: tuple[str, str]
 ) -> None:
-    from tests.tiny import ALPHABET, save_pair
-
     teacher = save_pair(tmp_path / "teacher", seed=3, alphabet=ALPHABET + "XY", vocab_size=40)
     config = make_config(teacher={"model": teacher}, steps=1)
     trainer, (row,) = run(config, tmp_path / "run")
@@ -145,9 +138,7 @@ def test_a_longer_vocabulary_is_used_as_far_as_both_have_it(
     assert row["loss"] > 0
 
 
-def test_a_run_does_not_go_on_with_other_data(
-    make_config: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_a_run_does_not_go_on_with_other_data(make_config: MakeConfig, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     config = make_config(data={"task": questions(path)}, steps=1, eval__every=0)
 

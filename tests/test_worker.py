@@ -66,7 +66,7 @@ def test_runs_side_by_side_have_the_metrics_of_runs_in_turn(
         "2 runs at a time, each in a process with 1 CPU thread"
         in (tmp_path / "two" / "report.md").read_text()
     )
-    assert said[3].startswith("4 runs, 2 at a time on one thread each: up to ")
+    assert said[5].startswith("4 runs, 2 at a time on one thread each: up to ")
     assert not children(os.getpid())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numbers
+import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +30,35 @@ def check_size(name: str, value: object, least: int) -> None:
     """Raise ValueError unless `value` is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def checked_ids(name: str, value: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Distinct row numbers that the host knows: integers, or a vector of int64 on the CPU.
+
+    Raises:
+        TypeError, ValueError: other things, an id below 0, an id twice, or none at all.
+    """
+    if isinstance(value, Tensor):
+        check_tensor(name, value, dtypes=(torch.int64,), shape=("ids",))
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            raise ValueError(
+                f"{name} must lie on the CPU, and be no tensor under torch.compile: "
+                "the host reads it; pass a tuple of integers"
+            )
+        value = value.tolist()
+    try:
+        ids = tuple(operator.index(row) for row in value)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be integers or an int64 tensor on the CPU, got {value!r}"
+        ) from error
+    if not ids:
+        raise ValueError(f"{name} must not be empty")
+    if min(ids) < 0:
+        raise ValueError(f"{name} must be 0 or more, got {min(ids)}")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{name} must be distinct, got {list(ids)}")
+    return ids
 
 
 def check_memory_budget(memory_budget: int | None) -> None:

@@ -47,7 +47,8 @@ def cap_logits(x, transform):
     capped = x
     if softcap is not None:
         capped = tanh(x / softcap)
-        x = capped * softcap
+        # A class that a bias of -inf removed stays removed: its tanh of -1 is a finite logit.
+        x = tl.where(x == -float("inf"), x, capped * softcap)
     return x * inv_temperature, capped
 
 

@@ -23,7 +23,9 @@ def transformed_logits(
         logits = logits + bias[classes].to(dtype)
     logits = logits * scale
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+        # A class that a bias of -inf removed stays removed: its tanh of -1 is a finite logit.
+        removed = logits == -torch.inf
+        logits = torch.where(removed, -torch.inf, softcap * torch.tanh(logits / softcap))
     return logits / temperature
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -38,13 +39,18 @@ def cap_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
         z.mul_(transform.slope)
 
 
-def uncap_(z: Tensor, transform: LogitTransform) -> None:
-    """In place: the output of `cap_` -> transformed logits."""
+def uncap_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
+    """In place: the output of `cap_` -> transformed logits.
+
+    A class that a bias of -inf removed stays removed: its tanh of -1 is a finite logit.
+    """
     if transform.softcap is not None:
         z.mul_(transform.softcap / transform.temperature)
+        if bias is not None:
+            z.masked_fill_(bias * transform.scale == -torch.inf, -torch.inf)
 
 
 def transform_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
     """In place: raw logits [n, V] plus bias [V] -> transformed logits."""
     cap_(z, bias, transform)
-    uncap_(z, transform)
+    uncap_(z, bias, transform)

@@ -20,7 +20,11 @@ INLINE void transform_block(float *z, int64_t start, int64_t n, const struct tra
     }
     if (how->inner != 0.0f) {
         float inner = how->inner, outer = how->outer;
-        SIMD for (int64_t i = 0; i < n; i++) z[i] = tanh_(z[i] * inner) * outer;
+        /* A class that a bias of -inf removed stays removed: its tanh of -1 is a finite logit. */
+        SIMD for (int64_t i = 0; i < n; i++) {
+            float x = z[i] * inner, y = tanh_(x) * outer;
+            z[i] = x == -INFINITY ? x : y;
+        }
     } else if (how->slope != 1.0f) {
         float slope = how->slope;
         SIMD for (int64_t i = 0; i < n; i++) z[i] *= slope;
@@ -31,7 +35,9 @@ INLINE void transform_block(float *z, int64_t start, int64_t n, const struct tra
  * constant at every call. */
 INLINE float chain(int capped, float z, float inverse_outer) {
     float x = z * inverse_outer;
-    return capped ? 1.0f - x * x : 1.0f;
+    float square = x * x;
+    square = square > 1.0f ? 1.0f : square; /* a removed class's logit is -inf */
+    return capped ? 1.0f - square : 1.0f;
 }
 
 INLINE float inverse_outer_of(const struct transform *how) {

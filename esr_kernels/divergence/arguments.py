@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,9 @@ from esr_kernels.common.head import (
 )
 from esr_kernels.common.rows import to_device
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence.call import Operands
+from esr_kernels.divergence.call import Merge, Operands
 from esr_kernels.divergence.plan import KINDS, Plan
-from esr_kernels.divergence.planner import check_stash
+from esr_kernels.divergence.planner import check_stash, checked_merge
 from esr_kernels.divergence.statistics import IGNORED_LABEL
 
 # Row statistics hold class numbers in fp32, which is exact below this.
@@ -62,6 +63,8 @@ class Options:
     num_classes: int | None = None
     labels: Tensor | None = None
     label_weight: float = 0.0
+    merge_student_ids: Sequence[int] | Tensor | None = None
+    merge_teacher_ids: Sequence[int] | Tensor | None = None
     weight_grad: Tensor | None = None
     reduction: str = "sum"
     plan: str | Plan = "auto"
@@ -73,15 +76,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Checked tensors: one dtype per model, contiguous rows, biases cut to the shared classes."""
+    """Checked tensors: one dtype per model, contiguous rows."""
 
     operands: Operands
     row_weight: Tensor | None  # [T], in the logits' dtype
     classes: int  # that both models have
+    merge: Merge | None
 
 
 def check_options(options: Options) -> None:
     """Raise on an option that is not allowed with any tensors."""
+    checked_merge(options.merge_student_ids, options.merge_teacher_ids, options.group)
     one_of("reduction", options.reduction, REDUCTIONS)
     one_of("impl", options.impl, IMPLEMENTATIONS)
     one_of("compact", options.compact, (None, True, False))
@@ -160,6 +165,10 @@ def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Opti
             options.num_classes, student_ids, teacher_ids, student_weight, teacher_weight
         )
         classes = student_ids.shape[0]
+    merge = checked_merge(options.merge_student_ids, options.merge_teacher_ids, options.group)
+    if merge is not None:
+        check_rows_of_merge(merge, student_weight, teacher_weight)
+        check_classes_of_merge(merge, classes, student_ids, teacher_ids)
     labels = options.labels
     if labels is not None:
         labels = _labels(labels, tokens, classes, device, sharded)
@@ -174,20 +183,20 @@ def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Opti
             "student and teacher must both be float64 or neither, got "
             f"{student_hidden.dtype} and {teacher_hidden.dtype}"
         )
-    teacher_bias = None if teacher.bias is None else teacher.bias.detach()
+    teacher_bias = None if teacher.bias is None else teacher.bias.detach().contiguous()
     operands = Operands(
         student_hidden,
         student_weight,
-        _shared_bias(student.bias, student_ids, classes),
+        None if student.bias is None else student.bias.contiguous(),
         student_ids,
         teacher_hidden.detach(),
         teacher_weight.detach(),
-        _shared_bias(teacher_bias, teacher_ids, classes),
+        teacher_bias,
         teacher_ids,
         labels,
     )
     row_weight = checked_token_weights(options.token_weights, student_hidden)
-    return Inputs(operands, row_weight, classes)
+    return Inputs(operands, row_weight, classes, merge)
 
 
 def _check_weight_grad(weight_grad: Tensor, student_weight: Tensor, impl: str) -> None:
@@ -225,12 +234,6 @@ def _warn_of_unlike_vocabularies(student: int, teacher: int) -> None:
             "student_ids and teacher_ids if the models number their tokens differently",
             stacklevel=4,
         )
-
-
-def _shared_bias(bias: Tensor | None, ids: Tensor | None, classes: int) -> Tensor | None:
-    if bias is None:
-        return None
-    return bias[:classes].contiguous() if ids is None else bias[ids]
 
 
 def _mapped_classes(
@@ -275,6 +278,46 @@ def check_id_values(name: str, ids: Tensor, rows: int) -> None:
         )
     if ids.unique().numel() != ids.numel():
         raise ValueError(f"{name} must be distinct, got duplicates")
+
+
+def check_rows_of_merge(merge: Merge, student_weight: Tensor, teacher_weight: Tensor) -> None:
+    """Raise unless every member is a row of its model's head."""
+    for name, ids, weight in (
+        ("student", merge[0], student_weight),
+        ("teacher", merge[1], teacher_weight),
+    ):
+        if max(ids) >= weight.shape[0]:
+            raise ValueError(
+                f"merge_{name}_ids must lie in [0, {weight.shape[0]}), the rows of "
+                f"{name}_weight, got {max(ids)}"
+            )
+
+
+def check_classes_of_merge(
+    merge: Merge, classes: int, student_ids: Tensor | None, teacher_ids: Tensor | None
+) -> None:
+    """Raise unless both groups have the same shared classes; maps on a GPU are not read."""
+    maps = (student_ids, teacher_ids)
+    if any(rows is not None and not values_are_at_hand(rows) for rows in maps):
+        return
+    # Class -> row of the head, of the shared classes in each group.
+    groups = []
+    for ids, rows in zip(merge, maps, strict=True):
+        if rows is None:
+            groups.append({row: row for row in ids if row < classes})
+        else:
+            found = torch.isin(rows, torch.tensor(ids)).nonzero()[:, 0].tolist()
+            groups.append({shared: int(rows[shared]) for shared in found})
+    names = "merge_student_ids", "merge_teacher_ids"
+    for this, other in ((0, 1), (1, 0)):
+        for shared, row in groups[this].items():
+            if shared not in groups[other]:
+                rows = maps[other]
+                missing = shared if rows is None else int(rows[shared])
+                raise ValueError(
+                    f"{names[other]} must have row {missing}, the class of both models that is row "
+                    f"{row} in {names[this]}; got {list(merge[other])}"
+                )
 
 
 def check_label_values(labels: Tensor, classes: int, sharded: bool) -> None:

@@ -15,10 +15,12 @@ from esr_kernels.common import matmul
 from esr_kernels.common.fp16_range import fp16_scale
 from esr_kernels.common.rows import take_rows
 from esr_kernels.divergence import rows_native, rows_torch
-from esr_kernels.divergence.plan import Plan, Problem
+from esr_kernels.divergence.plan import Plan, Problem, merged_sizes
 from esr_kernels.divergence.planner import check_kind, make_plan, row_pass_backend
 from esr_kernels.divergence.statistics import RowSpec
 
+# Rows of the student's head and of the teacher's that are merged into one class.
+Merge = tuple[tuple[int, ...], tuple[int, ...]]
 # (loss, the [T] fields of `LinearDivergence`).
 Outputs = tuple[Tensor, ...]
 
@@ -32,17 +34,28 @@ class Wanted(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Both models over the active rows. Biases are over the shared classes already."""
+    """Both models: the whole heads, or those of some of the shared classes."""
 
     student_hidden: Tensor  # [T, Ds]
     student_weight: Tensor  # [Vs, Ds]
-    student_bias: Tensor | None  # [V]
+    student_bias: Tensor | None  # [Vs]; [V] once over classes
     student_ids: Tensor | None  # [V] rows of the head, None for the first V
     teacher_hidden: Tensor
     teacher_weight: Tensor
     teacher_bias: Tensor | None
     teacher_ids: Tensor | None
     labels: Tensor | None  # [T] class numbers, negative for none
+
+    def shared(self, classes: int) -> Operands:
+        """Of whole heads, the operands over the classes that both models have."""
+        biases = self.student_bias, self.teacher_bias
+        ids = self.student_ids, self.teacher_ids
+        student_bias, teacher_bias = (
+            bias if bias is None or rows is None else bias[rows]
+            for bias, rows in zip(biases, ids, strict=True)
+        )
+        x = self._replace(student_bias=student_bias, teacher_bias=teacher_bias)
+        return x.over(slice(0, classes))
 
     def over(self, classes: slice) -> Operands:
         """The operands of a tile of classes; heads of mapped vocabularies are gathered per tile."""
@@ -95,6 +108,7 @@ class Request:
     memory_budget: int | None
     group: Any  # torch.distributed group or None
     impl: str
+    merge: Merge | None = None
 
     def problem(self, x: Operands, tokens: int, wanted: Wanted, weight_grad_given: bool) -> Problem:
         """The sizes of a call on `tokens` active rows."""
@@ -117,6 +131,7 @@ class Request:
             mapped=x.student_ids is not None,
             weight_grad_given=weight_grad_given,
             rows=row_pass_backend(on_gpu, self.impl, hidden.dtype, self.spec.divergence),
+            merged=merged_sizes(self.merge),
         )
 
     def call(self, problem: Problem) -> Call:
@@ -137,7 +152,7 @@ class Request:
                 "plan was made for a call without gradients, and this one computes gradients"
             )
         rows = _row_passes(problem.rows)
-        return Call(self.spec, plan, rows, self.classes, self.reduction, self.group)
+        return Call(self.spec, plan, rows, self.classes, self.reduction, self.group, self.merge)
 
 
 def check_model(made_for: Problem, has: Problem) -> None:
@@ -173,6 +188,7 @@ class Call:
     classes: int  # that both models have, on this rank
     reduction: str
     group: Any = None  # torch.distributed group over whose ranks the classes are sharded
+    merge: Merge | None = None
 
     def row_weights(
         self, row_weight: Tensor | None, active: Tensor | None, tokens: int
@@ -192,7 +208,7 @@ class Call:
 
 
 class Gradients(NamedTuple):
-    """Gradients, or buffers for them, of hidden [T, D], weight [Vs, D] and bias [V]; None if
+    """Gradients, or buffers for them, of hidden [T, D], weight [Vs, D] and bias [Vs]; None if
     not needed."""
 
     hidden: Tensor | None
@@ -200,10 +216,18 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
     def over_shared_classes(self, x: Operands, classes: int) -> Gradients:
-        """The part of the buffers that belongs to classes that both models have."""
+        """With the part of the head's buffer that belongs to classes that both models have."""
         if x.student_ids is not None or self.weight is None:
             return self
         return self._replace(weight=self.weight[:classes])
+
+    def add_to_bias(self, x: Operands, classes: slice, total: Tensor, alpha: float = 1.0) -> None:
+        """Add the gradient `total` of the bias of some of the shared classes."""
+        assert self.bias is not None
+        if x.student_ids is None:
+            self.bias[classes].add_(total, alpha=alpha)
+        else:
+            self.bias.index_add_(0, x.student_ids, total, alpha=alpha)
 
     def in_dtype_of(self, operands: Operands) -> Gradients:
         """The gradients with that of the bias, summed in the logits' dtype, in its final dtype."""
@@ -224,8 +248,8 @@ def new_gradients(wanted: Wanted, x: Operands, call: Call) -> Gradients:
         if weight.device.type == "cpu":
             cpu.on_huge_pages(weight)
         weight[0 if x.student_ids is not None else call.classes :].zero_()
-    if wanted.bias:
-        bias = torch.zeros(call.classes, dtype=dtype, device=x.student_hidden.device)
+    if wanted.bias and x.student_bias is not None:
+        bias = torch.zeros_like(x.student_bias, dtype=dtype)
     return Gradients(hidden, weight, bias)
 
 

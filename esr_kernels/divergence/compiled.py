@@ -21,7 +21,11 @@ from esr_kernels.common import matmul
 from esr_kernels.common.head import checked_token_weights
 from esr_kernels.common.rows import active_rows, to_device
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence.arguments import check_id_values, check_label_values
+from esr_kernels.divergence.arguments import (
+    check_classes_of_merge,
+    check_id_values,
+    check_label_values,
+)
 from esr_kernels.divergence.call import (
     Call,
     Gradients,
@@ -32,7 +36,7 @@ from esr_kernels.divergence.call import (
     check_model,
 )
 from esr_kernels.divergence.losses import Divergence
-from esr_kernels.divergence.plan import Plan, Problem
+from esr_kernels.divergence.plan import Plan, Problem, merged_sizes
 from esr_kernels.divergence.planner import check_stash, make_plan
 from esr_kernels.divergence.recompute import recompute_backward, recompute_forward
 from esr_kernels.divergence.stash import stash_forward
@@ -46,7 +50,7 @@ _OPERANDS = (
 _OPTIONS = (
     "str divergence, float[] parameters, float[] student, float[] teacher, float label_weight, "
     "SymInt classes, str reduction, str plan, int[] chunks, int? memory_budget, str? group, "
-    "str impl, bool compact, bool[] wanted"
+    "str impl, int[] merge_student_ids, int[] merge_teacher_ids, bool compact, bool[] wanted"
 )
 _NORMALIZERS = ", ".join(f"Tensor {name}" for name in RowNormalizers._fields)
 _ROWS = len(RowNormalizers._fields)
@@ -70,6 +74,8 @@ class _Options(NamedTuple):
     memory_budget: int | None
     group: Any  # name of a process group or None
     impl: str
+    merge_student_ids: list[int]  # empty for none
+    merge_teacher_ids: list[int]
     compact: bool
     wanted: list[bool]
 
@@ -83,7 +89,7 @@ def traced(
     wanted: Wanted,
 ) -> Outputs:
     """(loss, the fields of `LinearDivergence`), as one node of the graph being traced."""
-    plan, spec = request.plan, request.spec
+    plan, spec, merge = request.plan, request.spec, request.merge or ((), ())
     chunks: list[int] = []
     if isinstance(plan, Plan):
         check_model(plan.problem, _sizes(request, operands))
@@ -110,6 +116,8 @@ def traced(
         request.memory_budget,
         None if request.group is None else request.group.group_name,
         request.impl,
+        list(merge[0]),
+        list(merge[1]),
         compact,
         list(wanted),
     )
@@ -151,13 +159,15 @@ def _stash_limit(request: Request, x: Operands, wanted: Wanted, adds: bool) -> i
         x.student_ids is not None,
         adds,
         wanted[2],
+        merged_sizes(request.merge),
     )
 
 
 @torch.compiler.assume_constant_result
 def _constant_stash_limit(memory_budget: int | None, *sizes: Any) -> int:
     # Those of PyTorch take the most memory.
-    problem = replace(Problem(1, *sizes), rows="torch")
+    *sizes_of_models, merged = sizes
+    problem = replace(Problem(1, *sizes_of_models), rows="torch", merged=merged)
     return stash_limit(problem, memory_budget)
 
 
@@ -213,6 +223,10 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
         if ids is not None:
             weight: Tensor = getattr(operands, f"{name}_weight")
             check_id_values(f"{name}_ids", ids, weight.shape[0])
+    merge = None
+    if o.merge_student_ids:
+        merge = tuple(o.merge_student_ids), tuple(o.merge_teacher_ids)
+        check_classes_of_merge(merge, o.classes, operands.student_ids, operands.teacher_ids)
     if operands.labels is not None:
         check_label_values(operands.labels, o.classes, o.group is not None)
     active = active_rows(token_weights, o.compact)
@@ -231,6 +245,7 @@ def _decode(arguments: tuple[Any, ...], stashes: bool) -> _Running:
         o.memory_budget,
         group,
         o.impl,
+        merge,
     )
     tokens = hidden.shape[0] if active is None else active.shape[0]
     wanted = Wanted(*o.wanted)

@@ -34,8 +34,8 @@ class LinearDivergenceLoss(nn.Module):
         divergence: as in `linear_divergence`.
         options: its other keyword arguments except for tensors, which are passed to `forward`:
             temperature, teacher_temperature, student_softcap, teacher_softcap,
-            student_logit_scale, teacher_logit_scale, num_classes, label_weight, reduction, plan,
-            memory_budget, compact, group, impl.
+            student_logit_scale, teacher_logit_scale, num_classes, merge_student_ids,
+            merge_teacher_ids, label_weight, reduction, plan, memory_budget, compact, group, impl.
 
     Raises:
         TypeError or ValueError for an option that is unknown or that no call could use; `forward`

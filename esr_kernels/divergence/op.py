@@ -3,6 +3,7 @@ vocabulary, from hidden states and output heads, with logits within a byte budge
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,8 @@ def linear_divergence(
     num_classes: int | None = None,
     student_ids: Tensor | None = None,
     teacher_ids: Tensor | None = None,
+    merge_student_ids: Sequence[int] | Tensor | None = None,
+    merge_teacher_ids: Sequence[int] | Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: float = 0.0,
     weight_grad: Tensor | None = None,
@@ -105,6 +108,14 @@ def linear_divergence(
             class c is row student_ids[c] of the student's head and teacher_ids[c] of the teacher's.
             All other rows have probability 0 and gradient 0. The ids must be distinct, which is
             checked on the CPU. Heads are gathered in strips, not copied as a whole.
+        merge_student_ids, merge_teacher_ids: rows of the student's and of the teacher's head whose
+            probabilities count as one class, such as all ways to end an answer: a coarsening of the
+            events, so still a divergence. Distinct integers, or an int64 tensor on the CPU; given
+            together. A class that both models have is in both groups or in neither; rows that are
+            no shared class may be members, and their probability then counts. Entropies,
+            log-sum-exps and agreement are those of the merged events; a label in the group means
+            the merged class. Not with `group`. A map by `student_ids` is checked against the groups
+            on the CPU; on a GPU, where nobody looks, a mismatch makes the loss NaN.
         labels: [T] int64 classes for a cross-entropy of weight `label_weight`, -100 for none. They
             count shared classes: with ids, they index `student_ids`. A label that is no class
             raises on the CPU; on a GPU, where labels are not checked, its loss is NaN.
@@ -165,6 +176,8 @@ def linear_divergence(
         num_classes,
         labels,
         label_weight,
+        merge_student_ids,
+        merge_teacher_ids,
         weight_grad,
         reduction,
         plan,
@@ -197,7 +210,9 @@ def linear_divergence(
     if compact is None:
         compact = token_weights is not None and token_weights.device.type == "cpu"
     spec = RowSpec(resolved, *transforms, label_weight if labels is not None else 0.0)
-    request = Request(spec, inputs.classes, reduction, plan, memory_budget, group, impl)
+    request = Request(
+        spec, inputs.classes, reduction, plan, memory_budget, group, impl, inputs.merge
+    )
     if torch.compiler.is_compiling():
         from esr_kernels.divergence.compiled import traced  # Registers operators when imported.
 
@@ -262,6 +277,8 @@ def _reference(
             num_classes=inputs.classes,
             student_ids=x.student_ids,
             teacher_ids=x.teacher_ids,
+            merge_student_ids=None if inputs.merge is None else inputs.merge[0],
+            merge_teacher_ids=None if inputs.merge is None else inputs.merge[1],
             labels=x.labels,
             label_weight=options.label_weight,
             reduction=options.reduction,

@@ -30,6 +30,9 @@ _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
 SMALLEST_TILE = 64
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
 _TORCH_SCRATCH = 4 * 5 * 640_000
+# Numbers a token that a merged class takes besides its members' logits, and the block that the
+# derivative of a softcap takes then (PyTorch's row passes have room for it).
+_MERGED_COLUMNS, _MERGED_SCRATCH = 30, 4 * 640_000
 # The fused kernel's share of the vendor GEMM's rate, and its epilogue (25 FLOPs and 2 exponentials
 # a logit pair, not overlapped) as the bytes that move in that time. Estimates from the instruction
 # mix on an H100, not measured.
@@ -60,6 +63,7 @@ class Problem:
     mapped: bool = False
     weight_grad_given: bool = False  # the head's gradient is added to a buffer of the caller
     train_bias: bool = False
+    merged: tuple[int, int] = (0, 0)  # classes of student and teacher that are merged into one
     rows: str = "triton"  # what computes the row passes: "triton", "torch" or "native" (C, on CPU)
 
     @property
@@ -111,13 +115,15 @@ class Plan:
             row = row_stride(p.classes)
             logits = self.logit_chunk * row * p.logit_bytes * buffers
             dz = self.token_chunk * row * p.gradient_bytes
-            return logits + dz + self._accumulator_bytes + self._gathered_bytes + scratch
+            buffers_of_call = self._accumulator_bytes + self._gathered_bytes + self._merged_bytes
+            return logits + dz + buffers_of_call + scratch
         tile = 2 * p.logit_bytes if self._has_tiles else 0
         if p.needs_gradient and not p.in_place:
             tile += p.gradient_bytes
         parts = _PART_BYTES * self._fused_splits if self.kind == "fused" else 0
         by_token = p.tokens * (self.vocab_chunk * tile + parts)
-        return by_token + self._accumulator_bytes + self._gathered_bytes + scratch
+        buffers_of_call = self._accumulator_bytes + self._gathered_bytes + self._merged_bytes
+        return by_token + buffers_of_call + scratch
 
     @property
     def _has_tiles(self) -> bool:
@@ -130,6 +136,15 @@ class Plan:
         programs = math.ceil(self.problem.tokens / _FUSED_TILE)
         tiles = math.ceil(self.problem.classes / SMALLEST_TILE)
         return min(tiles, max(1, _FUSED_PROGRAMS // max(programs, 1)))
+
+    @property
+    def sums_hidden_apart(self) -> bool:
+        """Whether a stash sums the hidden gradient in an fp32 buffer before it takes its dtype.
+
+        fp16 is scaled back there, and a merged class adds to it after the last chunk.
+        """
+        p = self.problem
+        return p.hidden_dtype.itemsize < 4 and (p.hidden_dtype == torch.float16 or any(p.merged))
 
     @property
     def sums_weight_apart(self) -> bool:
@@ -160,10 +175,23 @@ class Plan:
             if p.train_weight and p.weight_grad_given:
                 # Holds the gradient until the upstream factor is known; it is not returned.
                 weight += p.classes * p.student_dim * p.weight_gradient_bytes
-            fp16 = p.hidden_dtype == torch.float16
-            return weight + (p.tokens * p.student_dim * 4 if p.train_hidden and fp16 else 0)
+            apart = p.train_hidden and self.sums_hidden_apart
+            return weight + (p.tokens * p.student_dim * 4 if apart else 0)
         narrow = p.hidden_dtype.itemsize < 4
         return p.tokens * p.student_dim * 4 if p.train_hidden and narrow else 0
+
+    @property
+    def _merged_bytes(self) -> int:
+        """The biases that remove the members, their logits and their rows of the heads."""
+        p, (student, teacher) = self.problem, self.problem.merged
+        if not student:
+            return 0
+        vectors = p.classes * (3 * p.logit_bytes + 3)
+        logits = p.tokens * p.logit_bytes * (4 * student + 2 * teacher + _MERGED_COLUMNS)
+        rows = student * p.student_dim * (p.weight_dtype.itemsize + p.logit_bytes)
+        rows += teacher * p.teacher_dim * p.weight_dtype.itemsize
+        block = _MERGED_SCRATCH if self.kind == "stash" and p.rows == "native" else 0
+        return vectors + logits + rows + block
 
     @property
     def _gathered_bytes(self) -> int:
@@ -267,3 +295,8 @@ class Plan:
 
 def _family(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
+
+
+def merged_sizes(merge: tuple[tuple[int, ...], tuple[int, ...]] | None) -> tuple[int, int]:
+    """`Problem.merged` of a call."""
+    return (0, 0) if merge is None else (len(merge[0]), len(merge[1]))

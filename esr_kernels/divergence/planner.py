@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from esr_kernels.common.arguments import (
     IMPLEMENTATIONS,
     REDUCTIONS,
     check_memory_budget,
     check_size,
+    checked_ids,
     one_of,
 )
 from esr_kernels.common.workspace import default_memory_budget, row_stride
 from esr_kernels.divergence import rows_native
 from esr_kernels.divergence.losses import Divergence, kernel_form, resolve_divergence
-from esr_kernels.divergence.plan import KINDS, SMALLEST_TILE, Plan, Problem
+from esr_kernels.divergence.plan import KINDS, SMALLEST_TILE, Plan, Problem, merged_sizes
 
 
 @functools.lru_cache(maxsize=1024)
@@ -149,6 +152,21 @@ def row_pass_backend(on_gpu: bool, impl: str, dtype: torch.dtype, divergence: Di
     return "native" if rows_native.supports(divergence) else "torch"
 
 
+def checked_merge(
+    student: Sequence[int] | Tensor | None, teacher: Sequence[int] | Tensor | None, group: Any
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """`merge_student_ids` and `merge_teacher_ids` where no heads are known; None for neither."""
+    if student is None and teacher is None:
+        return None
+    if student is None or teacher is None:
+        raise ValueError("merge_student_ids and merge_teacher_ids must be given together")
+    if group is not None:
+        raise ValueError(
+            "merge_student_ids cannot be merged over a sharded vocabulary: group must be None"
+        )
+    return checked_ids("merge_student_ids", student), checked_ids("merge_teacher_ids", teacher)
+
+
 def plan_linear_divergence(
     tokens: int,
     classes: int,
@@ -163,6 +181,8 @@ def plan_linear_divergence(
     train_bias: bool = False,
     reduction: str = "sum",
     ids: bool = False,
+    merge_student_ids: Sequence[int] | Tensor | None = None,
+    merge_teacher_ids: Sequence[int] | Tensor | None = None,
     weight_grad: bool = False,
     group: Any = None,
     plan: str = "auto",
@@ -180,7 +200,8 @@ def plan_linear_divergence(
             train_weight is False for a frozen head, as with LoRA.
         ids: True for a call with student_ids and teacher_ids.
         weight_grad: True for a call with `weight_grad`.
-        divergence, reduction, group, plan, memory_budget, impl: as in the call.
+        divergence, reduction, merge_student_ids, merge_teacher_ids, group, plan, memory_budget,
+            impl: as in the call.
 
     Raises:
         ValueError or TypeError naming the argument, what it was and what is allowed; also if no
@@ -209,6 +230,7 @@ def plan_linear_divergence(
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must name a device of PyTorch, got {device!r}") from error
     resolved = resolve_divergence(divergence)
+    merge = checked_merge(merge_student_ids, merge_teacher_ids, group)
     problem = Problem(
         tokens=tokens,
         classes=classes,
@@ -226,6 +248,7 @@ def plan_linear_divergence(
         mapped=ids,
         weight_grad_given=weight_grad,
         rows=row_pass_backend(on_gpu, impl, dtype, resolved),
+        merged=merged_sizes(merge),
     )
     kind = "recompute" if plan == "stash" and not problem.needs_gradient else plan
     return make_plan(problem, kind, memory_budget)

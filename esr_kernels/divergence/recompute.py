@@ -31,6 +31,7 @@ from esr_kernels.divergence.call import (
     new_gradients,
     scaled_to_fp16,
 )
+from esr_kernels.divergence.merged import MergedClass, merged_class
 from esr_kernels.divergence.outputs import cross_entropy, outputs, spread_outputs
 from esr_kernels.divergence.statistics import (
     ARGMAX,
@@ -53,22 +54,28 @@ def recompute_forward(
     `active` [n] int64 are the rows to compute, None for all; the others have weight 0.
     """
     tokens = operands.student_hidden.shape[0]
-    x = operands.take(active, row_weight).over(slice(0, call.classes))
+    whole = operands.take(active, row_weight)
+    x = whole.shared(call.classes)
     weights, factor = call.row_weights(row_weight, active, x.student_hidden.shape[0])
     with matmul.plain_precision(x.student_hidden):
-        values, stats, normalizers = _statistics(x, call)
-        label_entropy = None if x.labels is None else cross_entropy(x, stats, call)
+        merged = None if call.merge is None else merged_class(whole, x, call)
+        rest = x if merged is None else merged.rest
+        values, stats, normalizers = _statistics(rest, merged, call)
+        entropy_of = cross_entropy if merged is None else merged.cross_entropy
+        label_entropy = None if x.labels is None else entropy_of(x, stats, call)
         of_active = outputs(values, stats, label_entropy, weights, factor, call)
     kept = RowNormalizers(*(spread_rows(field, active, tokens) for field in normalizers))
     return spread_outputs(of_active, active, tokens), kept
 
 
-def _statistics(x: Operands, call: Call) -> tuple[Tensor, RowStats, RowNormalizers]:
+def _statistics(
+    x: Operands, merged: MergedClass | None, call: Call
+) -> tuple[Tensor, RowStats, RowNormalizers]:
     """(divergence, statistics, normalizers) of every row, from logits that are discarded."""
     parts = _fused_parts(x, call) if call.plan.kind == "fused" else _tile_parts(x, call)
     if call.group is not None:
         parts = _gather(merge_to_part(parts), call.group)
-    stats = merge_parts(parts)
+    stats = merge_parts(parts) if merged is None else merged.merge_parts(parts)
     mix = call.spec.divergence.kl_weights
     if mix is not None:
         value, pull_sum = mixed_kl(stats, *mix)
@@ -76,6 +83,8 @@ def _statistics(x: Operands, call: Call) -> tuple[Tensor, RowStats, RowNormalize
         sums = torch.zeros_like(stats.student_lse)[:, None].repeat(1, 3)
         for _, _, tile in _projected_tiles(x, call):
             sums += call.rows.tile_pull_sums(tile, stats, call.spec)
+        if merged is not None:
+            sums += merged.pull_sums(stats)
         if call.group is not None:
             dist.all_reduce(sums, group=call.group)
         value, pull_sum = from_pull_sums(sums)
@@ -138,7 +147,7 @@ def recompute_backward(
     whole = operands.take(active, row_weight)
     adds = weight_grad is not None
     gradients = new_gradients(wanted._replace(weight=wanted.weight and not adds), whole, call)
-    x = whole.over(slice(0, call.classes))
+    x = whole.shared(call.classes)
     weights, factor = call.row_weights(row_weight, active, x.student_hidden.shape[0])
     rows = RowNormalizers(*(take_rows(field, active) for field in normalizers))
     scale = upstream if upstream.dim() == 0 else take_rows(upstream, active)
@@ -147,9 +156,12 @@ def recompute_backward(
     if weights is not None:
         scale = scale * weights
     buffers = gradients._replace(weight=weight_grad) if adds else gradients
-    buffers = buffers.over_shared_classes(x, call.classes)
     with matmul.plain_precision(x.student_hidden):
-        _accumulate_gradients(x, call, rows, scale.contiguous(), buffers, add_weight=adds)
+        merged = None if call.merge is None else merged_class(whole, x, call)
+        rest = x if merged is None else merged.rest
+        _accumulate_gradients(
+            rest, merged, call, rows, scale.contiguous(), buffers, add_weight=adds
+        )
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=spread_rows(gradients.hidden, active, tokens))
     return gradients.in_dtype_of(operands)
@@ -157,6 +169,7 @@ def recompute_backward(
 
 def _accumulate_gradients(
     x: Operands,
+    merged: MergedClass | None,
     call: Call,
     normalizers: RowNormalizers,
     row_weight: Tensor,
@@ -172,6 +185,7 @@ def _accumulate_gradients(
     if x.student_hidden.dtype == torch.float16:
         weights, restore = scaled_to_fp16(row_weight, x.student_hidden)
     hidden_sum = accumulator(gradients.hidden, wide=True)
+    weight = gradients.over_shared_classes(x, call.classes).weight
     for classes, own, tile in _projected_tiles(x, call):
         dz = tile.s
         if not call.plan.problem.in_place:
@@ -183,13 +197,21 @@ def _accumulate_gradients(
             matmul.hidden_gradient(
                 dz, own.student_weight, hidden_sum, own.student_ids, alpha=1.0, accumulate=add
             )
-        if gradients.weight is not None:
-            target = gradients.weight
-            if own.student_ids is None:
-                target = target[classes]
+        if weight is not None:
+            target = weight[classes] if own.student_ids is None else weight
             _write_weight_tile(dz, own, target, restore, add_weight)
         if gradients.bias is not None:
-            gradients.bias[classes] = dz.sum(0, dtype=tile.s.dtype)
+            gradients.add_to_bias(own, classes, dz.sum(0, dtype=tile.s.dtype))
+    if merged is not None:
+        merged.set_dz(normalizers, weights)
+        if hidden_sum is not None:
+            merged.add_hidden_gradient(hidden_sum, 1.0)
+        if gradients.bias is not None:
+            merged.add_bias_gradient(gradients.bias, 1.0)
+        if gradients.weight is not None:
+            merged.set_weight_gradient(
+                x.student_hidden, gradients.weight, 1.0, restore, add=add_weight
+            )
     if hidden_sum is not None and call.group is not None:
         dist.all_reduce(hidden_sum, group=call.group)
     finish(gradients.hidden, hidden_sum, restore)

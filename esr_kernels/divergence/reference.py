@@ -7,6 +7,9 @@ for [T, V] logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,6 +64,31 @@ def divergence_of_log_probs(log_p: Tensor, log_q: Tensor, divergence: Divergence
     return divergence.summand(p, q, log_ratio).sum(-1)
 
 
+def _rows(ids: Tensor | None, shared: int, weight: Tensor) -> Tensor:
+    """The row of the head of each shared class."""
+    return torch.arange(shared, device=weight.device) if ids is None else ids
+
+
+def _is_member(rows: Tensor, merged: Sequence[int]) -> Tensor:
+    return torch.isin(rows, torch.tensor(merged, device=rows.device))
+
+
+def _event_logits(
+    model: tuple[Tensor, Tensor, Tensor | None],
+    rows: Tensor,
+    merged: Sequence[int] | None,
+    **transform: Any,
+) -> Tensor:
+    """Logits [T, events]: those of the shared classes, or of those not merged and then the merged
+    class, whose logit is a log-sum-exp."""
+    if merged is None:
+        return transformed_logits(*model, classes=rows, **transform)
+    rows = rows[~_is_member(rows, merged)]
+    members = torch.tensor(merged, device=rows.device)
+    one = transformed_logits(*model, classes=members, **transform).logsumexp(1, keepdim=True)
+    return torch.cat([transformed_logits(*model, classes=rows, **transform), one], dim=1)
+
+
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -80,32 +108,33 @@ def linear_divergence(
     num_classes: int | None = None,
     student_ids: Tensor | None = None,
     teacher_ids: Tensor | None = None,
+    merge_student_ids: Sequence[int] | None = None,
+    merge_teacher_ids: Sequence[int] | None = None,
     labels: Tensor | None = None,
     label_weight: float = 0.0,
     reduction: str = "sum",
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """The fields of `esr_kernels.LinearDivergence` by name, computed the obvious way."""
-    shared = slice(num_classes or min(student_weight.shape[0], teacher_weight.shape[0]))
-    log_p = transformed_logits(
-        student_hidden,
-        student_weight,
-        student_bias,
+    shared = num_classes or min(student_weight.shape[0], teacher_weight.shape[0])
+    log_p = _event_logits(
+        (student_hidden, student_weight, student_bias),
+        _rows(student_ids, shared, student_weight),
+        merge_student_ids,
         scale=student_logit_scale,
         softcap=student_softcap,
         temperature=temperature,
-        classes=shared if student_ids is None else student_ids,
         dtype=dtype,
     )
     with torch.no_grad():
-        log_q = transformed_logits(
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
+        rows = _rows(teacher_ids, shared, teacher_weight)
+        log_q = _event_logits(
+            (teacher_hidden, teacher_weight, teacher_bias),
+            rows,
+            merge_teacher_ids,
             scale=teacher_logit_scale,
             softcap=teacher_softcap,
             temperature=temperature if teacher_temperature is None else teacher_temperature,
-            classes=shared if teacher_ids is None else teacher_ids,
             dtype=dtype,
         )
     student_lse, teacher_lse = log_p.logsumexp(-1), log_q.logsumexp(-1)
@@ -114,7 +143,11 @@ def linear_divergence(
     weights = torch.ones_like(per_token) if token_weights is None else token_weights.to(dtype)
     cross_entropy = torch.zeros_like(per_token)
     if labels is not None:
-        at_label = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        event = labels.clamp(min=0)
+        if merge_teacher_ids is not None:
+            kept = ~_is_member(rows, merge_teacher_ids)
+            event = torch.where(kept, kept.cumsum(0) - 1, kept.sum())[event]
+        at_label = log_p.gather(1, event[:, None])[:, 0]
         cross_entropy = torch.where(labels == -100, 0.0, -at_label)
     row = per_token + label_weight * cross_entropy if label_weight else per_token
     live = weights != 0

@@ -23,6 +23,9 @@ from esr_kernels.divergence.statistics import (
     row_normalizers,
 )
 
+# Statistics and pull sums leave the transformed logits where the raw ones were.
+TRANSFORMS_IN_PLACE = True
+
 
 def supports(divergence: Divergence) -> bool:
     """Whether the C has this divergence (for fp32 logits) and is available."""

@@ -36,6 +36,8 @@ from esr_kernels.divergence.statistics import (
 )
 
 _ARGMAX_WIDTH = 512
+# Statistics and pull sums leave the transformed logits where the raw ones were.
+TRANSFORMS_IN_PLACE = True
 
 
 def _scratch(like: Tensor, count: int) -> list[Tensor]:
@@ -128,12 +130,12 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
 def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
     sums = tile.s.new_empty(tile.s.shape[0], 3)
-    scratch = _scratch(tile.s, 2)
+    scratch = _scratch(tile.s, 3)
     for rows in row_blocks(*tile.s.shape):
         block = tile.rows(rows)
-        lse = stats.student_lse[rows], stats.teacher_lse[rows]
-        p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
-        difference = _probabilities_(block, *lse, spec, p, q)
+        p, q, difference = (buffer[: block.s.shape[0]] for buffer in scratch)
+        _probabilities_(block, stats, rows, spec, p, q)
+        torch.sub(block.t, block.s, out=difference)
         log_ratio = _log_ratio_(difference, p, q, stats.lse_difference[rows])
         sums[rows] = _pull_sums(p, q, log_ratio, spec)
     return sums
@@ -153,7 +155,8 @@ def tile_gradient_(
     for rows in row_blocks(*tile.s.shape):
         block, row = tile.rows(rows), normalizers.rows(rows)
         p, q = (buffer[: block.s.shape[0]] for buffer in scratch)
-        difference = _probabilities_(block, row.student_lse, row.teacher_lse, spec, p, q)
+        _probabilities_(block, normalizers, rows, spec, p, q)
+        difference = block.t.sub_(block.s)
         weight = None if row_weight is None else row_weight[rows]
         _gradient_(block, difference, p, q, row.lse_difference, row.pull_sum, weight, spec)
         if dz is not tile.s:
@@ -199,13 +202,21 @@ def stash_rows_(
 
 
 def _probabilities_(
-    block: Tile, student_lse: Tensor, teacher_lse: Tensor, spec: RowSpec, p: Tensor, q: Tensor
-) -> Tensor:
-    """Fill p and q of a block whose log-sum-exps are known; returns t - s, written over t."""
+    block: Tile,
+    known: RowStats | RowNormalizers,
+    rows: slice,
+    spec: RowSpec,
+    p: Tensor,
+    q: Tensor,
+) -> None:
+    """Transform a block of `rows` whose log-sum-exps are `known`, and fill p and q."""
     _transform_(block, spec)
-    torch.sub(block.s, student_lse[:, None], out=p).exp_()
-    torch.sub(block.t, teacher_lse[:, None], out=q).exp_()
-    return block.t.sub_(block.s)
+    for z, lse, residual, probability in (
+        (block.s, known.student_lse, known.student_residual, p),
+        (block.t, known.teacher_lse, known.teacher_residual, q),
+    ):
+        torch.sub(z, lse[rows, None], out=probability).exp_()
+        probability.mul_(residual[rows, None].neg().exp_())
 
 
 def _log_ratio_(difference: Tensor, p: Tensor, q: Tensor, lse_difference: Tensor) -> Tensor:
@@ -231,6 +242,8 @@ def _gradient_(
     s, softcap, chain = block.s, spec.student.softcap, None
     if softcap is not None:
         chain = s.mul(spec.student.temperature / softcap).square_().neg_().add_(1.0)
+        if block.may_be_infinite:
+            chain.clamp_(min=0.0)  # a removed class's logit is -inf
     pull_sum = pull_sum[:, None]
     mix = spec.divergence.kl_weights
     if mix is None:

@@ -42,6 +42,8 @@ from esr_kernels.divergence.statistics import (
 STATISTICS_BLOCK = (512, 4)
 PULL_SUMS_BLOCK = (1024, 4)
 GRADIENT_BLOCK = (1024, 4)
+# The passes read raw logits and leave them as they are.
+TRANSFORMS_IN_PLACE = False
 
 _JSD = tl.constexpr(KernelKind.JSD.value)
 _SKEW_FORWARD_KL = tl.constexpr(KernelKind.SKEW_FORWARD_KL.value)

@@ -25,6 +25,7 @@ from esr_kernels.divergence.call import (
     new_gradients,
     scaled_to_fp16,
 )
+from esr_kernels.divergence.merged import MergedClass, merged_class
 from esr_kernels.divergence.outputs import cross_entropy, outputs, spread_outputs
 from esr_kernels.divergence.statistics import RowStats, Tile
 
@@ -39,12 +40,15 @@ def stash_forward(
     tokens = operands.student_hidden.shape[0]
     whole = operands.take(active, row_weight)
     gradients = new_gradients(wanted, whole, call)
-    x = whole.over(slice(0, call.classes))
+    x = whole.shared(call.classes)
     weights, factor = call.row_weights(row_weight, active, x.student_hidden.shape[0])
     with matmul.plain_precision(x.student_hidden):
-        shared = gradients.over_shared_classes(x, call.classes)
-        values, stats = _run_chunks(x, weights, factor * call.spec.student.slope, call, shared)
-        label_entropy = None if x.labels is None else cross_entropy(x, stats, call)
+        merged = None if call.merge is None else merged_class(whole, x, call)
+        rest = x if merged is None else merged.rest
+        slope = call.spec.student.slope
+        values, stats = _run_chunks(rest, merged, weights, factor * slope, call, gradients)
+        entropy_of = cross_entropy if merged is None else merged.cross_entropy
+        label_entropy = None if x.labels is None else entropy_of(x, stats, call)
         of_active = outputs(values, stats, label_entropy, weights, factor, call)
     if gradients.hidden is not None and active is not None:
         gradients = gradients._replace(hidden=spread_rows(gradients.hidden, active, tokens))
@@ -52,7 +56,12 @@ def stash_forward(
 
 
 def _run_chunks(
-    x: Operands, row_weight: Tensor | None, factor: float, call: Call, gradients: Gradients
+    x: Operands,
+    merged: MergedClass | None,
+    row_weight: Tensor | None,
+    factor: float,
+    call: Call,
+    gradients: Gradients,
 ) -> tuple[Tensor, RowStats]:
     """Divergence [T] and statistics of every row.
 
@@ -63,9 +72,10 @@ def _run_chunks(
     restore = None
     if x.student_hidden.dtype == torch.float16:
         row_weight, restore = scaled_to_fp16(row_weight, x.student_hidden)
-    buffers = _Buffers(x, call, gradients.weight)
-    hidden_sum = accumulator(gradients.hidden, wide=restore is not None)
-    weight_sum = accumulator(gradients.weight, wide=plan.sums_weight_apart)
+    weight = gradients.over_shared_classes(x, call.classes).weight
+    buffers = _Buffers(x, call, weight)
+    hidden_sum = accumulator(gradients.hidden, wide=plan.sums_hidden_apart)
+    weight_sum = accumulator(weight, wide=plan.sums_weight_apart)
     values, stats = [], []
     for start in range(0, tokens, plan.token_chunk):
         chunk = slice(start, min(start + plan.token_chunk, tokens))
@@ -83,12 +93,12 @@ def _run_chunks(
                 s = buffers.student[: rows.stop - rows.start]
                 matmul.project(x.student_hidden[rows], x.student_weight, s, x.student_ids)
             labels = None if x.labels is None else x.labels[rows]
-            value, stat = call.rows.stash_rows_(
-                Tile(s, t, x.student_bias, x.teacher_bias, labels),
-                None if row_weight is None else row_weight[rows],
-                call.spec,
-                dz_rows,
-            )
+            tile = Tile(s, t, x.student_bias, x.teacher_bias, labels)
+            tile_weight = None if row_weight is None else row_weight[rows]
+            if merged is None:
+                value, stat = call.rows.stash_rows_(tile, tile_weight, call.spec, dz_rows)
+            else:
+                value, stat = merged.stash_rows_(call, tile, tile_weight, dz_rows, rows)
             values.append(value)
             stats.append(stat)
         if hidden_sum is not None:
@@ -101,12 +111,18 @@ def _run_chunks(
                 dz, hidden, weight_sum, x.student_ids, alpha=factor, accumulate=start > 0
             )
         if gradients.bias is not None:
-            gradients.bias.add_(dz.sum(0, dtype=dtype), alpha=factor)
+            gradients.add_to_bias(x, slice(0, call.classes), dz.sum(0, dtype=dtype), factor)
     if not values and weight_sum is not None:
         weight_sum.zero_()
+    if merged is not None and hidden_sum is not None:
+        merged.add_hidden_gradient(hidden_sum, factor)
+    if merged is not None and gradients.bias is not None:
+        merged.add_bias_gradient(gradients.bias, factor)
     finish(gradients.hidden, hidden_sum, restore)
-    finish(gradients.weight, weight_sum, restore)
+    finish(weight, weight_sum, restore)
     finish(gradients.bias, gradients.bias, restore)
+    if merged is not None and gradients.weight is not None:
+        merged.set_weight_gradient(x.student_hidden, gradients.weight, factor, restore, add=False)
     if not values:
         nothing = torch.empty(0, dtype=dtype, device=x.student_hidden.device)
         return nothing, RowStats(*[nothing] * len(RowStats._fields))

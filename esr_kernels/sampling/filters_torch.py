@@ -47,10 +47,10 @@ def _threshold(
     everything = z.shape[1]
     threshold = torch.full_like(top[:, 0], -torch.inf)
     at_threshold = torch.full_like(threshold, everything, dtype=torch.int64)
-    if params.top_k is not None or params.top_p is not None:
+    if params.ranked:
         threshold, at_threshold = _ranked_threshold(z, top, lse_above, params)
-    if params.min_p is not None:
-        lowest = top[:, 0] + params.min_p.to(z.dtype).log()
+    lowest = params.lowest(top[:, 0], (top[:, 0] + lse_above).to(top.dtype))
+    if lowest is not None:
         higher = lowest > threshold
         threshold = torch.where(higher, lowest, threshold)
         at_threshold = torch.where(higher, everything, at_threshold)

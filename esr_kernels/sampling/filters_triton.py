@@ -13,7 +13,8 @@ cutoff      Bisects over the order of the fp32 numbers, at most 32 passes for ea
             top-p. They run over the list, or over the row where a flat distribution leaves more
             candidates than the list holds: exact either way.
 
-`filters` is (top_k_ptr, top_p_ptr, min_p_ptr), None where off for every row. `candidates` are the
+`filters` is (top_k_ptr, top_p_ptr), None where off for every row; a floor (`params.FLOORS`) is a
+threshold of a row that PyTorch computes between the two launches. `candidates` are the
 outputs of the first kernel for the second, one entry a row: (values_ptr, ids_ptr, counts_ptr,
 tops_ptr, totals_ptr, bounds_ptr), of which the first two have CAPACITY entries a row.
 """
@@ -72,7 +73,7 @@ def _load_block(row_ptr, start, n_classes, transform, BLOCK: tl.constexpr):
 @triton.jit
 def _k_and_p(row, filters, n_classes):
     """(top_k, top_p) of a row; n_classes and 1 where off."""
-    top_k_ptr, top_p_ptr, _ = filters
+    top_k_ptr, top_p_ptr = filters
     k = tl.full((), 0, tl.int32) + n_classes
     if top_k_ptr is not None:
         asked = tl.load(top_k_ptr + row)
@@ -110,15 +111,16 @@ def _candidates_kernel(
         at = maxima_ptr + row * n_tiles + start + tile
         top = tl.maximum(top, tl.max(tl.load(at, mask=exists, other=-float("inf")), 0))
     tl.store(tops_ptr + row, top)
+    total = tl.zeros([BLOCK_TILES], tl.float32)
+    for start in range(0, n_tiles, BLOCK_TILES):
+        exists = start + tile < n_tiles
+        at = row * n_tiles + start + tile
+        maxima = tl.load(maxima_ptr + at, mask=exists, other=-float("inf"))
+        log_sums = tl.load(log_sums_ptr + at, mask=exists, other=-float("inf"))
+        total += tl.exp(maxima - top + log_sums)
+    mass = tl.sum(total, 0)
+    tl.store(totals_ptr + row, mass)
     if RANKED:
-        total = tl.zeros([BLOCK_TILES], tl.float32)
-        for start in range(0, n_tiles, BLOCK_TILES):
-            exists = start + tile < n_tiles
-            at = row * n_tiles + start + tile
-            maxima = tl.load(maxima_ptr + at, mask=exists, other=-float("inf"))
-            log_sums = tl.load(log_sums_ptr + at, mask=exists, other=-float("inf"))
-            total += tl.exp(maxima - top + log_sums)
-        mass = tl.sum(total, 0)
         k, p = _k_and_p(row, filters, n_classes)
         bound = tl.full((), -float("inf"), tl.float32)
         count = 0
@@ -156,7 +158,6 @@ def _candidates_kernel(
                 tl.store(values_ptr + row * CAPACITY + place, z, mask=fits)
                 tl.store(ids_ptr + row * CAPACITY + place, classes, mask=fits)
                 count += tl.sum(listed, 0)
-        tl.store(totals_ptr + row, mass)
         tl.store(bounds_ptr + row, bound)
         tl.store(counts_ptr + row, count)
 
@@ -198,6 +199,7 @@ def _cutoff_kernel(
     logits_stride,
     transform,
     filters,
+    lowest_ptr,
     candidates,
     cutoff,
     n_classes,
@@ -208,11 +210,11 @@ def _cutoff_kernel(
     """The threshold of a row and the last class that is kept at it."""
     row = tl.program_id(0).to(tl.int64)
     values_ptr, ids_ptr, counts_ptr, tops_ptr, totals_ptr, bounds_ptr = candidates
-    top_k_ptr, top_p_ptr, min_p_ptr = filters
+    top_k_ptr, top_p_ptr = filters
     top = tl.load(tops_ptr + row)
     lowest = tl.full((), -float("inf"), tl.float32)
-    if min_p_ptr is not None:
-        lowest = top + tl.log(tl.load(min_p_ptr + row))
+    if lowest_ptr is not None:
+        lowest = tl.load(lowest_ptr + row)
     threshold = lowest
     last = tl.full((), 0, tl.int32) + n_classes
     if RANKED:
@@ -301,14 +303,14 @@ def cutoffs(
     last, counts = empties(2, rows, like=raw, dtype=torch.int32)
     if not rows:
         return threshold, last
-    ranked = params.top_k is not None or params.top_p is not None
+    ranked = params.ranked
     widest = triton.next_power_of_2(classes.count)
     capacity = min(CAPACITY, widest) if ranked else 1
     (values,) = empties(1, rows, capacity, like=raw)
     (ids,) = empties(1, rows, capacity, like=raw, dtype=torch.int32)
     shared = {
         "transform": kernel_transform(classes, params),
-        "filters": (params.top_k, params.top_p, params.min_p),
+        "filters": (params.top_k, params.top_p),
         "candidates": (values, ids, counts, tops, totals, bounds),
         "n_classes": classes.count,
         "RANKED": ranked,
@@ -328,6 +330,7 @@ def cutoffs(
     launch(_cutoff_kernel, (rows,), raw)(
         raw,
         raw.stride(0),
+        lowest_ptr=params.lowest(tops, tops + totals.log()) if params.floors else None,
         cutoff=(threshold, last),
         BLOCK=min(CUTOFF_BLOCK[0], widest),
         num_warps=CUTOFF_BLOCK[1],

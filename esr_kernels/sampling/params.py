@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,28 @@ from esr_kernels.common.transform import LogitTransform
 TILE = 256
 # Below this a division by the temperature leaves the range of fp32 for ordinary logits.
 _COLDEST = 1e-6
+
+
+class Floor(NamedTuple):
+    """A filter that keeps the classes whose logit is at least a floor of their row."""
+
+    off: float  # the value that filters nothing
+    allowed: Callable[[Any], Any]  # of a value
+    meaning: str  # what is allowed, in words
+    # (values [B], largest logit [B], log-sum-exp [B]) -> the floor [B]; logits at the temperature
+    lowest: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+# A filter of this kind is an entry here and a field of `SamplingParams`: every implementation takes
+# its floor from here. Top-k and top-p rank classes, and have kernels of their own.
+FLOORS = {
+    "min_p": Floor(
+        0.0,
+        lambda p: (p >= 0) & (p <= 1),
+        "from 0 to 1",
+        lambda p, top, lse: top + p.log(),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,8 @@ class SamplingParams:
         )
         _check_range("top_k", self.top_k, lambda k: k >= 0, "0 (off) or positive")
         _check_range("top_p", self.top_p, lambda p: (p > 0) & (p <= 1), "above 0 and at most 1")
-        _check_range("min_p", self.min_p, lambda p: (p >= 0) & (p <= 1), "from 0 to 1")
+        for name, floor in FLOORS.items():
+            _check_range(name, getattr(self, name), floor.allowed, floor.meaning)
 
 
 def _check_range(
@@ -96,18 +120,32 @@ class RowParams:
     all_greedy: bool
     top_k: Tensor | None  # int64; 0 is off
     top_p: Tensor | None  # fp32; 1 is off
-    min_p: Tensor | None  # fp32; 0 is off
+    floors: dict[str, Tensor]  # fp32 values of those in `FLOORS` that are on in some row
 
     @property
     def filtered(self) -> bool:
-        return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
+        return self.ranked or bool(self.floors)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether classes are ranked, for top-k or top-p."""
+        return self.top_k is not None or self.top_p is not None
+
+    def lowest(self, top: Tensor, lse: Tensor) -> Tensor | None:
+        """The highest floor of each row [B]; None without such a filter."""
+        found = [
+            FLOORS[name].lowest(value.to(top.dtype), top, lse)
+            for name, value in self.floors.items()
+        ]
+        return reduce(torch.maximum, found) if found else None
 
     def of_rows(self, rows: slice) -> RowParams:
         """The parameters of some of the rows."""
         tensors: dict[str, Any] = {
             name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **tensors)
+        floors = {name: value[rows] for name, value in self.floors.items()}
+        return replace(self, **tensors, floors=floors)
 
 
 @dataclass(frozen=True)
@@ -140,15 +178,16 @@ def row_params(params: SamplingParams, rows: int, classes: int, device: torch.de
         greedy, all_greedy = None, temperature == 0
         inverse = each(1.0 / (temperature or 1.0), 1.0, torch.float32)
     if all_greedy:
-        return RowParams(None, None, True, None, None, None)
+        return RowParams(None, None, True, None, None, {})
     top_k = params.top_k
     if isinstance(top_k, int) and top_k >= classes:
         top_k = 0
+    floors = {name: each(getattr(params, name), f.off, torch.float32) for name, f in FLOORS.items()}
     return RowParams(
         inverse,
         greedy,
         False,
         each(top_k, 0, torch.int64),
         each(params.top_p, 1.0, torch.float32),
-        each(params.min_p, 0.0, torch.float32),
+        {name: value for name, value in floors.items() if value is not None},
     )

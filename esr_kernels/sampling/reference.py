@@ -9,22 +9,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esr_kernels.sampling.params import TILE, Classes, Sample, SamplingParams
+from esr_kernels.sampling.params import FLOORS, TILE, Classes, Sample, SamplingParams
 from esr_kernels.sampling.philox import SampleKeys, gumbel, tile_words, uniform
 
 
-def kept_classes(log_p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Which classes [B, V] the filters, each [B], keep of the distributions `log_p` [B, V]."""
-    classes = log_p.shape[1]
-    sorted_p, order = log_p.sort(dim=1, descending=True, stable=True)
-    sorted_p = sorted_p.exp()
+def kept_classes(log_p: Tensor, params: SamplingParams) -> Tensor:
+    """Which classes [B, V] the filters keep of the distributions `log_p` [B, V]."""
+    batch, classes = log_p.shape
+
+    def per_row(value: float | Tensor) -> Tensor:
+        value = torch.as_tensor(value, device=log_p.device)
+        return (value.float() if value.is_floating_point() else value).expand(batch)
+
+    top_k, top_p = per_row(params.top_k), per_row(params.top_p)
+    sorted_log_p, order = log_p.sort(dim=1, descending=True, stable=True)
+    sorted_p = sorted_log_p.exp()
     rank = torch.arange(classes, device=log_p.device)
     keep = (rank < top_k[:, None]) | (top_k[:, None] == 0)
     among = torch.where(keep, sorted_p, 0.0)
     # A class stays if those before it have not yet reached top_p.
     before = among.cumsum(1) - among
     keep &= (before < top_p[:, None] * among.sum(1, keepdim=True)) | (top_p[:, None] == 1)
-    keep &= sorted_p >= min_p[:, None] * sorted_p[:, :1]
+    top = sorted_log_p[:, 0]
+    for name, floor in FLOORS.items():
+        value = per_row(getattr(params, name)).to(top.dtype)
+        keep &= sorted_log_p >= floor.lowest(value, top, torch.zeros_like(top))[:, None]
     return torch.zeros_like(keep).scatter(1, order, keep)
 
 
@@ -41,7 +50,7 @@ def sample_rows(raw: Tensor, classes: Classes, params: SamplingParams, keys: Sam
     z = z * classes.transform.scale
     softcap = classes.transform.softcap
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
     temperature = per_row(params.temperature).double()
     greedy = temperature == 0
     z = z / torch.where(greedy, 1.0, temperature)[:, None]
@@ -49,9 +58,7 @@ def sample_rows(raw: Tensor, classes: Classes, params: SamplingParams, keys: Sam
         z[:, classes.invalid] = -torch.inf
     lse = z.logsumexp(1)
     log_p = z.log_softmax(1)  # not z - lse, which loses the digits of large logits
-    keep = kept_classes(
-        log_p, per_row(params.top_k), per_row(params.top_p).float(), per_row(params.min_p).float()
-    )
+    keep = kept_classes(log_p, params)
     log_kept = torch.where(keep, log_p, -torch.inf).logsumexp(1)
     kept_z = torch.where(keep, z, -torch.inf)
     tiles = -(-classes.count // TILE)

@@ -37,7 +37,7 @@ def tile_statistics(
         if softcap_slope is not None:
             slope = 1 - block.gather(1, columns).square()
             softcap_slope[rows] = torch.where(inside, slope, softcap_slope[rows])
-        uncap_(block, transform)
+        uncap_(block, tile.bias, transform)
         selected[rows] = torch.where(inside, block.gather(1, columns), selected[rows])
         _remove_(block, inside, columns)
         top = block.amax(1)
@@ -72,7 +72,7 @@ def tile_gradient_(
         else:
             cap_(block, tile.bias, transform)
             slope = None if transform.softcap is None else block.square().neg_().add_(1.0)
-            uncap_(block, transform)
+            uncap_(block, tile.bias, transform)
             _remove_(block, inside, columns)
             _unselected_gradient_(block, unselected, slope, rows)
         # Adds to 0, and ids of other tiles add 0: exact in any order.

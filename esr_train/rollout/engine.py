@@ -93,11 +93,16 @@ class PrefixRollout:
         extra = list(stop_ids or ())
         if not all(type(token) is int and token >= 0 for token in extra):
             raise ValueError(f"stop_ids must be token ids, ints of at least 0, got {extra}")
-        self.stop_ids = sorted({*self.eos_ids, *extra})
+        self._extra_stop_ids = extra
         self._kept: OrderedDict[tuple[int, ...], Lanes] = OrderedDict()
         self._graphs: StepGraphs | None = None
         # Bytes of keys and values at the start of the last `generate`.
         self.kv_bytes = 0
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end a response."""
+        return sorted({*self.eos_ids, *self._extra_stop_ids})
 
     def check_fits(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         """Raise ContextError if a prompt is empty or exceeds the context together with its

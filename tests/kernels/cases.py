@@ -188,6 +188,52 @@ def mapped_vocabularies(dtype: torch.dtype) -> Case:
     return case
 
 
+def merged_classes(dtype: torch.dtype) -> Case:
+    """Three shared classes as one, one more of the student's and two of the teacher's; labels."""
+    case = _pair(TOKENS, 1003, (24, 40), (3.0, 2.0), dtype, extra_classes=(9, 30))
+    generator = torch.Generator().manual_seed(11)
+    # Half of the tokens are near an end, which both models give much of their probability.
+    for hidden, weight, member in (
+        (case.student_hidden, case.student_weight, 700),
+        (case.teacher_hidden, case.teacher_weight, 1021),
+    ):
+        hidden[::2] = hidden[::2] + (2 * weight[member]).to(dtype)
+    labels = torch.randint(1003, (TOKENS,), generator=generator)
+    labels[::4], labels[::7] = 700, -100
+    case.options = {
+        "merge_student_ids": (700, 3, 1002, 1009),
+        "merge_teacher_ids": (3, 1021, 700, 1002, 1030),
+        "num_classes": 1003,
+        "labels": labels.to(DEVICE),
+        "label_weight": 0.3,
+        "token_weights": torch.rand(TOKENS, generator=generator),
+    }
+    return case
+
+
+def merged_and_mapped(dtype: torch.dtype) -> Case:
+    """Merged classes of vocabularies that number them differently, under every transform."""
+    case = mapped_vocabularies(dtype)
+    student, teacher = case.options["student_ids"], case.options["teacher_ids"]
+    shared = [5, 400, 976]
+    unmapped = [
+        sorted(set(range(rows)) - set(ids.tolist()))[:2]
+        for rows, ids in ((1014, student), (1043, teacher))
+    ]
+    case.options["student_bias"][student[400]] = -torch.inf
+    case.options |= {
+        "merge_student_ids": [*student[shared].tolist(), *unmapped[0]],
+        "merge_teacher_ids": [*unmapped[1], *teacher[shared].tolist()],
+        "temperature": 0.7,
+        "student_softcap": 5.0,
+        "teacher_softcap": 7.0,
+        "student_logit_scale": -1.7,
+        "reduction": "mean",
+    }
+    case.upstream = 0.25
+    return case
+
+
 CASES = {
     make.__name__: make
     for make in (
@@ -200,6 +246,8 @@ CASES = {
         odd_options,
         labelled,
         mapped_vocabularies,
+        merged_classes,
+        merged_and_mapped,
     )
 }
 

@@ -107,6 +107,8 @@ def test_the_mode_notices_waiting(damage):
         ("mapped_vocabularies", torch.bfloat16, "reverse_kl", {"plan": "stash"}),
         ("mapped_vocabularies", torch.float16, "reverse_kl", {"plan": "recompute"}),
         ("random_pair", torch.bfloat16, "reverse_kl", {"plan": "fused"}),
+        ("merged_classes", torch.bfloat16, "jsd", {"plan": "stash"}),
+        ("merged_and_mapped", torch.float16, "reverse_kl", {"plan": "recompute"}),
     ],
     ids=str,
 )

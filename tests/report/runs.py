@@ -23,7 +23,6 @@ def write_config(folder: Path, lengths: dict[str, int], seeds: int = 1, **change
     config: dict[str, Any] = {
         "student": {"model": "a"},
         "teacher": {"model": "b"},
-        "data": {"task": "sums"},
         "rollout": {"max_new_tokens": 100},
         "report": {"metric": "greedy_accuracy", "threshold": 0.9},
         "steps": 20,

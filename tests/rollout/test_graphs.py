@@ -123,7 +123,7 @@ def test_captures_live_from_rollout_to_rollout(recorders: list[_Recorder]) -> No
         prompts = [[*prompt, 7][-1 - number :] for prompt in PROMPTS]
         tokens.append(rollout.generate(prompts, 2, 60, 1.0, (number,)))
         plain = PrefixRollout(model, TOKENIZER)
-        plain._graphs = StepGraphs(None)
+        plain._graphs = StepGraphs(None, weights_state(model))
         expected = plain.generate(prompts, 2, 60, 1.0, (number,))
         assert torch.equal(tokens[-1].tokens, expected.tokens)
         if number == 0:

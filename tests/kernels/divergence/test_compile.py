@@ -234,8 +234,8 @@ def test_operators_keep_pytorchs_rules(plan):
     operands = *case.tensors[:2], bias, None, *teacher, weights, None
     loss = "esr_kernels.divergence.losses.KLMix", [0.5, 0.5]
     transforms = [1.0, 0.0, 1.0], [1.0, 5.0, 0.7]
-    how = 0.0, 19, "mean", plan, [], None, None, "torch", True, [True, True, True]
-    options = compiled._Options(*loss, *transforms, *how)
+    how = 0.0, 19, "mean", plan, [], None, None, "torch"
+    options = compiled._Options(*loss, *transforms, *how, [2, 5], [5, 2], True, [True, True, True])
     torch.library.opcheck(operator, (*operands, *options))
 
 

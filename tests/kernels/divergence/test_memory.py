@@ -31,20 +31,23 @@ def operands() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind, budget_mib, gives_weight_grad",
+    "kind, budget_mib, gives_weight_grad, merges",
     [
-        ("stash", 200, False),
-        ("stash", 75, False),
-        ("recompute", 75, False),
-        ("recompute", 40, False),
-        ("stash", 100, True),
-        ("recompute", 40, True),
+        ("stash", 200, False, ()),
+        ("stash", 75, False, ()),
+        ("recompute", 75, False, ()),
+        ("recompute", 40, False, ()),
+        ("stash", 100, True, ()),
+        ("recompute", 40, True, ()),
+        ("stash", 75, False, (1, 2, 29_999)),
+        ("recompute", 40, False, (1, 2, 29_999)),
     ],
 )
 def test_predicted_peak_is_the_measured_peak_within_10_percent(
-    kind, budget_mib, gives_weight_grad, operands
+    kind, budget_mib, gives_weight_grad, merges, operands
 ):
     fp32, given = torch.float32, {"device": DEVICE, "weight_grad_given": gives_weight_grad}
+    given["merged"] = len(merges), len(merges)
     problem = Problem(TOKENS, CLASSES, *DIMS, hidden_dtype=fp32, weight_dtype=fp32, **given)
     plan = make_plan(problem, kind, budget_mib * MIB)
     hidden, weight, teacher, teacher_weight = (x.detach() for x in operands)
@@ -54,7 +57,14 @@ def test_predicted_peak_is_the_measured_peak_within_10_percent(
 
     def run() -> None:
         linear_divergence(
-            hidden, weight, teacher, teacher_weight, weight_grad=weight_grad, plan=plan
+            hidden,
+            weight,
+            teacher,
+            teacher_weight,
+            weight_grad=weight_grad,
+            plan=plan,
+            merge_student_ids=merges or None,
+            merge_teacher_ids=merges or None,
         ).loss.backward()
 
     release_workspace()

@@ -196,9 +196,7 @@ FILTERS = {
 def _kept(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """(distribution, kept classes) in fp64."""
     log_p = (logits.double().cpu() / params.temperature).log_softmax(0)[None]
-    keep = kept_classes(
-        log_p, *(torch.tensor([value]) for value in (params.top_k, params.top_p, params.min_p))
-    )
+    keep = kept_classes(log_p, params)
     return torch.where(keep, log_p, -torch.inf)[0].softmax(0), keep[0]
 
 
