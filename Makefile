@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Tests run on all cores, up to eight, and each on one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint sanitize static smollm2 bench gpu clean
+.PHONY: demo test lint sanitize gpu-exp static static-all predict smollm2 bench gpu clean
 
 demo: $(VENV)/.train
 	$(BIN)/esr-train compare configs/demo.yaml --out runs/demo
@@ -28,9 +28,24 @@ lint: $(VENV)/.train
 sanitize: $(VENV)/.train $(VENV)/.sanitize
 	ESR_TRITON_ON_CPU=1 $(PYTEST) tests/kernels
 
+# The kernels' numerics with exponentials that err as a GPU's do (conftest.py).
+gpu-exp: $(VENV)/.train
+	ESR_GPU_EXP=1 $(PYTEST) tests/kernels/divergence tests/kernels/scoring -k triton
+
 # Compiles every Triton kernel for sm_80, sm_90, sm_100 and gfx942, and fails on spilled registers.
 static: $(VENV)/.train
 	$(BIN)/python -m bench.gpu_static
+
+# The same for sm_90 and gfx942 with every other Triton that is supported: minutes a version.
+static-all: $(VENV)/.train
+	$(BIN)/python -m bench.static_all
+
+# What a GPU's time is predicted to be, and where it goes; writes a table into docs/gpu.md. NVIDIA's
+# model of its matrix products is a tool of this target only, under NVIDIA's licence; without it a
+# stated rate takes its place.
+predict: $(VENV)/.train
+	-$(PIP) nvidia-matmul-heuristics
+	$(BIN)/python -m bench.predict
 
 smollm2: $(VENV)/.train
 	$(BIN)/esr-train compare configs/smollm2.yaml --out runs/smollm2

@@ -85,7 +85,7 @@ def row_traffic(
     else:
         sums = run("pull sums", lambda: rows_triton.tile_pull_sums(tile, stats, spec))
         pull_sum = sums[:, 1]
-    normalizers = row_normalizers(stats, pull_sum, None, spec)
+    normalizers = row_normalizers(stats, pull_sum)
     dz = torch.empty(tokens, classes, dtype=dz_dtype)
     weight = torch.ones(tokens)
     run("gradient", lambda: rows_triton.tile_gradient_(tile, normalizers, weight, spec, dz))

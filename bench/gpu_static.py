@@ -6,8 +6,10 @@ matrix instructions. Needs no GPU.
 
 The launchers of `esr_kernels` run on tensors without data, and every launch is compiled instead of
 executed, with the specialisation that Triton's JIT gives it (alignment of pointers, divisibility of
-strides) and the committed blocks. Exit code 1: a kernel spills on sm_90 or gfx942, the fused kernel
-misses the matrix units, or a kernel of the list below was never launched.
+strides) and the committed blocks. Exit code 1: a kernel spills on sm_90 or gfx942, a fused kernel
+misses the matrix units or, on NVIDIA, copies nothing asynchronously in its loop, a row pass has no
+16-byte loads, or a kernel of the list below was never launched. `make static-all` does the same
+with the other Triton versions that are supported.
 """
 
 from __future__ import annotations
@@ -15,28 +17,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
+from bench.ahead_of_time import TARGETS, Launched, launches_compile
 from bench.kernel_variants import KERNELS, VARIANTS
+from bench.machine_code import (
+    code_of,
+    is_async_copy,
+    is_local,
+    is_product,
+    is_wide_load,
+    nvidia_tool,
+)
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_90": "wgmma.mma_async",
@@ -44,6 +43,8 @@ MATRIX_INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 _MUST_NOT_SPILL = ("sm_90", "gfx942")
+# Kernels whose time is that of reading logits.
+_STREAMS = ("row_statistics_kernel", "pull_sums_kernel", "gradient_kernel")
 _RESULTS = Path(__file__).parent / "results" / "gpu_static.json"
 
 
@@ -63,6 +64,10 @@ class Compiled:
     resident_warps: int  # of one SM or CU
     occupancy: float  # resident warps over the most there can be
     matrix_instructions: int
+    products: int  # instructions of the matrix units in the machine code
+    wide_loads: int  # of 16 bytes a lane, from global memory into registers
+    async_copies_in_loops: int  # from global to shared memory, in the loop that has most
+    local_accesses: int  # loads and stores of spilled registers
 
     @property
     def faults(self) -> list[str]:
@@ -71,10 +76,22 @@ class Compiled:
         faults = []
         if self.spilled_bytes and self.arch in _MUST_NOT_SPILL:
             faults.append(f"{name} spills {self.spilled_bytes} bytes a thread")
+        if self.local_accesses and self.arch in _MUST_NOT_SPILL:
+            faults.append(f"{name} has {self.local_accesses} accesses to local memory")
+        on_nvidia = self.arch != "gfx942"
         # No NVIDIA matrix unit multiplies full fp32.
-        multiplies = self.operand != "*fp32" or self.arch == "gfx942"
+        multiplies = self.operand != "*fp32" or not on_nvidia
         if "fused" in self.kernel and multiplies and not self.matrix_instructions:
             faults.append(f"{name} has no {MATRIX_INSTRUCTION[self.arch]}")
+        if "fused" in self.kernel and multiplies and not self.products:
+            faults.append(f"{name} has no product in its machine code")
+        # Rows that do not start at 16 bytes arrive element by element.
+        if "fused" in self.kernel and on_nvidia and "odd D" not in self.variant:
+            if not self.async_copies_in_loops:
+                faults.append(f"{name} copies nothing asynchronously in a loop")
+        if self.kernel in _STREAMS and on_nvidia:
+            if not self.wide_loads + self.async_copies_in_loops:
+                faults.append(f"{name} loads no 16 bytes at once")
         return faults
 
 
@@ -111,55 +128,16 @@ def cdna3_resident_warps(registers: int, shared: int, warps: int) -> int:
     return min(programs) * warps
 
 
-class _AheadOfTime:
-    """As much of a Triton driver as compiling takes."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> str:
-        # Kernels are cached by device.
-        return f"{self._target.backend}:{self._target.arch}"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-@contextmanager
-def _launches_compile(target: GPUTarget) -> Iterator[list[tuple[JITFunction, object]]]:
-    """Every kernel launched inside is compiled and appended to the list."""
-    launched: list[tuple[JITFunction, object]] = []
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):  # type: ignore[no-untyped-def]
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launched.append((self, kernel))
-        return kernel
-
-    driver.set_active(_AheadOfTime(target))
-    JITFunction.run = compile_only
-    try:
-        yield launched
-    finally:
-        JITFunction.run = run
-
-
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, spilled bytes) from cuobjdump, which comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def resources(kernel: Any) -> tuple[int, int, int]:
+    """(registers and spilled bytes of a thread, columns of tensor memory) of a compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        return *_amd_resources(kernel.asm["amdgcn"]), 0
+    text = nvidia_tool("--dump-resource-usage", cubin=kernel.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
     registers, stack, local = map(int, found.groups())
-    return registers, stack + local
+    return registers, stack + local, getattr(kernel.metadata, "tmem_size", None) or 0
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:
@@ -185,25 +163,22 @@ def _flat(types: Iterable[Any]) -> Iterator[str]:
             yield from _flat(kind)
 
 
-def _measure(arch: str, variant: str, function: JITFunction, kernel) -> Compiled:  # type: ignore[no-untyped-def]
+def _measure(arch: str, variant: str, launched: Launched) -> Compiled:
+    kernel = launched.kernel
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    registers, spilled, columns = resources(kernel)
     if arch == "gfx942":
-        assembly = kernel.asm["amdgcn"]
-        registers, spilled = _amd_resources(assembly)
-        resident = cdna3_resident_warps(registers, shared, warps)
-        most = 32
+        resident, most = cdna3_resident_warps(registers, shared, warps), 32
     else:
-        assembly = kernel.asm["ptx"]
-        registers, spilled = _nvidia_resources(kernel.asm["cubin"])
-        columns = getattr(kernel.metadata, "tmem_size", None) or 0
-        resident = cuda_resident_warps(arch, registers, shared, warps, columns)
-        most = 64
-    constants = {function.arg_names[at[0]]: value for at, value in kernel.src.constants.items()}
-    blocks = [str(constants[name]) for name in function.arg_names if name.startswith("BLOCK")]
+        resident, most = cuda_resident_warps(arch, registers, shared, warps, columns), 64
+    assembly = kernel.asm["amdgcn" if arch == "gfx942" else "ptx"]
+    code = code_of(kernel)
+    in_loops = [loop.body for loop in code.loops]
+    blocks = [str(x) for name, x in launched.constants.items() if name.startswith("BLOCK")]
     pointers = [kind for kind in _flat(kernel.src.signature.values()) if kind.startswith("*")]
     return Compiled(
         arch=arch,
-        kernel=function.fn.__name__.lstrip("_"),
+        kernel=launched.function.fn.__name__.lstrip("_"),
         variant=variant,
         operand=pointers[0],
         blocks="x".join(blocks),
@@ -214,6 +189,12 @@ def _measure(arch: str, variant: str, function: JITFunction, kernel) -> Compiled
         resident_warps=resident,
         occupancy=resident / most,
         matrix_instructions=len(re.findall(re.escape(MATRIX_INSTRUCTION[arch]), assembly)),
+        products=code.count(is_product),
+        wide_loads=code.count(is_wide_load),
+        async_copies_in_loops=max(
+            (code.count(is_async_copy, body) for body in in_loops), default=0
+        ),
+        local_accesses=code.count(is_local),
     )
 
 
@@ -226,12 +207,12 @@ def compile_variants(arch: str, only: list[str]) -> Iterator[Compiled]:
     for name, launch in VARIANTS.items():
         if only and not name.startswith(tuple(only)):
             continue
-        with _launches_compile(TARGETS[arch]) as launched:
+        with launches_compile(TARGETS[arch]) as launched:
             launch()
-        for function, kernel in launched:
-            if not any(kernel is other for other in seen):
-                seen.append(kernel)
-                yield _measure(arch, name, function, kernel)
+        for launch_of in launched:
+            if not any(launch_of.kernel is other for other in seen):
+                seen.append(launch_of.kernel)
+                yield _measure(arch, name, launch_of)
 
 
 _HEADER = (

@@ -16,7 +16,7 @@ from esr_kernels.attention import prefix_triton
 from esr_kernels.attention.arguments import AttentionOptions, Cache
 from esr_kernels.attention.groups import RowGroups
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence import fused_triton, rows_triton
+from esr_kernels.divergence import fused_triton, merge_triton, rows_triton
 from esr_kernels.divergence.call import Operands
 from esr_kernels.divergence.losses import (
     JSD,
@@ -41,6 +41,8 @@ KERNELS = (
     "row_statistics_kernel",
     "pull_sums_kernel",
     "gradient_kernel",
+    "merge_kernel",
+    "cross_entropy_kernel",
     "fused_statistics_kernel",
     "select_kernel",
     "unselected_statistics_kernel",
@@ -76,6 +78,19 @@ def _rows(divergence: Divergence, dtype: torch.dtype, everything: bool) -> None:
         _empty(_TOKENS) if everything else None,
         RowSpec(divergence, transform, transform, label_weight=0.5 if everything else 0.0),
         dz,
+    )
+
+
+def _label_entropy(dtype: torch.dtype, everything: bool, depth: int = _DIMS[0]) -> None:
+    """The cross-entropy of a label a row."""
+    merge_triton.cross_entropy(
+        _empty(_TOKENS, depth, dtype=dtype),
+        _empty(_CLASSES, depth, dtype=dtype),
+        _empty(_CLASSES, dtype=dtype) if everything else None,
+        _empty(_CLASSES, dtype=torch.int64) if everything else None,
+        _empty(_TOKENS, dtype=torch.int64),
+        _empty(_TOKENS),
+        RowSpec(ReverseKL(), *[_CAPPED if everything else _PLAIN] * 2),
     )
 
 
@@ -142,9 +157,10 @@ def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None
         False,
         _empty(rows, dtype=torch.int64) if filters else None,
         row if filters else None,
-        row if filters else None,
+        {"min_p": row} if filters else {},
     )
-    keys = SampleKeys(1 << 40, _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.int64))
+    seed = _empty(1, dtype=torch.int64) if everything else 1 << 40
+    keys = SampleKeys(seed, _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.int64))
     if fused_dim is None:
         draw_triton.sample_rows(_empty(rows, _CLASSES, dtype=dtype), classes, params, keys)
     else:
@@ -163,6 +179,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "rows: skew forward, all": partial(_rows, SkewForwardKL(), _BF16, True),
     "rows: skew reverse, all": partial(_rows, SkewReverseKL(), _BF16, True),
     "rows: total variation, all": partial(_rows, TotalVariation(), _BF16, True),
+    "labels: bf16": partial(_label_entropy, _BF16, False),
+    "labels: fp32, all, odd D": partial(_label_entropy, _FP32, True, 1535),
     "fused: bf16": partial(_fused, _BF16, False),
     "fused: bf16, all": partial(_fused, _BF16, True),
     "fused: fp16, all": partial(_fused, _FP16, True),

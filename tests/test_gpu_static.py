@@ -32,6 +32,10 @@ GOOD = Compiled(
     resident_warps=8,
     occupancy=0.125,
     matrix_instructions=8,
+    products=8,
+    wide_loads=0,
+    async_copies_in_loops=8,
+    local_accesses=0,
 )
 
 
@@ -65,7 +69,8 @@ def test_sm_90_passes(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     kernels = json.loads(result.read_text())["sm_90"]
-    assert set(kernels) == {"fused_statistics_kernel", "row_statistics_kernel", "gradient_kernel"}
+    rows = {"row_statistics_kernel", "merge_kernel", "gradient_kernel"}
+    assert set(kernels) == {"fused_statistics_kernel", *rows}
     [fused] = kernels["fused_statistics_kernel"].values()
     assert fused["blocks"] == "x".join(map(str, BLOCKS["16-bit", "sm_90"][:3]))
     for variants in kernels.values():
@@ -85,7 +90,18 @@ def test_a_fused_kernel_off_the_matrix_units_is_a_fault(arch):
     idle = replace(GOOD, arch=arch, matrix_instructions=0)
     assert "has no" in idle.faults[0]
     assert bool(replace(idle, operand="*fp32").faults) == (arch == "gfx942")
-    assert not replace(idle, kernel="gradient_kernel").faults
+    assert not replace(idle, kernel="gradient_kernel", wide_loads=4).faults
+
+
+def test_what_the_machine_code_lacks_is_a_fault():
+    assert "local memory" in replace(GOOD, local_accesses=2).faults[0]
+    assert "no product" in replace(GOOD, products=0).faults[0]
+    assert "asynchronously" in replace(GOOD, async_copies_in_loops=0).faults[0]
+    unaligned = replace(GOOD, async_copies_in_loops=0, variant="fused: bf16, all, odd D")
+    assert not unaligned.faults and not replace(GOOD, arch="gfx942", async_copies_in_loops=0).faults
+    row_pass = replace(GOOD, kernel="gradient_kernel", async_copies_in_loops=0)
+    assert "16 bytes" in row_pass.faults[0]
+    assert not replace(row_pass, wide_loads=4).faults
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,15 @@ def scale_logits(z, classes, inside, transform):
 @triton.jit
 def cap_logits(x, transform):
     """(transformed logits, tanh of the softcap) of `scale_logits`' result: the second half."""
-    _, _, softcap, inv_temperature = transform
+    bias_ptr, _, softcap, inv_temperature = transform
     capped = x
     if softcap is not None:
         capped = tanh(x / softcap)
-        # A class that a bias of -inf removed stays removed: its tanh of -1 is a finite logit.
-        x = tl.where(x == -float("inf"), x, capped * softcap)
+        z = capped * softcap
+        if bias_ptr is not None:
+            # A class that a bias of -inf removed stays removed: its tanh of -1 is a finite logit.
+            z = tl.where(x == -float("inf"), x, z)
+        x = z
     return x * inv_temperature, capped
 
 
@@ -103,8 +106,23 @@ def online_maximum(top, block_top):
 
 @triton.jit
 def weigh(p, x):
-    """p * x, but 0 * inf is 0: a class of probability 0 adds 0 whatever its logit."""
-    return tl.where(p == 0, 0.0, p * x)
+    """p * x, but 0 * inf is 0: a class of probability 0 weighs nothing whatever its logit."""
+    return p * tl.where(p == 0, 0.0, x)
+
+
+@triton.jit
+def lane_max(x):
+    """Maxima [LANES] of a block [groups, LANES, width]: within threads, where none waits."""
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def _sum(x, TILE: tl.constexpr):
+    if TILE:
+        x = tl.sum(x, 1)
+    else:
+        x = tl.sum(tl.sum(x, 2), 0)
+    return x
 
 
 @triton.jit
@@ -113,25 +131,26 @@ def online_softmax(z, difference, block_top, state, TILE: tl.constexpr):
 
     `state` is (maximum, sum of exponentials, sum of p * (z - maximum), sum of p * difference), with
     p = exp(z - maximum). With TILE the block is [rows, classes] and each statistic [rows]. Without,
-    the block is [BLOCK] classes of one row, the maximum a scalar, and each sum is kept per lane.
-    `difference` may be None; its sum then stays as it is.
+    the block is [groups, LANES, width] classes of one row, and each statistic [LANES]: a lane has a
+    maximum of its own, so that no thread waits for another, until `merge_lanes`.
     """
     top, total, centred, difference_sum = state
     top, base, decay, shift = online_maximum(top, block_top)
     if TILE:
         below = z - base[:, None]
     else:
-        below = z - base
+        below = z - base[None, :, None]
     p = tl.exp(below)
-    block_centred = weigh(p, below)
-    if TILE:
-        block_centred = tl.sum(block_centred, 1)
-    centred = (centred + shift * total) * decay + block_centred
-    if difference is not None:
-        block_difference = weigh(p, difference)
-        if TILE:
-            block_difference = tl.sum(block_difference, 1)
-        difference_sum = difference_sum * decay + block_difference
-    if TILE:
-        p = tl.sum(p, 1)
-    return top, total * decay + p, centred, difference_sum
+    centred = (centred + shift * total) * decay + _sum(weigh(p, below), TILE)
+    difference_sum = difference_sum * decay + _sum(weigh(p, difference), TILE)
+    return top, total * decay + _sum(p, TILE), centred, difference_sum
+
+
+@triton.jit
+def merge_lanes(state):
+    """The `state` of `online_softmax` of a whole row, from that of its lanes."""
+    top, total, centred, difference_sum = state
+    row_top = tl.max(top, 0)
+    _, _, decay, shift = online_maximum(top, row_top)
+    centred = tl.sum((centred + shift * total) * decay, 0)
+    return row_top, tl.sum(total * decay, 0), centred, tl.sum(difference_sum * decay, 0)

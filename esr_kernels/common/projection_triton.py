@@ -3,11 +3,14 @@ and the keys of their block tables: kind of operands and architecture of the GPU
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+_INTERPRETS = triton.knobs.runtime.interpret  # reads the environment, at every look
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton loads whole vectors where it sees that a row's length is a multiple of this.
 _ALIGNMENT = 16
@@ -48,13 +51,23 @@ def check_fused(name: str, hidden: Tensor, weight: Tensor) -> None:
 
 def current_arch(like: Tensor) -> str:
     """The key of the GPU of `like` in the block tables: its own or the nearest smaller one."""
-    if triton.knobs.runtime.interpret:
+    if _INTERPRETS:
         return "sm_80"
     with torch.cuda.device_of(like):
-        target = triton.runtime.driver.active.get_current_target()
+        return _arch(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _arch(device: object) -> str:
+    target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(int(target.arch) // 10, "sm_80")
+
+
+def threads_of_a_warp(like: Tensor) -> int:
+    """Threads that run in step on the GPU of `like`."""
+    return 64 if current_arch(like) == "gfx942" else 32
 
 
 def operand_kind(*weights: Tensor) -> str:

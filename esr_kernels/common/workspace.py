@@ -8,6 +8,7 @@ products write them at full speed.
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
@@ -16,12 +17,40 @@ from torch import Tensor
 from esr_kernels import cpu
 
 _MIB = 1 << 20
-_DEFAULT_BUDGET = {"cuda": 2048 * _MIB, "cpu": 320 * _MIB}
+_CPU_BUDGET = 320 * _MIB
+# Plans that are made where there is no GPU are for one of 80 GB, half of it free.
+_ABSENT_GPU = 40 << 30, 80 << 30
 
 
 def default_memory_budget(device: str | torch.device) -> int:
-    """Bytes that an op may use beyond inputs and gradients if the caller gives no budget."""
-    return _DEFAULT_BUDGET["cpu" if torch.device(device).type == "cpu" else "cuda"]
+    """Bytes that an op may use beyond inputs and gradients if the caller gives no budget.
+
+    On a GPU an eighth of its memory or half of what is free, whichever is less, rounded down to a
+    power of two: 8 GiB of 80, if 16 are free. It is settled when first asked for and stays for the
+    life of the process, so that equal calls have equal plans; name a `memory_budget` for the same
+    plan on every machine. Without a GPU it is that of an 80 GB GPU.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _CPU_BUDGET
+    has_gpu = torch.version.cuda or torch.version.hip
+    if device.type != "cuda" or not has_gpu or not torch.cuda.is_available():
+        return gpu_budget(*_ABSENT_GPU)
+    return _budget_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _budget_of_gpu(index: int) -> int:
+    free, total = torch.cuda.mem_get_info(index)
+    # What PyTorch's allocator has and does not use is free as well.
+    cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return gpu_budget(free + cached, total)
+
+
+def gpu_budget(free: int, total: int) -> int:
+    """The default budget on a GPU with so many bytes; at least 256 MiB."""
+    most = max(min(total // 8, free // 2), 256 * _MIB)
+    return 1 << (most.bit_length() - 1)
 
 
 class _Buffers(threading.local):

@@ -338,4 +338,4 @@ def _labels(
 ) -> Tensor:
     check_tensor("labels", labels, dtypes=(torch.int64,), shape=(tokens,))
     check_label_values(labels, classes, sharded)
-    return to_device(labels, device).contiguous()
+    return to_device(labels, device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from esr_kernels import cpu
 from esr_kernels.common import matmul
 from esr_kernels.common.fp16_range import fp16_scale
-from esr_kernels.common.rows import take_rows
+from esr_kernels.common.rows import row_range, take_rows
 from esr_kernels.divergence import rows_native, rows_torch
 from esr_kernels.divergence.plan import Plan, Problem, merged_sizes
 from esr_kernels.divergence.planner import check_kind, make_plan, row_pass_backend
@@ -94,7 +94,9 @@ class Operands(NamedTuple):
 
 
 def _select(weight: Tensor, ids: Tensor | None, classes: slice) -> tuple[Tensor, Tensor | None]:
-    return (weight[classes], None) if ids is None else (weight, ids[classes])
+    if ids is None:
+        return row_range(weight, classes), None
+    return weight, ids[classes]
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,10 @@ class Request:
     def problem(self, x: Operands, tokens: int, wanted: Wanted, weight_grad_given: bool) -> Problem:
         """The sizes of a call on `tokens` active rows."""
         hidden = x.student_hidden
-        on_gpu = hidden.device.type != "cpu" or self.impl == "triton"
+        device = str(hidden.device)
+        if device == "cpu" and self.impl == "triton":
+            device = "cuda"  # Kernels that run on the CPU, in a test.
+        on_gpu = device != "cpu"
         return Problem(
             tokens=tokens,
             classes=self.classes,
@@ -121,7 +126,7 @@ class Request:
             teacher_dim=x.teacher_hidden.shape[1],
             hidden_dtype=hidden.dtype,
             weight_dtype=x.student_weight.dtype,
-            device="cuda" if on_gpu else "cpu",
+            device=device,
             train_hidden=wanted.hidden,
             train_weight=wanted.weight,
             train_bias=wanted.bias,

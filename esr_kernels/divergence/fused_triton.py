@@ -9,10 +9,11 @@ for bit.
 
 FLOPs  2 T V (Ds + Dt), the two products; the epilogue adds about 25 T V and 2 T V exponentials.
 Bytes  From memory: both heads once for every wave of programs that run over the same split together
-       (neighbouring programs differ in tokens, so that they share a head's tile in the cache), the
-       hidden states once a tile from the cache, 40 bytes a token and split written. The row passes
-       that this replaces move 16 bytes a logit element.
-       From cache: a tile loads (block of tokens + block of classes) * (Ds + Dt) operands.
+       (a group of token blocks shares a tile of the heads in the cache, and its hidden states stay
+       there from tile to tile), 40 bytes a token and split written. The row passes that this
+       replaces move 16 bytes a logit element.
+       From cache: a tile loads (block of tokens + block of classes) * (Ds + Dt) operands, 64 FLOPs
+       a byte: on sm_90 this bandwidth, not the matrix units, is the bound (`plan._FUSED_RATE`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from esr_kernels.common.launch import launch
 from esr_kernels.common.logits_triton import online_softmax, transform_logits
 from esr_kernels.common.projection_triton import check_fused, current_arch, operand_kind, project
 from esr_kernels.divergence.call import Operands
-from esr_kernels.divergence.rows_triton import store_statistics
+from esr_kernels.divergence.row_statistics_triton import store_statistics
 from esr_kernels.divergence.statistics import COLUMNS, RowSpec
 
 
@@ -74,6 +75,11 @@ BLOCKS: dict[tuple[str, str], Blocks] = {
 }
 # Programs that fill a large GPU about four times over, so that the last round is short.
 _WANTED_PROGRAMS = 512
+# Token blocks that walk the classes side by side. The programs that run at once, 132 on an H100,
+# hold about as many blocks of tokens as of classes, 31 MB of operands at T = 8192 and D = 1536 and
+# 3584, which a cache of 50 MB keeps. All 64 blocks of tokens first, 84 MB of hidden states would
+# pass it once for every tile of classes.
+GROUP = 8
 
 
 @triton.jit
@@ -90,6 +96,19 @@ def _fold(z, difference, classes, n_classes, state):
 
 
 @triton.jit
+def _present(inside, classes, operands, transform):
+    """`inside` without the classes that a bias of -inf removes, which a softcap would bring back.
+
+    A mask of [BLOCK_V] takes fewer registers than a comparison of the tile's logits.
+    """
+    bias_ptr = operands[2]
+    _, scale, softcap, _ = transform
+    if bias_ptr is not None and softcap is not None:
+        inside = inside & (tl.load(bias_ptr + classes).to(tl.float32) * scale != -float("inf"))
+    return inside
+
+
+@triton.jit
 def _masked_transform(z, inside, transform):
     """Transformed logits of a tile, -inf where `inside` is false; the bias is in `z` already."""
     z, _ = transform_logits(z, 0, True, transform)
@@ -103,19 +122,26 @@ def _fused_statistics_kernel(
     parts_ptr,
     n_rows,
     n_classes,
+    n_splits,
     split_classes,
     student,
     teacher,
+    GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     N_STATS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # A group of token blocks at a time, and of it all blocks in one split before the next split.
+    of_a_group = GROUP * n_splits
+    first = tl.program_id(0) // of_a_group * GROUP
+    height = tl.minimum(tl.cdiv(n_rows, BLOCK_T) - first, GROUP)
+    in_group = tl.program_id(0) % of_a_group
+    split = in_group // height
+    rows = (first + in_group % height) * BLOCK_T + tl.arange(0, BLOCK_T)
     # Rows and classes beyond the last repeat it: loads need no mask, and what they compute is
     # dropped at the store and by the -inf.
     live_rows = tl.minimum(rows, n_rows - 1)
-    split = tl.program_id(1)
     start = split * split_classes
     stop = tl.minimum(start + split_classes, n_classes)
 
@@ -134,9 +160,9 @@ def _fused_statistics_kernel(
         inside = classes < stop
         live = tl.minimum(classes, n_classes - 1)
         s = project(s_operands, live_rows, live, BLOCK_D)
-        s = _masked_transform(s, inside, student)
+        s = _masked_transform(s, _present(inside, live, s_operands, student), student)
         t = project(t_operands, live_rows, live, BLOCK_D)
-        t = _masked_transform(t, inside, teacher)
+        t = _masked_transform(t, _present(inside, live, t_operands, teacher), teacher)
         difference = t - s
         s_state = (s_top, s_total, s_centred, s_difference, s_where)
         t_state = (t_top, t_total, t_centred, t_difference, t_where)
@@ -148,7 +174,7 @@ def _fused_statistics_kernel(
         )
 
     store_statistics(
-        parts_ptr + (rows.to(tl.int64) * tl.num_programs(1) + split) * N_STATS,
+        parts_ptr + (rows.to(tl.int64) * n_splits + split) * N_STATS,
         (s_top, s_total, s_centred, s_difference, s_where),
         (t_top, t_total, t_centred, t_difference, t_where),
         rows < n_rows,
@@ -207,17 +233,18 @@ def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Ten
     )
     if not tokens:
         return parts
-    launch(
-        _fused_statistics_kernel, (triton.cdiv(tokens, blocks.tokens), splits), x.student_hidden
-    )(
+    programs = triton.cdiv(tokens, blocks.tokens) * splits
+    launch(_fused_statistics_kernel, (programs,), x.student_hidden)(
         _kernel_operands(x.student_hidden, x.student_weight, x.student_bias),
         _kernel_operands(x.teacher_hidden, x.teacher_weight, x.teacher_bias),
         parts_ptr=parts,
         n_rows=tokens,
         n_classes=classes,
+        n_splits=splits,
         split_classes=each,
         student=spec.student.kernel_argument(None),
         teacher=spec.teacher.kernel_argument(None),
+        GROUP=GROUP,
         BLOCK_T=blocks.tokens,
         BLOCK_V=blocks.classes,
         BLOCK_D=blocks.depth,

@@ -38,8 +38,9 @@ from esr_kernels.divergence.statistics import (
     Tile,
     from_pull_sums,
     merge_parts,
-    mixed_kl,
     row_normalizers,
+    with_labels,
+    without_second_pass,
 )
 
 
@@ -77,6 +78,13 @@ class MergedClass:
             difference_under_teacher=stats.difference_under_teacher + under_teacher,
         )
 
+    def merge_rows(
+        self, parts: Tensor, labels: Tensor | None, spec: RowSpec, rows: slice = slice(None)
+    ) -> tuple[RowStats, Tensor | None, Tensor | None]:
+        """`statistics.merge_rows` of the parts of all other classes."""
+        stats = self.merge_parts(parts, rows)
+        return stats, *without_second_pass(stats, labels, spec)
+
     def _part(self, rows: slice) -> Tensor:
         """Statistics [n, 1, COLUMNS] of the merged class; a number that no class has for argmax."""
         s, t = self.s[rows], self.t[rows]
@@ -108,18 +116,18 @@ class MergedClass:
         self, call: Call, tile: Tile, row_weight: Tensor | None, dz: Tensor, rows: slice
     ) -> tuple[Tensor, RowStats]:
         """`stash_rows_` of the row passes, for `rows` of all tokens; sets the members' dz too."""
-        spec, mix = call.spec, call.spec.divergence.kl_weights
-        stats = self.merge_parts(call.rows.tile_stats(tile, spec), rows)
+        spec = call.spec
+        parts = call.rows.tile_stats(tile, spec)
+        stats, value, pull_sum = self.merge_rows(parts, tile.labels, spec, rows)
         if call.rows.TRANSFORMS_IN_PLACE:
             # What follows sees transformed logits, for which a bias of 0 or -inf changes nothing.
             tile = replace(tile, student_bias=self.removal, teacher_bias=self.removal)
             spec = self.spec
-        if mix is not None:
-            value, pull_sum = mixed_kl(stats, *mix)
-        else:
+        if value is None or pull_sum is None:
             sums = call.rows.tile_pull_sums(tile, stats, spec) + self.pull_sums(stats, rows)
             value, pull_sum = from_pull_sums(sums)
-        normalizers = row_normalizers(stats, pull_sum, tile.labels, spec)
+            pull_sum = with_labels(pull_sum, tile.labels, spec)
+        normalizers = row_normalizers(stats, pull_sum)
         if spec is self.spec and call.spec.student.softcap is not None:
             _gradient_behind_softcap_(call, tile, normalizers, row_weight, spec, dz)
         else:

@@ -32,10 +32,10 @@ def outputs(
     if cross_entropy is None:
         cross_entropy = torch.zeros_like(values)
     if call.spec.label_weight:  # 0 times an infinite cross-entropy would be NaN
-        rows = values + call.spec.label_weight * cross_entropy
+        rows = torch.add(values, cross_entropy, alpha=call.spec.label_weight)
     reduction = "none" if call.reduction == "none" else "sum"  # the weights of a mean sum to 1
     loss = reduce_rows(rows, row_weight, reduction)
-    if reduction == "sum":
+    if factor != 1.0:
         loss = loss * factor
     fields: Outputs = (
         values,
@@ -47,7 +47,8 @@ def outputs(
         stats.agreement,
     )
     if row_weight is not None:
-        fields = tuple(torch.where(row_weight != 0, field, 0) for field in fields)
+        # Together, in one launch.
+        fields = torch.where(row_weight != 0, torch.stack(fields), 0).unbind()
     elif loss is values:
         fields = (values.clone(), *fields[1:])
     return loss, *fields
@@ -61,6 +62,11 @@ def spread_outputs(of_active: Outputs, active: Tensor | None, tokens: int) -> Ou
 def cross_entropy(x: Operands, stats: RowStats, call: Call) -> Tensor:
     """-log p(label) [n]; 0 where there is no label. The label's logit is one dot product a row."""
     assert x.labels is not None
+    if call.plan.problem.rows == "triton" and call.group is None:
+        from esr_kernels.divergence import merge_triton  # Triton is not installed everywhere.
+
+        x_student = x.student_hidden, x.student_weight, x.student_bias, x.student_ids
+        return merge_triton.cross_entropy(*x_student, x.labels, stats.student_lse, call.spec)
     dtype = stats.student_lse.dtype
     here = (x.labels >= 0) & (x.labels < call.classes)
     label = torch.where(here, x.labels, 0)

@@ -28,18 +28,25 @@ KINDS = ("stash", "recompute", "fused")
 _FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
 # With fewer classes or tokens in a tile, a GEMM runs far below its usual rate.
 SMALLEST_TILE = 64
+# A chunk of tokens on a GPU is a multiple of this. Its GEMMs fill their tiles of up to 256 rows,
+# and buffers, gigabytes of them, keep a few sizes however the number of tokens varies: those that
+# varied with it would leave holes in the allocator's cache.
+ROW_STEP = 256
 # Blocks of PyTorch's row passes: probabilities of both models, temporaries of two-pass divergences.
 _TORCH_SCRATCH = 4 * 5 * 640_000
 # Numbers a token that a merged class takes besides its members' logits, and the block that the
 # derivative of a softcap takes then (PyTorch's row passes have room for it).
 _MERGED_COLUMNS, _MERGED_SCRATCH = 30, 4 * 640_000
-# The fused kernel's share of the vendor GEMM's rate, and its epilogue (25 FLOPs and 2 exponentials
-# a logit pair, not overlapped) as the bytes that move in that time. Estimates from the instruction
-# mix on an H100, not measured.
-_FUSED_RATE = 0.7
-_FUSED_EPILOGUE = 4.4
-# As in `fused_triton`: the tokens of a tile, and the programs wanted. A GPU runs about 128 at once.
-_FUSED_TILE, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 512, 128
+# The fused kernel's share of the vendor GEMM's rate, and its epilogue, which no product overlaps,
+# as the bytes that move in that time. By counts on sm_90, predicted: a tile of 128 tokens and 128
+# classes takes (128 + 128) * 2 bytes from L2 for 2 * 128 * 128 FLOPs, so that 5.5 TB/s of L2 feed
+# 64 * 5.5 = 352 of the 660 TFLOP/s of cuBLAS; and 49 instructions a logit pair in its SASS at
+# 29.6e12 lanes a second are the time of 4.5 bytes at 2.7 TB/s.
+_FUSED_RATE = 0.53
+_FUSED_EPILOGUE = 4.5
+# As in `fused_triton`: the tokens of a tile, the token blocks that walk the classes side by side,
+# and the programs wanted. A GPU runs about 128 at once.
+_FUSED_TILE, _FUSED_GROUP, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 8, 512, 128
 # Bytes of a token's statistics from one split of the classes, and of merging them.
 _PART_BYTES = 2 * 4 * 10
 
@@ -95,7 +102,8 @@ class Plan:
     """One way to compute a `Problem`.
 
     token_chunk: tokens whose dz exists at once; logit_chunk: tokens whose logits are projected at
-    once (stash); vocab_chunk: classes in a tile (recompute, backward of fused). extra_bytes is the
+    once (stash); either may be a little more than there are tokens, and buffers have that size.
+    vocab_chunk: classes in a tile (recompute, backward of fused). extra_bytes is the
     predicted peak beyond the inputs and the returned gradients; on CPU the buffers stay for the
     next call (`release_workspace`).
     """
@@ -237,8 +245,10 @@ class Plan:
         written_and_read = 2 * logits + (logits if p.two_pass else 0)
         gradient_reads = dz * (int(p.train_hidden) + int(p.train_weight))
         if self.kind == "stash":
-            calls = math.ceil(p.tokens / self.logit_chunk) if p.tokens else 1
-            updates = math.ceil(p.tokens / self.token_chunk) if p.tokens else 1
+            updates, rest = divmod(p.tokens, self.token_chunk)
+            calls = updates * math.ceil(self.token_chunk / self.logit_chunk)
+            calls = max(1, calls + math.ceil(rest / self.logit_chunk))
+            updates = max(1, updates + int(rest > 0))
             # Statistics read both logits, the gradient pass reads them again and writes dz.
             row = written_and_read + logits + dz + gradient_reads
             weight_traffic = calls * heads + updates * int(p.train_hidden) * student_head
@@ -251,7 +261,9 @@ class Plan:
         total = pass_from_memory * int(p.two_pass)
         if self.kind == "fused":
             # Programs that run at once over the same split share its heads in the cache.
-            rounds = math.ceil(p.tokens / (_FUSED_TILE * _FUSED_WAVE))
+            programs = math.ceil(p.tokens / _FUSED_TILE)
+            splits = max(1, _FUSED_PROGRAMS // max(programs, 1))
+            rounds = math.ceil(programs / max(_FUSED_GROUP, _FUSED_WAVE // splits))
             total += rounds * heads + hidden + p.tokens * _PART_BYTES * self._fused_splits
         else:
             total += pass_from_memory
@@ -291,6 +303,13 @@ class Plan:
             f"GEMMs {self.gemm_flops / 1e9:.1f} GFLOP (floor {floor / 1e9:.1f}); "
             f"traffic {self.bytes_moved / 1e9:.2f} GB"
         )
+
+
+def padded_tokens(tokens: int, device: str) -> int:
+    """The rows of a chunk that holds all tokens."""
+    if device == "cpu" or tokens <= ROW_STEP:
+        return max(tokens, 1)
+    return -(-tokens // ROW_STEP) * ROW_STEP
 
 
 def _family(device: str) -> str:

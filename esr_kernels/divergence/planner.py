@@ -26,7 +26,17 @@ from esr_kernels.common.arguments import (
 from esr_kernels.common.workspace import default_memory_budget, row_stride
 from esr_kernels.divergence import rows_native
 from esr_kernels.divergence.losses import Divergence, kernel_form, resolve_divergence
-from esr_kernels.divergence.plan import KINDS, SMALLEST_TILE, Plan, Problem, merged_sizes
+from esr_kernels.divergence.plan import (
+    KINDS,
+    ROW_STEP,
+    SMALLEST_TILE,
+    Plan,
+    Problem,
+    merged_sizes,
+    padded_tokens,
+)
+
+_MOST_ELEMENTS = 2**31 - 1
 
 
 @functools.lru_cache(maxsize=1024)
@@ -114,15 +124,29 @@ def _even_chunks(size: int, smallest: int) -> list[int]:
     return chunks if chunks[-1] <= smallest else [*chunks, smallest]
 
 
+def _row_chunks(rows: int, device: str) -> list[int]:
+    """Chunks of up to `rows` tokens. On a GPU their sizes do not depend on the number of tokens."""
+    if device == "cpu":
+        return _even_chunks(rows, SMALLEST_TILE)
+    whole = padded_tokens(rows, device)
+    fixed = [SMALLEST_TILE, 2 * SMALLEST_TILE]
+    for doubling in range(rows.bit_length()):
+        fixed += [ROW_STEP << doubling, 3 * ROW_STEP << doubling]
+    return [whole, *(size for size in fixed if size < whole)]
+
+
 def _stash_plans(problem: Problem) -> list[Plan]:
     if not problem.needs_gradient:
         # Nothing to stash.
         return _recompute_plans(problem)
     base = Plan("stash", problem, 1, 1, problem.classes)
+    # Not every product of the vendors' libraries takes a matrix of more elements.
+    tallest = max(SMALLEST_TILE, _MOST_ELEMENTS // row_stride(problem.classes))
     return [
         replace(base, token_chunk=token_chunk, logit_chunk=logit_chunk)
-        for token_chunk in _even_chunks(problem.tokens, SMALLEST_TILE)
-        for logit_chunk in _even_chunks(token_chunk, SMALLEST_TILE)
+        for token_chunk in _row_chunks(problem.tokens, problem.device)
+        for logit_chunk in _row_chunks(token_chunk, problem.device)
+        if token_chunk <= tallest or problem.device == "cpu"
     ]
 
 
@@ -226,9 +250,11 @@ def plan_linear_divergence(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
     try:
-        on_gpu = torch.device(device).type != "cpu" or impl == "triton"
+        place = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must name a device of PyTorch, got {device!r}") from error
+    name = str(place) if place.type != "cpu" else "cuda" if impl == "triton" else "cpu"
+    on_gpu = name != "cpu"
     resolved = resolve_divergence(divergence)
     merge = checked_merge(merge_student_ids, merge_teacher_ids, group)
     problem = Problem(
@@ -238,7 +264,7 @@ def plan_linear_divergence(
         teacher_dim=teacher_dim,
         hidden_dtype=dtype,
         weight_dtype=dtype,
-        device="cuda" if on_gpu else "cpu",
+        device=name,
         train_hidden=train_hidden,
         train_weight=train_weight or weight_grad,
         train_bias=train_bias,

@@ -39,10 +39,9 @@ from esr_kernels.divergence.statistics import (
     RowStats,
     Tile,
     from_pull_sums,
-    merge_parts,
     merge_to_part,
-    mixed_kl,
     row_normalizers,
+    with_labels,
 )
 
 
@@ -75,11 +74,9 @@ def _statistics(
     parts = _fused_parts(x, call) if call.plan.kind == "fused" else _tile_parts(x, call)
     if call.group is not None:
         parts = _gather(merge_to_part(parts), call.group)
-    stats = merge_parts(parts) if merged is None else merged.merge_parts(parts)
-    mix = call.spec.divergence.kl_weights
-    if mix is not None:
-        value, pull_sum = mixed_kl(stats, *mix)
-    else:
+    merge_rows = call.rows.merge_rows if merged is None else merged.merge_rows
+    stats, value, pull_sum = merge_rows(parts, x.labels, call.spec)
+    if value is None or pull_sum is None:
         sums = torch.zeros_like(stats.student_lse)[:, None].repeat(1, 3)
         for _, _, tile in _projected_tiles(x, call):
             sums += call.rows.tile_pull_sums(tile, stats, call.spec)
@@ -88,7 +85,8 @@ def _statistics(
         if call.group is not None:
             dist.all_reduce(sums, group=call.group)
         value, pull_sum = from_pull_sums(sums)
-    return value, stats, row_normalizers(stats, pull_sum, x.labels, call.spec)
+        pull_sum = with_labels(pull_sum, x.labels, call.spec)
+    return value, stats, row_normalizers(stats, pull_sum)
 
 
 def _projected_tiles(x: Operands, call: Call) -> Iterator[tuple[slice, Operands, Tile]]:

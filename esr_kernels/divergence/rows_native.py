@@ -22,6 +22,7 @@ from esr_kernels.divergence.statistics import (
     mixed_kl,
     row_normalizers,
 )
+from esr_kernels.divergence.statistics import merge_rows as merge_rows
 
 # Statistics and pull sums leave the transformed logits where the raw ones were.
 TRANSFORMS_IN_PLACE = True
@@ -43,7 +44,7 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     """Sums [n, 3] over a tile of summands, pulls and p, for divergences that take two passes."""
     sums = tile.s.new_empty(tile.s.shape[0], 3)
     # This pass does not read the sum of pulls, so the tensor in its place does not matter.
-    normalizers = row_normalizers(stats, stats.lse_difference, None, spec)
+    normalizers = row_normalizers(stats, stats.lse_difference)
     _row_pass(tile, None, spec).run("tile_pull_sums", normalizers=normalizers, sums=sums)
     return sums
 

@@ -28,12 +28,13 @@ from esr_kernels.divergence.statistics import (
     RowStats,
     Tile,
     from_pull_sums,
-    label_pull_sum,
     merge_parts,
     mixed_kl,
     mixed_kl_pull_sum,
     part_lse_difference,
+    with_labels,
 )
+from esr_kernels.divergence.statistics import merge_rows as merge_rows
 
 _ARGMAX_WIDTH = 512
 # Statistics and pull sums leave the transformed logits where the raw ones were.
@@ -190,8 +191,7 @@ def stash_rows_(
             log_ratio = _log_ratio_(block.t.copy_(difference), p, q, lse_difference)
             sums[rows] = _pull_sums(p, q, log_ratio, spec)
             _, pull_sum = from_pull_sums(sums[rows])
-        if block.labels is not None:
-            pull_sum = pull_sum + label_pull_sum(block.labels, spec)
+        pull_sum = with_labels(pull_sum, block.labels, spec)
         weight = None if row_weight is None else row_weight[rows]
         _gradient_(block, difference, p, q, lse_difference, pull_sum, weight, spec)
         if dz is not tile.s:

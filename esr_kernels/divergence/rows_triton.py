@@ -5,8 +5,8 @@ statistics  One program per (token, split of the row) reduces both models' logit
 pull sums   The second pass of divergences such as JSD: three sums. Reads 8 bytes an element.
 gradient    One program per (token, block): reads 8 bytes an element, writes dz in its dtype.
 
-Each pass streams blocks of both models' logits through registers: fp32 accumulators stay per lane,
-only the two running maxima are reduced per block. A row is split over programs when there are too
+Each pass streams blocks of both models' logits through registers; fp32 accumulators and the running
+maxima stay per lane, and are reduced once a row. A row is split over programs when there are too
 few tokens to fill the machine; parts merge in a fixed order (`statistics.merge_parts`), so a launch
 repeats bit for bit. Offsets of rows are 64-bit: T * V passes 2**31 at 14,135 tokens of a Qwen
 vocabulary. Transforms are tuples, see `logits_triton.transform_logits`.
@@ -14,32 +14,35 @@ vocabulary. Transforms are tuples, see `logits_triton.transform_logits`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.common.launch import launch, split_columns
-from esr_kernels.common.logits_triton import expm1, load_logits, log1p, online_softmax
+from esr_kernels.common.logits_triton import (
+    expm1,
+    load_logits,
+    log1p,
+)
 from esr_kernels.divergence.losses import Divergence, KernelForm, KernelKind, kernel_form
+from esr_kernels.divergence.merge_triton import merge_rows
+from esr_kernels.divergence.row_statistics_triton import (
+    logits_arguments,
+    tile_stats,
+    transform_arguments,
+)
 from esr_kernels.divergence.statistics import (
-    COLUMNS,
     RowNormalizers,
     RowSpec,
     RowStats,
     Tile,
     from_pull_sums,
-    merge_parts,
-    mixed_kl,
     row_normalizers,
+    with_labels,
 )
 
-# (columns in a block, warps), from bench/gpu_static.py: the statistics hold ten accumulators and
-# both loads in registers; at 4 columns a thread 24 warps or more stay resident on sm_90 and gfx942
-# (72-79 registers), at 8 columns 12. The other passes hold less and take 8.
-STATISTICS_BLOCK = (512, 4)
+# (columns in a block, warps): 8 columns a thread.
 PULL_SUMS_BLOCK = (1024, 4)
 GRADIENT_BLOCK = (1024, 4)
 # The passes read raw logits and leave them as they are.
@@ -49,112 +52,6 @@ _JSD = tl.constexpr(KernelKind.JSD.value)
 _SKEW_FORWARD_KL = tl.constexpr(KernelKind.SKEW_FORWARD_KL.value)
 _SKEW_REVERSE_KL = tl.constexpr(KernelKind.SKEW_REVERSE_KL.value)
 _KL_MIX = tl.constexpr(KernelKind.KL_MIX.value)
-
-
-@triton.jit
-def _first_maximum(z, columns, best, where):
-    """Per lane: the largest logit so far and the first column that has it."""
-    where = tl.where(z > best, columns, where)
-    return tl.maximum(z, best), where
-
-
-@triton.jit
-def store_statistics(out, student, teacher, mask):
-    """Write one part's statistics, in the order of the columns in `statistics`.
-
-    Each model's are (maximum, sum of exponentials, centred sum, difference sum, argmax).
-    """
-    s_top, s_total, s_centred, s_difference, s_first = student
-    t_top, t_total, t_centred, t_difference, t_first = teacher
-    s_norm = tl.where(s_total == 0, 1.0, s_total)
-    t_norm = tl.where(t_total == 0, 1.0, t_total)
-    tl.store(out + 0, s_top, mask=mask)
-    tl.store(out + 1, t_top, mask=mask)
-    tl.store(out + 2, tl.log(s_total), mask=mask)
-    tl.store(out + 3, tl.log(t_total), mask=mask)
-    tl.store(out + 4, s_difference / s_norm, mask=mask)
-    tl.store(out + 5, t_difference / t_norm, mask=mask)
-    tl.store(out + 6, s_centred / s_norm, mask=mask)
-    tl.store(out + 7, t_centred / t_norm, mask=mask)
-    tl.store(out + 8, s_first.to(tl.float32), mask=mask)
-    tl.store(out + 9, t_first.to(tl.float32), mask=mask)
-
-
-@triton.jit
-def _row_statistics_kernel(
-    s_ptr,
-    t_ptr,
-    s_stride,
-    t_stride,
-    parts_ptr,
-    n_cols,
-    split_cols,
-    student,
-    teacher,
-    BLOCK: tl.constexpr,
-    N_STATS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
-    start = split * split_cols
-    stop = tl.minimum(start + split_cols, n_cols)
-    lane = tl.arange(0, BLOCK)
-
-    s_max, t_max = -float("inf"), -float("inf")
-    s_sum = tl.zeros([BLOCK], tl.float32)
-    t_sum = tl.zeros([BLOCK], tl.float32)
-    s_difference = tl.zeros([BLOCK], tl.float32)
-    t_difference = tl.zeros([BLOCK], tl.float32)
-    s_centred = tl.zeros([BLOCK], tl.float32)
-    t_centred = tl.zeros([BLOCK], tl.float32)
-    s_best = tl.full([BLOCK], -float("inf"), tl.float32)
-    t_best = tl.full([BLOCK], -float("inf"), tl.float32)
-    s_where = tl.zeros([BLOCK], tl.int32)
-    t_where = tl.zeros([BLOCK], tl.int32)
-    for block in range(start, stop, BLOCK):
-        columns = block + lane
-        s, _ = load_logits(s_row, columns, stop, student)
-        t, _ = load_logits(t_row, columns, stop, teacher)
-        s_best, s_where = _first_maximum(s, columns, s_best, s_where)
-        t_best, t_where = _first_maximum(t, columns, t_best, t_where)
-        difference = t - s
-        s_max, s_sum, s_centred, s_difference = online_softmax(
-            s, difference, tl.max(s, 0), (s_max, s_sum, s_centred, s_difference), False
-        )
-        t_max, t_sum, t_centred, t_difference = online_softmax(
-            t, difference, tl.max(t, 0), (t_max, t_sum, t_centred, t_difference), False
-        )
-
-    # The first class that attains the maximum, as torch.argmax on CPU has it.
-    s_first = tl.min(tl.where(s_best == s_max, s_where, n_cols), 0)
-    t_first = tl.min(tl.where(t_best == t_max, t_where, n_cols), 0)
-    store_statistics(
-        parts_ptr + (row * tl.num_programs(1) + split) * N_STATS,
-        (s_max, tl.sum(s_sum, 0), tl.sum(s_centred, 0), tl.sum(s_difference, 0), s_first),
-        (t_max, tl.sum(t_sum, 0), tl.sum(t_centred, 0), tl.sum(t_difference, 0), t_first),
-        None,
-    )
-
-
-def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
-    """Statistics [n, splits, COLUMNS] of a tile of classes."""
-    n, classes = tile.s.shape
-    block, warps = STATISTICS_BLOCK
-    splits, columns = split_columns(n, classes, block)
-    parts = torch.empty(n, splits, COLUMNS, dtype=torch.float32, device=tile.s.device)
-    if n:
-        launch(_row_statistics_kernel, (n, splits), tile.s)(
-            *_logits(tile),
-            parts,
-            n_cols=classes,
-            split_cols=columns,
-            BLOCK=block,
-            N_STATS=COLUMNS,
-            num_warps=warps,
-            **_transforms(tile, spec),
-        )
-    return parts
 
 
 @triton.jit
@@ -194,6 +91,8 @@ def _pull_sums_kernel(
     s_lse_ptr,
     t_lse_ptr,
     lse_difference_ptr,
+    s_residual_ptr,
+    t_residual_ptr,
     sums_ptr,
     n_cols,
     split_cols,
@@ -208,6 +107,11 @@ def _pull_sums_kernel(
     s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
     s_lse, t_lse = tl.load(s_lse_ptr + row), tl.load(t_lse_ptr + row)
     lse_difference = tl.load(lse_difference_ptr + row)
+    # What rounding left out of the log-sum-exps is a factor of every probability of the row.
+    p_factor, q_factor = (
+        tl.exp(-tl.load(s_residual_ptr + row)),
+        tl.exp(-tl.load(t_residual_ptr + row)),
+    )
     start = split * split_cols
     stop = tl.minimum(start + split_cols, n_cols)
     lane = tl.arange(0, BLOCK)
@@ -218,7 +122,7 @@ def _pull_sums_kernel(
         columns = block + lane
         s, _ = load_logits(s_row, columns, stop, student)
         t, _ = load_logits(t_row, columns, stop, teacher)
-        p, q = tl.exp(s - s_lse), tl.exp(t - t_lse)
+        p, q = tl.exp(s - s_lse) * p_factor, tl.exp(t - t_lse) * q_factor
         log_ratio = _log_ratio(s, t, lse_difference, p, q)
         summand, block_pull = _summand_and_pull(p, q, log_ratio, parameter, KIND)
         value += summand
@@ -239,10 +143,12 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     form = _form(spec.divergence)
     if n:
         launch(_pull_sums_kernel, (n, splits), tile.s)(
-            *_logits(tile),
+            *logits_arguments(tile),
             stats.student_lse.contiguous(),
             stats.teacher_lse.contiguous(),
             stats.lse_difference.contiguous(),
+            stats.student_residual.contiguous(),
+            stats.teacher_residual.contiguous(),
             sums,
             n_cols=classes,
             split_cols=columns,
@@ -250,9 +156,9 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
             KIND=form.kind.value,
             BLOCK=block,
             num_warps=warps,
-            **_transforms(tile, spec),
+            **transform_arguments(tile, spec),
         )
-    return sums.sum(1)
+    return sums[:, 0] if splits == 1 else sums.sum(1)
 
 
 @triton.jit
@@ -267,6 +173,8 @@ def _gradient_kernel(
     t_lse_ptr,
     lse_difference_ptr,
     pull_sum_ptr,
+    s_residual_ptr,
+    t_residual_ptr,
     weight_ptr,
     label_ptr,
     label_weight,
@@ -283,16 +191,16 @@ def _gradient_kernel(
     pull_sum = tl.load(pull_sum_ptr + row)
     s, capped = load_logits(s_ptr + row * s_stride, columns, n_cols, student)
     t, _ = load_logits(t_ptr + row * t_stride, columns, n_cols, teacher)
-    p = tl.exp(s - s_lse)
+    p = tl.exp(s - s_lse) * tl.exp(-tl.load(s_residual_ptr + row))
     if KIND == _KL_MIX:  # forward * KL(q||p) + reverse * KL(p||q), without normalisation
         forward, reverse = parameters
         dz = -p * pull_sum
         if reverse is not None:
             dz = tl.where(p == 0, 0.0, -p * (reverse * (t - s) + pull_sum))
         if forward is not None:
-            dz -= forward * tl.exp(t - t_lse)
+            dz -= forward * tl.exp(-tl.load(t_residual_ptr + row)) * tl.exp(t - t_lse)
     else:
-        q = tl.exp(t - t_lse)
+        q = tl.exp(t - t_lse) * tl.exp(-tl.load(t_residual_ptr + row))
         log_ratio = _log_ratio(s, t, tl.load(lse_difference_ptr + row), p, q)
         _, pull = _summand_and_pull(p, q, log_ratio, parameters[0], KIND)
         dz = pull - p * pull_sum
@@ -317,13 +225,15 @@ def tile_gradient_(
     block, warps = GRADIENT_BLOCK
     if n:
         launch(_gradient_kernel, (n, triton.cdiv(classes, block)), tile.s)(
-            *_logits(tile),
+            *logits_arguments(tile),
             dz,
             dz.stride(0),
             normalizers.student_lse.contiguous(),
             normalizers.teacher_lse.contiguous(),
             normalizers.lse_difference.contiguous(),
             normalizers.pull_sum.contiguous(),
+            normalizers.student_residual.contiguous(),
+            normalizers.teacher_residual.contiguous(),
             weight_ptr=row_weight,
             label_ptr=tile.labels,
             label_weight=float(spec.label_weight),
@@ -332,7 +242,7 @@ def tile_gradient_(
             KIND=form.kind.value,
             BLOCK=block,
             num_warps=warps,
-            **_transforms(tile, spec),
+            **transform_arguments(tile, spec),
         )
 
 
@@ -340,14 +250,11 @@ def stash_rows_(
     tile: Tile, row_weight: Tensor | None, spec: RowSpec, dz: Tensor
 ) -> tuple[Tensor, RowStats]:
     """(divergence [n], statistics) of whole rows; writes their dz [n, V], which may be `tile.s`."""
-    stats = merge_parts(tile_stats(tile, spec))
-    mix = spec.divergence.kl_weights
-    if mix is not None:
-        value, pull_sum = mixed_kl(stats, *mix)
-    else:
+    stats, value, pull_sum = merge_rows(tile_stats(tile, spec), tile.labels, spec)
+    if value is None or pull_sum is None:
         value, pull_sum = from_pull_sums(tile_pull_sums(tile, stats, spec))
-    normalizers = row_normalizers(stats, pull_sum, tile.labels, spec)
-    tile_gradient_(tile, normalizers, row_weight, spec, dz)
+        pull_sum = with_labels(pull_sum, tile.labels, spec)
+    tile_gradient_(tile, row_normalizers(stats, pull_sum), row_weight, spec, dz)
     return value, stats
 
 
@@ -358,14 +265,3 @@ def _form(divergence: Divergence) -> KernelForm:
             f"divergence: the Triton row passes do not know {divergence!r}; use impl='torch'"
         )
     return form
-
-
-def _logits(tile: Tile) -> tuple[Tensor, Tensor, int, int]:
-    return tile.s, tile.t, tile.s.stride(0), tile.t.stride(0)
-
-
-def _transforms(tile: Tile, spec: RowSpec) -> dict[str, Any]:
-    return {
-        "student": spec.student.kernel_argument(tile.student_bias),
-        "teacher": spec.teacher.kernel_argument(tile.teacher_bias),
-    }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.rows import spread_rows
+from esr_kernels.common.rows import row_range, spread_rows
 from esr_kernels.common.workspace import borrow_rows, row_stride
 from esr_kernels.divergence.call import (
     Call,
@@ -27,6 +27,7 @@ from esr_kernels.divergence.call import (
 )
 from esr_kernels.divergence.merged import MergedClass, merged_class
 from esr_kernels.divergence.outputs import cross_entropy, outputs, spread_outputs
+from esr_kernels.divergence.plan import padded_tokens
 from esr_kernels.divergence.statistics import RowStats, Tile
 
 
@@ -76,22 +77,25 @@ def _run_chunks(
     buffers = _Buffers(x, call, weight)
     hidden_sum = accumulator(gradients.hidden, wide=plan.sums_hidden_apart)
     weight_sum = accumulator(weight, wide=plan.sums_weight_apart)
-    values, stats = [], []
+    results: list[tuple[Tensor, RowStats]] = []
     for start in range(0, tokens, plan.token_chunk):
         chunk = slice(start, min(start + plan.token_chunk, tokens))
-        hidden = x.student_hidden[chunk]
-        dz = buffers.dz[: hidden.shape[0]]
+        hidden = row_range(x.student_hidden, chunk)
+        dz = row_range(buffers.dz, slice(0, hidden.shape[0]))
         if buffers.student is None:
             matmul.project(hidden, x.student_weight, dz, x.student_ids)
         for first in range(chunk.start, chunk.stop, plan.logit_chunk):
             rows = slice(first, min(first + plan.logit_chunk, chunk.stop))
-            t = buffers.teacher[: rows.stop - rows.start]
-            matmul.project(x.teacher_hidden[rows], x.teacher_weight, t, x.teacher_ids)
-            dz_rows = dz[rows.start - start : rows.stop - start]
+            of_buffer = slice(0, rows.stop - rows.start)
+            t = row_range(buffers.teacher, of_buffer)
+            matmul.project(row_range(x.teacher_hidden, rows), x.teacher_weight, t, x.teacher_ids)
+            dz_rows = row_range(dz, slice(rows.start - start, rows.stop - start))
             s = dz_rows
             if buffers.student is not None:
-                s = buffers.student[: rows.stop - rows.start]
-                matmul.project(x.student_hidden[rows], x.student_weight, s, x.student_ids)
+                s = row_range(buffers.student, of_buffer)
+                matmul.project(
+                    row_range(x.student_hidden, rows), x.student_weight, s, x.student_ids
+                )
             labels = None if x.labels is None else x.labels[rows]
             tile = Tile(s, t, x.student_bias, x.teacher_bias, labels)
             tile_weight = None if row_weight is None else row_weight[rows]
@@ -99,10 +103,9 @@ def _run_chunks(
                 value, stat = call.rows.stash_rows_(tile, tile_weight, call.spec, dz_rows)
             else:
                 value, stat = merged.stash_rows_(call, tile, tile_weight, dz_rows, rows)
-            values.append(value)
-            stats.append(stat)
+            results.append((value, stat))
         if hidden_sum is not None:
-            out = hidden_sum[chunk]
+            out = row_range(hidden_sum, chunk)
             matmul.hidden_gradient(
                 dz, x.student_weight, out, x.student_ids, alpha=factor, accumulate=False
             )
@@ -112,7 +115,7 @@ def _run_chunks(
             )
         if gradients.bias is not None:
             gradients.add_to_bias(x, slice(0, call.classes), dz.sum(0, dtype=dtype), factor)
-    if not values and weight_sum is not None:
+    if not results and weight_sum is not None:
         weight_sum.zero_()
     if merged is not None and hidden_sum is not None:
         merged.add_hidden_gradient(hidden_sum, factor)
@@ -123,10 +126,18 @@ def _run_chunks(
     finish(gradients.bias, gradients.bias, restore)
     if merged is not None and gradients.weight is not None:
         merged.set_weight_gradient(x.student_hidden, gradients.weight, factor, restore, add=False)
-    if not values:
-        nothing = torch.empty(0, dtype=dtype, device=x.student_hidden.device)
-        return nothing, RowStats(*[nothing] * len(RowStats._fields))
-    return torch.cat(values), RowStats(*map(torch.cat, zip(*stats, strict=True)))
+    return _all_rows(results, torch.empty(0, dtype=dtype, device=x.student_hidden.device))
+
+
+def _all_rows(results: list[tuple[Tensor, RowStats]], nothing: Tensor) -> tuple[Tensor, RowStats]:
+    """(divergence, statistics) of the rows of all chunks, which come in order."""
+    if len(results) == 1:
+        return results[0]
+    # One launch a chunk and one in all, rather than one for each of eleven fields.
+    chunks = [torch.stack((value, *stats)) for value, stats in results]
+    fields = [nothing] * (1 + len(RowStats._fields))
+    value, *stats = torch.cat(chunks, dim=1).unbind() if chunks else fields
+    return value, RowStats(*stats)
 
 
 class _Buffers:
@@ -134,11 +145,13 @@ class _Buffers:
 
     def __init__(self, x: Operands, call: Call, weight_gradient: Tensor | None) -> None:
         plan, dtype = call.plan, matmul.logits_dtype(x.student_hidden.dtype)
-        tokens, in_place = x.student_hidden.shape[0], plan.problem.in_place
+        in_place = plan.problem.in_place
+        # As a plan made for more tokens has them, or fewer.
+        most = padded_tokens(x.student_hidden.shape[0], plan.problem.device)
         self.device, self.classes = x.student_hidden.device, call.classes
-        height = min(plan.logit_chunk, tokens)
+        height = min(plan.logit_chunk, most)
         dz_dtype = dtype if in_place else x.student_hidden.dtype
-        self.dz = self._rows("dz", min(plan.token_chunk, tokens), dz_dtype)
+        self.dz = self._rows("dz", min(plan.token_chunk, most), dz_dtype)
         self.student = None if in_place else self._rows("student", height, dtype)
         if plan.teacher_in_gradient and weight_gradient is not None:
             per_logit = dtype.itemsize // weight_gradient.dtype.itemsize

@@ -129,6 +129,28 @@ def merge_parts(parts: Tensor) -> RowStats:
     )
 
 
+def merge_rows(
+    parts: Tensor, labels: Tensor | None, spec: RowSpec
+) -> tuple[RowStats, Tensor | None, Tensor | None]:
+    """(statistics, divergence [T], sum of pulls [T] with the labels') of [T, parts, COLUMNS].
+
+    The last two are None for a divergence that takes a second pass.
+    """
+    stats = merge_parts(parts)
+    return stats, *without_second_pass(stats, labels, spec)
+
+
+def without_second_pass(
+    stats: RowStats, labels: Tensor | None, spec: RowSpec
+) -> tuple[Tensor | None, Tensor | None]:
+    """The last two results of `merge_rows`."""
+    mix = spec.divergence.kl_weights
+    if mix is None:
+        return None, None
+    value, pull_sum = mixed_kl(stats, *mix)
+    return value, with_labels(pull_sum, labels, spec)
+
+
 class RowNormalizers(NamedTuple):
     """The statistics of whole rows that a gradient pass needs, each [T]."""
 
@@ -143,12 +165,8 @@ class RowNormalizers(NamedTuple):
         return RowNormalizers(*(field[rows] for field in self))
 
 
-def row_normalizers(
-    stats: RowStats, pull_sum: Tensor, labels: Tensor | None, spec: RowSpec
-) -> RowNormalizers:
-    """The normalizers of rows whose divergence has the sum of pulls `pull_sum` [T]."""
-    if labels is not None:
-        pull_sum = pull_sum + label_pull_sum(labels, spec)
+def row_normalizers(stats: RowStats, pull_sum: Tensor) -> RowNormalizers:
+    """The normalizers of rows with the sum of pulls `pull_sum` [T], that of the labels included."""
     return RowNormalizers(
         stats.student_lse,
         stats.teacher_lse,
@@ -159,9 +177,11 @@ def row_normalizers(
     )
 
 
-def label_pull_sum(labels: Tensor, spec: RowSpec) -> Tensor:
-    """Sum of pulls [T] of the cross-entropy, whose pull is -weight at the label and else 0."""
-    return -spec.label_weight * (labels != IGNORED_LABEL)
+def with_labels(pull_sum: Tensor, labels: Tensor | None, spec: RowSpec) -> Tensor:
+    """The sum of pulls [T] and that of the cross-entropy: -weight at the label, else 0."""
+    if labels is None:
+        return pull_sum
+    return torch.add(pull_sum, labels != IGNORED_LABEL, alpha=-spec.label_weight)
 
 
 def part_lse_difference(part: Tensor) -> Tensor:

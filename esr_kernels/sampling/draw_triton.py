@@ -54,6 +54,17 @@ def _dot_tile(hidden_ptr, head, classes, inside, TILE: tl.constexpr, BLOCK_D: tl
     return tl.sum(total, 1)
 
 
+@triton.jit
+def _with_seed(keys, seed_low, seed_high, seed_ptr):
+    """The `keys` of `tile_words`; a seed in memory is read where it is used, to save registers."""
+    rows_ptr, step_ptr, step_stride = keys
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        seed_low = seed.to(tl.int32)
+        seed_high = (seed >> 32).to(tl.int32)
+    return rows_ptr, step_ptr, step_stride, seed_low, seed_high
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _draw_kernel(
     source_ptr,
@@ -85,12 +96,6 @@ def _draw_kernel(
     lane = tl.arange(0, BLOCK_TILES)
     first_of_row = row * n_tiles
     maxima_ptr, log_sums_ptr = statistics
-    rows_ptr, step_ptr, step_stride = keys
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        seed_low = seed.to(tl.int32)
-        seed_high = (seed >> 32).to(tl.int32)
-    keys_and_seed = (rows_ptr, step_ptr, step_stride, seed_low, seed_high)
 
     top = -float("inf")
     for start in range(0, n_tiles, BLOCK_TILES):
@@ -119,6 +124,7 @@ def _draw_kernel(
                 maxima = tl.load(kept_maxima_ptr + at, mask=exists, other=-float("inf"))
                 log_sums = tl.load(kept_log_sums_ptr + at, mask=exists, other=-float("inf"))
                 kept += tl.exp(maxima - base + log_sums)
+            keys_and_seed = _with_seed(keys, seed_low, seed_high, seed_ptr)
             high, low, _, _ = tile_words(tiles, row, keys_and_seed)
             score = nan_to_neg_inf(maxima - base + log_sums + gumbel(high, low))
             score = tl.where(exists, score, -float("inf"))
@@ -153,6 +159,7 @@ def _draw_kernel(
     token = tl.min(tl.where(z == tile_top, lane, TILE), 0)
     if not ALL_GREEDY:
         tile_of_lane = tl.zeros([TILE], tl.int32) + tile
+        keys_and_seed = _with_seed(keys, seed_low, seed_high, seed_ptr)
         _, _, third, fourth = tile_words(tile_of_lane, row, keys_and_seed)
         kept_z = z
         if cutoff is not None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import conftest
 from esr_kernels import linear_divergence
 from esr_kernels.common import matmul
 from esr_kernels.divergence import reference as oracle_module
@@ -27,8 +28,10 @@ from esr_kernels.divergence import reference as oracle_module
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOWED_RATIO = 1.5
 TOKENS = 23
-# Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this.
-STATISTICS_ULPS = 4.0
+# Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this. A
+# GPU's exponential errs by two units and, in the product before it, by more; PyTorch's there is
+# another. The gradients' criterion is the same with either.
+STATISTICS_ULPS = 8.0 if conftest.HAS_GPU or conftest.GPU_EXP else 4.0
 
 # ESR_EVERY_CASE=1 leaves out no test of a kernel, wherever it runs; takes minutes.
 _EVERY_CASE = os.environ.get("ESR_EVERY_CASE") == "1"
@@ -193,11 +196,8 @@ def merged_classes(dtype: torch.dtype) -> Case:
     case = _pair(TOKENS, 1003, (24, 40), (3.0, 2.0), dtype, extra_classes=(9, 30))
     generator = torch.Generator().manual_seed(11)
     # Half of the tokens are near an end, which both models give much of their probability.
-    for hidden, weight, member in (
-        (case.student_hidden, case.student_weight, 700),
-        (case.teacher_hidden, case.teacher_weight, 1021),
-    ):
-        hidden[::2] = hidden[::2] + (2 * weight[member]).to(dtype)
+    case.student_hidden[::2] += 2 * case.student_weight[700]
+    case.teacher_hidden[::2] += 2 * case.teacher_weight[1021]
     labels = torch.randint(1003, (TOKENS,), generator=generator)
     labels[::4], labels[::7] = 700, -100
     case.options = {

@@ -13,10 +13,12 @@ real GPU would fault on, or wait for, raises `AssertionError` here:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib
 import inspect
 import pkgutil
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,6 +70,7 @@ class Imagined(Tensor):
             device="cpu",
         )
         made.shape_only, made.where = shape_only, where
+        memory.hold(made)
         return made
 
     @property
@@ -87,6 +90,11 @@ class Imagined(Tensor):
         device = kwargs.get("device", args[0] if args else None)
         if isinstance(device, (str, torch.device)):
             assert torch.device(device).type != "cpu", "a copy to the host waits"
+            if torch.device(device) == self.where:  # to C++ it would be a copy
+                args = args[1:] if args and args[0] is device else args
+                kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")}
+                if not args and not kwargs:
+                    return self
         return super().to(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -95,6 +103,36 @@ class Imagined(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return _run(function, args, kwargs or {})
+
+
+class _Memory:
+    """Bytes that imagined tensors hold, and the most that they held at once."""
+
+    def __init__(self) -> None:
+        self.held = self.peak = 0
+        self._holders: collections.Counter[int] = collections.Counter()
+
+    def hold(self, tensor: Imagined) -> None:
+        storage = tensor.shape_only.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if self._holders[key] == 0:
+            self.held += size
+            self.peak = max(self.peak, self.held)
+        self._holders[key] += 1
+        weakref.finalize(tensor, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        if self._holders[key] == 0:
+            self.held -= size
+
+    def restart(self) -> int:
+        """The bytes held now, from which the peak is counted again."""
+        self.peak = self.held
+        return self.held
+
+
+memory = _Memory()
 
 
 class _Mode(TorchDispatchMode):
@@ -128,6 +166,8 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         assert len(places) <= 1, f"{name} of tensors on {places}"
     if name in _PRODUCTS:
         _check_alignment(name, tensors)
+        a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+        products.append((a.shape[-2], b.shape[-1], a.shape[-1]))
     device = _indexed(target) if target is not None else imagined[0].where
 
     def on_meta(x: Any) -> Any:
@@ -182,6 +222,7 @@ def _check_launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Any:
 
 
 launches: list[str] = []  # names of kernels, in order
+products: list[tuple[int, int, int]] = []  # rows, columns and depth of matrix products, in order
 _REPLACED = {"launch": _check_launch, "current_arch": lambda like: "sm_90"}
 
 
@@ -190,6 +231,7 @@ def _check_operand(name: str, x: Tensor, like: Tensor, numbers: set[int]) -> Non
     assert x.dtype != torch.float64, f"{name} is fp64"
     if x.is_contiguous():
         return
+    assert x.dim() > 1, f"{name} is a vector of stride {x.stride(0)}"
     strides = {stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1}
     unknown = strides - numbers - {1}
     assert not unknown, f"{name}, {list(x.shape)}, has strides {x.stride()} that it is not given"
@@ -209,6 +251,7 @@ def imagined_gpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
     patch.setattr(Tensor, "pin_memory", _pinned)
     launches.clear()
+    products.clear()
     with _Mode():
         yield
 

@@ -14,6 +14,7 @@ from esr_kernels import (
     group_rows,
     linear_divergence,
     linear_topk_divergence,
+    plan_linear_divergence,
     sample_from_hidden,
     sample_from_logits,
     shared_prefix_attention,
@@ -57,7 +58,8 @@ def _models(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 OPTIONS = {
     "plain": lambda dtype: {},
-    "weights": lambda dtype: {"token_weights": _every_other(TOKENS), "reduction": "mean"},
+    "weights": lambda dtype: {"token_weights": _every_other(TOKENS)},
+    "mean": lambda dtype: {"token_weights": _every_other(TOKENS), "reduction": "mean"},
     "expanded weights": lambda dtype: {"token_weights": _empty(1).expand(TOKENS)},
     "CPU weights": lambda dtype: {"token_weights": torch.rand(TOKENS), "compact": False},
     "compacted": lambda dtype: {"token_weights": (torch.arange(TOKENS) % 3).float()},
@@ -200,6 +202,42 @@ def test_shared_prefix_attention(dtype, grouped):
     )
     assert out.dtype == dtype and out.shape == (rows, heads, dim)
     assert imagined_gpu.launches == ["prefix_attention_kernel", "suffix_attention_kernel"]
+
+
+FULL_SIZE = {
+    "stash": {"plan": "stash"},
+    "stash of chunks": {"plan": "stash", "memory_budget": 3 << 30},
+    "recompute": {"plan": "recompute", "memory_budget": 2 << 30},
+    "mapped stash": {"plan": "stash", "ids": True},
+    "mapped recompute": {"plan": "recompute", "memory_budget": 2 << 30, "ids": True},
+}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_call_of_full_size(name):
+    """8,192 tokens of a 1.5B student and a 7B teacher: the peak is the plan's, no product small."""
+    how = dict(FULL_SIZE[name])
+    tokens, classes, student, teacher = 8192, 151_936, 1536, 3584
+    bf16 = torch.bfloat16
+    operands = [
+        _empty(*shape, dtype=bf16)
+        for shape in ((tokens, student), (classes, student), (tokens, teacher), (classes, teacher))
+    ]
+    for x in operands[:2]:
+        x.requires_grad_()
+    mapped = how.pop("ids", False)
+    plan = plan_linear_divergence(tokens, classes, student, teacher, ids=mapped, **how)
+    ids = {}
+    if mapped:
+        ids = {f"{model}_ids": torch.arange(classes) for model in ("student", "teacher")}
+    imagined_gpu.products.clear()
+    before = imagined_gpu.memory.restart()
+    linear_divergence(*operands, plan=plan, **ids).loss.backward()
+    gradients = sum(x.numel() * x.itemsize for x in operands[:2])
+    peak = imagined_gpu.memory.peak - before - gradients
+    # Vectors over tokens, and the ids on the GPU, are not counted.
+    assert 0.7 * plan.extra_bytes < peak <= plan.extra_bytes + (16 << 20)
+    assert all(min(x) >= 256 and max(x) >= 8192 for x in imagined_gpu.products)
 
 
 MISTAKES = {

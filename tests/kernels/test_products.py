@@ -86,6 +86,7 @@ def _as_on_a_gpu(monkeypatch, version: Aten) -> None:
     monkeypatch.setattr(torch, "addmm", version.addmm)
     # Several strips of everything that is copied.
     monkeypatch.setattr(matmul, "_STRIP_ELEMENTS", {"cpu": 40, "gpu": 40})
+    monkeypatch.setattr(matmul, "_STRIP_STEP", 4)
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -26,6 +26,7 @@ from esr_kernels.divergence.statistics import (
     merge_parts,
     mixed_kl,
     row_normalizers,
+    with_labels,
 )
 from tests.kernels.cases import relative_error
 
@@ -82,7 +83,7 @@ def _all_passes(rows, tile: Tile, weight: torch.Tensor, spec: RowSpec, dtype: to
     else:
         later, pull_sum = mixed_kl(merged, *mix)
     tiled = _as(tile, dtype)
-    known = row_normalizers(merged, pull_sum, tile.labels, spec)
+    known = row_normalizers(merged, with_labels(pull_sum, tile.labels, spec))
     rows.tile_gradient_(tiled, known, weight, spec, tiled.s)
     return {
         "value": value,

@@ -39,7 +39,7 @@ def test_every_logit_is_read_once_a_pass(divergence, dtype):
     between = [] if divergence.kl_weights is not None else ["pull sums"]
     assert list(passes) == ["statistics", *between, "gradient"]
     loaded, stored = _a_row_pass(passes, "statistics")
-    assert loaded == 8, "both logits, and nothing else"
+    assert 8 <= loaded < 8.08, "both logits; eight of each once more, to look up the largest"
     assert 0 < stored < 0.08, "40 bytes a split of a row"
     for name in between:
         loaded, stored = _a_row_pass(passes, name)

@@ -152,9 +152,10 @@ def test_a_compiler_told_that_every_size_varies(plan):
 
 def test_the_plan_of_a_graph_holds_up_to_a_number_of_tokens():
     problem = Problem(0, 151_936, 4096, 4096)
-    limit = stash_limit(problem, None)
-    assert plan_linear_divergence(limit, 151_936, 4096, 4096).kind == "stash"
-    assert plan_linear_divergence(2 * limit, 151_936, 4096, 4096).kind == "recompute"
+    budget = 2 << 30
+    limit, sizes = stash_limit(problem, budget), (151_936, 4096, 4096)
+    assert plan_linear_divergence(limit, *sizes, memory_budget=budget).kind == "stash"
+    assert plan_linear_divergence(2 * limit, *sizes, memory_budget=budget).kind == "recompute"
     assert stash_limit(Problem(0, 1000, 8, 8, per_token_gradient=True), None) == -1
     assert stash_limit(Problem(0, 1000, 8, 8, train_hidden=False, train_weight=False), None) == -1
     assert stash_limit(Problem(0, 151_936, 4096, 4096), 1) == -1

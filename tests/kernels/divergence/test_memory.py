@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from bench.measure import MIB, extra_bytes
-from esr_kernels import linear_divergence, plan_linear_divergence, release_workspace
+from esr_kernels import (
+    default_memory_budget,
+    linear_divergence,
+    plan_linear_divergence,
+    release_workspace,
+)
 from esr_kernels.common import workspace
 from esr_kernels.common.workspace import borrow
 from esr_kernels.divergence.plan import Plan, Problem
@@ -115,13 +120,66 @@ def test_teacher_logits_lie_in_the_idle_weight_gradient():
 
 
 def test_more_than_2_31_logits_are_planned_in_chunks():
-    """T * V = 2.5e9: no buffer of a plan may hold them all."""
+    """T * V = 2.5e9: no buffer of a plan may hold them all, however much memory there is."""
     tokens, classes = 16_384, 151_936
     for plan in ("stash", "recompute"):
         chosen = plan_linear_divergence(tokens, classes, 1536, 3584, plan=plan)
-        assert chosen.extra_bytes <= 2 << 30
+        assert chosen.extra_bytes <= default_memory_budget("cuda")
         assert chosen.kind == plan
     assert "GEMMs" in str(chosen)
+    roomy = plan_linear_divergence(
+        tokens, classes, 1536, 3584, plan="stash", memory_budget=64 << 30
+    )
+    assert roomy.token_chunk * classes < 1 << 31
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 257, 1500, 1601, 4000, 8192, 8200])
+@pytest.mark.parametrize("budget_mib", [1500, 2048, 8192])
+def test_chunks_on_a_gpu_are_of_a_few_sizes(tokens, budget_mib):
+    """Multiples of 256 tokens: gigabytes of buffers do not change size with every batch."""
+    plan = make_plan(Problem(tokens, 151_936, 1536, 3584), "stash", budget_mib * MIB)
+    sizes = {64, 128, *(step * 256 << i for step in (1, 3) for i in range(8))}
+    sizes.add(tokens if tokens <= 256 else -(-tokens // 256) * 256)
+    assert {plan.token_chunk, plan.logit_chunk} <= sizes
+    longer = make_plan(Problem(20_000, 151_936, 1536, 3584), "stash", budget_mib * MIB)
+    later = make_plan(Problem(20_001, 151_936, 1536, 3584), "stash", budget_mib * MIB)
+    assert (longer.token_chunk, longer.logit_chunk) == (later.token_chunk, later.logit_chunk)
+
+
+def test_a_stash_whose_chunk_is_larger_than_its_tokens():
+    """300 tokens go through buffers of 512 rows."""
+    case = cases._pair(300, 67, (24, 24), (2.0, 2.0), torch.bfloat16)
+    plan = make_plan(Problem(300, 67, 24, 24), "stash", 64 * MIB)
+    assert plan.token_chunk == 512
+    result = cases.ours(case, "reverse_kl", plan=plan, impl="triton")
+    truth = cases.oracle(case, "reverse_kl")
+    baseline = cases.plain(case, "reverse_kl", rounds_dz=True)
+    cases.assert_as_good_as_plain(result, baseline, truth)
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "total_gib", "budget_mib"),
+    [(79, 80, 8192), (40, 80, 8192), (12, 80, 4096), (39, 39.4, 4096), (23, 24, 2048)]
+    + [(140, 141, 16384), (0.1, 24, 256)],
+)
+def test_the_default_budget_on_a_gpu(free_gib, total_gib, budget_mib):
+    gib = 1 << 30
+    assert workspace.gpu_budget(int(free_gib * gib), int(total_gib * gib)) == budget_mib * MIB
+
+
+def test_the_default_budget_is_settled_once(monkeypatch):
+    """A plan must not change because memory has been taken since the last call."""
+    free = iter([(60 << 30, 80 << 30), (1 << 30, 80 << 30)])
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: next(free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 0)
+    workspace._budget_of_gpu.cache_clear()
+    try:
+        assert default_memory_budget("cuda:1") == default_memory_budget("cuda:1") == 8 << 30
+    finally:
+        workspace._budget_of_gpu.cache_clear()
 
 
 def test_a_tighter_budget_takes_less_memory_and_more_traffic():

@@ -1,0 +1,130 @@
+"""What the host pays for a call on the GPU's path, beside plain PyTorch, with no GPU.
+
+    python -m bench.host_time
+
+Operands are tiny and lie on the CPU, Triton's kernels are compiled for sm_90 and their launches
+return at once: what is left is Python, the checks of arguments among it, PyTorch's dispatch and
+Triton's own search for the compiled kernel. The best of many runs, which a busy machine disturbs
+least. The operations of either side compute on a few numbers; on a GPU each would be a launch, of
+which a call here has fewer.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["ESR_TRITON_ON_CPU"] = "1"  # read when the package is imported
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+from esr_kernels import SampleKeys, SamplingParams, linear_divergence, sample_from_hidden
+from esr_kernels.common import matmul
+
+TOKENS, CLASSES, DIM = 8, 64, 16
+_ROUNDS, _CALLS = 40, 25
+
+
+class _Driver:
+    """As much of a Triton driver as compiling takes and looking a kernel up."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def stubbed_launches() -> Iterator[None]:
+    """Inside, Triton compiles kernels, and launching one does nothing."""
+    driver.set_active(_Driver())
+
+    def run(*args: object) -> None: ...
+
+    with (
+        mock.patch.object(CompiledKernel, "run", run),
+        mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),
+        mock.patch.object(CompiledKernel, "launch_metadata", lambda *args: None),
+        # Without what products take for a CPU's sake.
+        mock.patch.object(matmul.cpu, "project_transposed", lambda *args: False),
+    ):
+        yield
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Of a call, at best."""
+    call()
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        for _ in range(_CALLS):
+            call()
+        best = min(best, (time.perf_counter() - start) / _CALLS)
+    return 1e6 * best
+
+
+def _divergence() -> tuple[Callable[[], object], Callable[[], object]]:
+    """(ours, plain PyTorch): reverse KL, forward and backward, with a trained head."""
+    x, w = (torch.randn(n, DIM, requires_grad=True) for n in (TOKENS, CLASSES))
+    teacher, head = (torch.randn(n, DIM) for n in (TOKENS, CLASSES))
+
+    def ours() -> None:
+        x.grad = w.grad = None
+        linear_divergence(x, w, teacher, head, impl="triton").loss.backward()
+
+    def plain() -> None:
+        x.grad = w.grad = None
+        log_p = torch.log_softmax((x @ w.T).float(), 1)
+        log_q = torch.log_softmax((teacher @ head.T).float(), 1)
+        (log_p.exp() * (log_p - log_q)).sum(1).sum().backward()
+
+    return ours, plain
+
+
+def _draw() -> tuple[Callable[[], object], Callable[[], object]]:
+    """(ours, plain PyTorch): a token a row at a temperature."""
+    hidden, weight = torch.randn(TOKENS, DIM), torch.randn(CLASSES, DIM)
+    keys = SampleKeys(0, torch.arange(TOKENS), torch.zeros(TOKENS, dtype=torch.int64))
+    params = SamplingParams(0.7)
+
+    def ours() -> None:
+        sample_from_hidden(hidden, weight, keys, params, impl="triton")
+
+    def plain() -> None:
+        torch.multinomial(torch.softmax((hidden @ weight.T).float() / 0.7, 1), 1)
+
+    return ours, plain
+
+
+CALLS = {"linear_divergence, forward and backward": _divergence, "sample_from_hidden": _draw}
+LIMITS = {"linear_divergence, forward and backward": 1.5, "sample_from_hidden": 3.0}
+
+
+def ratios() -> dict[str, tuple[float, float]]:
+    """(ours, plain PyTorch) in microseconds of host time."""
+    torch.set_num_threads(1)
+    with stubbed_launches():
+        return {name: tuple(map(microseconds, make())) for name, make in CALLS.items()}
+
+
+def main() -> None:
+    for name, (ours, plain) in ratios().items():
+        print(
+            f"{name:<42} {ours:7.0f} us, plain PyTorch {plain:7.0f} us: "
+            f"{ours / plain:.2f} times (wanted: at most {LIMITS[name]})"
+        )
+
+
+if __name__ == "__main__":
+    main()
