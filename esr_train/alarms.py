@@ -17,13 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
-from esr_kernels import token_logprob
-from esr_train.models import decoder, head
-from esr_train.rollout import PrefixRollout, RolloutBatch
-from esr_train.teacher import hidden_rows, sequences
-
 Row = dict[str, Any]
 
 WINDOW = 5  # steps in the means that are compared
@@ -32,7 +25,6 @@ EOS_SEEN, EOS_OF_FIRST = 0.2, 0.25
 ENDED, ENDED_LESS = 0.5, 0.25
 REPEATED, REPEATED_MORE = 0.5, 0.2
 LOGPROB_GAP = 0.1
-_GAP_RESPONSES = 4
 
 MEANING = {
     "not_finite": "a number of this step is NaN or infinite, though its loss is not. Look at the "
@@ -130,35 +122,6 @@ _RULES = {
 
 def _numbers(row: Row) -> list[float]:
     return [value for value in row.values() if isinstance(value, (int, float))]
-
-
-@torch.no_grad()
-def logprob_gap(
-    rollout: PrefixRollout,
-    batch: RolloutBatch,
-    temperature: float,
-    forward: Callable[..., Any] | None,
-) -> float:
-    """Mean |difference| in nats between the log-probs that the engine sampled the first responses
-    with, and those of a whole forward pass over them as in training, dropout left out."""
-    assert batch.logprob is not None
-    some = batch.select(torch.arange(min(_GAP_RESPONSES, len(batch.prompts))))
-    sampled = torch.arange(some.tokens.shape[1]) < some.lengths[:, None]
-    device = next(decoder(rollout.model).parameters()).device
-    hidden = hidden_rows(rollout.model, sequences(some, sampled.float(), device), forward)
-    known = head(rollout.model)
-    found = token_logprob(
-        hidden,
-        known.weight,
-        some.tokens[sampled].to(device),
-        bias=known.bias,
-        softcap=known.softcap,
-        logit_scale=known.scale,
-        temperature=temperature or 1.0,
-        num_classes=rollout.classes,
-    )
-    assert some.logprob is not None
-    return float((found.logprob.cpu() - some.logprob[sampled]).abs().mean())
 
 
 class Announcer:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from esr_train import checkpoint
-from esr_train.alarms import Alarms, logprob_gap
+from esr_train.alarms import Alarms
 from esr_train.config import Config
 from esr_train.data import PromptStream, seed_from
 from esr_train.evaluate import Evaluation
 from esr_train.experiment import Experiment, check_context
+from esr_train.logprob_gap import logprob_gap
 from esr_train.loss import divergence_from_hidden, shared_mass, token_weights
 from esr_train.metrics import PER_TOKEN, SHARED, JsonLines, Spans, read_rows, step_row
 from esr_train.micro_batches import micro_batches

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from esr_train.alarms import MEANING, Alarms, Announcer, logprob_gap
+from esr_train.alarms import MEANING, Alarms, Announcer
+from esr_train.logprob_gap import logprob_gap
 from esr_train.metrics import read_rows, repetition
 from esr_train.report import write_report
 from esr_train.rollout import RolloutBatch
