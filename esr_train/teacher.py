@@ -50,7 +50,7 @@ def hidden_rows(model: Any, batch: Sequences, forward: Callable[..., Any] | None
     `forward` is its decoder, compiled; None calls the decoder as it is.
     """
     # Right padding: causal attention does not reach it, and positions count from 0.
-    run = forward or decoder(model)
+    run = decoder(model) if forward is None else forward
     output = run(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)[batch.rows]
 

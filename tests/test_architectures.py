@@ -309,3 +309,38 @@ def test_an_adapter_is_exported_merged_and_not(
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", str(run), "--out", str(tmp_path / "x"), "--arm", "full"]) == 2
     assert "may be those of train/seed0" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # tracing takes minutes on a slow CPU
+def test_compiled_forward_passes_train_alike(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and run by PyTorch's own operators, which needs no compiler."""
+    real, traced = torch.compile, []
+
+    def trace(module: Any, **options: Any) -> Any:
+        traced.append(module)
+        return real(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    for on in (False, True):
+        changes = {"runtime__compile": on, "eval__every": 0, "steps": 2}
+        trainer = build(lora_config(make_config, **changes), tmp_path / str(on))
+        trainer.run()
+    assert len(traced) == 2, "student and teacher"
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
+def test_an_adapter_on_a_model_without_some_layers_is_exported_merged_only(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"student__drop_layers": [0], "steps": 1, "eval__every": 0}
+    path, run, out = tmp_path / "config.yaml", tmp_path / "run", tmp_path / "out"
+    path.write_text(to_yaml(lora_config(make_config, **changes)))
+    assert main(["train", str(path), "--out", str(run)]) == 0
+    assert main(["export", str(run), "--out", str(out)]) == 2
+    assert "without layers [0], which no other tool would drop: use --merge" in (
+        capsys.readouterr().err
+    )
+    assert main(["export", str(run), "--out", str(out), "--merge"]) == 0
+    assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == 1

@@ -142,7 +142,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
     said: list[str] = []
     compare(config, tmp_path, say=said.append)
     assert trained[len(before) :][:2] == [("mask-3/seed0", 2), ("full/seed0", 1)]
-    assert said[0].startswith("5 runs, one at a time")
+    assert said[1].startswith("5 runs, one at a time")
     for arm in ARMS:
         for seed in (0, 1):
             names = [arm["name"], seed]

@@ -4,12 +4,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from esr_train.config import (
     Config,
     ConfigError,
+    LoraConfig,
     arm_config,
     load_config,
     to_yaml,
@@ -149,6 +152,50 @@ def test_overrides_complete_a_section_of_the_file(path: Path) -> None:
     path.write_text("student: {drop_layers: [1]}\nteacher: {model: b}\n")
     config = load_config(path, ["student.model=a"])
     assert (config.student.model, config.student.drop_layers) == ("a", [1])
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "nothing"),
+    [
+        ("student", "drop_layers", [1, 2], "[]"),
+        ("teacher", "drop_layers", [1, 2], "[]"),
+        ("teacher", "adapter", "adapters/x", "null"),
+    ],
+)
+def test_what_belongs_to_a_model_is_refused_with_another(
+    path: Path, section: str, key: str, value: Any, nothing: str
+) -> None:
+    config = {"student": {"model": "a"}, "teacher": {"model": "b"}}
+    model = config[section]["model"]
+    path.write_text(yaml.safe_dump({**config, section: {"model": model, key: value}}))
+    advice = re.escape(f"{section}.{key}={nothing} for none")
+    with pytest.raises(ConfigError, match=f"is for {model}; with {section}.model=c .*{advice}"):
+        load_config(path, [f"{section}.model=c"])
+    assert getattr(getattr(load_config(path), section), key) == value
+    given = f"{section}.{key}={value}"
+    for overrides in ([f"{section}.model={model}"], [f"{section}.model=c", given]):
+        assert getattr(getattr(load_config(path, overrides), section), key) == value
+    changed = load_config(path, [f"{section}.model=c", f"{section}.{key}={nothing}"])
+    assert not getattr(getattr(changed, section), key)
+
+
+def test_keys_of_a_section_in_a_section_are_known(path: Path) -> None:
+    config = load_config(path, ["student.lora.r=8", "student.lora.dropout=0.1"])
+    assert config.student.lora == LoraConfig(r=8, dropout=0.1)
+    assert load_config(path, ["student.lora={}"]).student.lora == LoraConfig()
+    for override, message in (
+        ("student.lora.rank=8", "unknown key 'student.lora.rank'; did you mean 'student.lora.r'"),
+        ("student.lora.dropout=1.0", "student.lora.dropout: got 1.0, must be less than 1"),
+        ("student.lora={ranks: 8}", "unknown key 'student.lora.ranks'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, [override])
+
+
+@pytest.mark.parametrize("key", ["student.model", "teacher.model", "runtime.dtype", "student"])
+def test_arms_share_their_models(path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"arm a: {key} cannot differ between arms"):
+        load_config(path, [f"arms=[{{name: a, {key}: x}}]"])
 
 
 def test_the_configuration_stays_small_and_explained() -> None:
