@@ -12,15 +12,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from bench.ahead_of_time import Launched
 from bench.gpu_static import resources
 from bench.gpus import HBM_SHARE, ISSUE_SHARE, Gpu
 from bench.l2_model import fused_traffic
 from bench.machine_code import Code, code_of, is_product
-from bench.products import product_seconds
-from bench.walk import Product
 
 _SPECIAL = ("MUFU", "v_exp", "v_log", "v_rcp", "v_sqrt", "v_rsq")
 _FP32 = ("F", "HFMA2.MMA")
@@ -142,8 +138,8 @@ def _waved(
 def _tiled(launched: Launched, code: Code, gpu: Gpu, sizes: Sizes) -> Prediction:
     """A kernel that multiplies tiles and folds each into statistics.
 
-    The products go at the vendor's rate, or as fast as caches deliver. Where one program has a
-    processor to itself nothing hides the rest of its loop, which is added.
+    The products go at the vendor's sustained rate, or as fast as caches deliver. Where one program
+    has a processor to itself nothing hides the rest of its loop, which is added.
     """
     constants = launched.constants
     rows = constants.get("BLOCK_T") or constants["BLOCK_B"]
@@ -164,9 +160,7 @@ def _tiled(launched: Launched, code: Code, gpu: Gpu, sizes: Sizes) -> Prediction
         capacity = gpu.cache
         traffic = fused_traffic(sizes.tokens, sizes.classes, dims, resident, gpu.arch, capacity)
         missed = max(missed, asked * traffic.missed / traffic.asked)
-    products = sum(
-        product_seconds(_bf16(sizes.tokens, sizes.classes, dim), gpu) for dim in sizes.dims
-    )
+    products = 2.0 * tiles * rows * columns * sum(sizes.dims) / gpu.product_rate
     memory, cached = missed / (gpu.hbm * HBM_SHARE), asked / gpu.l2
     issue = cycles / (gpu.processors * 4 * gpu.clock * ISSUE_SHARE)
     loop_seconds = max(products, memory, cached)
@@ -175,7 +169,3 @@ def _tiled(launched: Launched, code: Code, gpu: Gpu, sizes: Sizes) -> Prediction
     seconds = (loop_seconds + issue) if alone else max(loop_seconds, issue)
     seconds *= math.ceil(waves) / waves
     return Prediction(seconds, memory, cached, issue, waves, missed, asked)
-
-
-def _bf16(m: int, n: int, k: int) -> Product:
-    return Product(m, n, k, torch.bfloat16, torch.bfloat16, False)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,10 @@ def start() -> Iterator[Start]:
     yield started
     for child in children:
         child.process.kill()
+        child.process.join()
+    # Tests of workers count the processes that are left.
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
 
 
 def write_config(path: Path, config: Config) -> Path:

@@ -54,7 +54,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         {
             "student": {"model": _save(root / "student", OWN, OTHERS)},
             "teacher": {"model": _save(root / "teacher", OTHERS, OWN)},
-            "rollout": {"task": "sums", "prompts": 8, "samples": 2, "max_new_tokens": 8},
+            "data": {"chat": False},
+            "rollout": {"prompts": 8, "samples": 2, "max_new_tokens": 8},
             "optim": {"lr": 0.02},
             "steps": 50,
         }

@@ -202,7 +202,7 @@ def test_a_batch_with_nothing_to_train_on_is_a_step_of_zero(
     """Every response is EOS alone, and EOS is not trained on."""
     config = make_config(steps=1, eval__every=0, loss__train_on_eos=False)
     trainer = build(config, tmp_path)
-    trainer.rollout.stop_ids = list(range(32))
+    trainer.rollout.eos_ids = list(range(32))
     trainer.run()
     row = read_rows(tmp_path / "metrics.jsonl")[0]
     assert row["loss"] == row["trained_tokens"] == row["grad_norm"] == 0

@@ -65,9 +65,13 @@ def _arch(device: object) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(int(target.arch) // 10, "sm_80")
 
 
-def threads_of_a_warp(like: Tensor) -> int:
-    """Threads that run in step on the GPU of `like`."""
-    return 64 if current_arch(like) == "gfx942" else 32
+def threads_of_a_warp(device: torch.device) -> int:
+    """Threads that run in step on a GPU."""
+    if _INTERPRETS:
+        return 32
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        arch = _arch(triton.runtime.driver.active.get_current_device())
+    return 64 if arch == "gfx942" else 32
 
 
 def operand_kind(*weights: Tensor) -> str:

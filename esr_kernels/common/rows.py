@@ -35,11 +35,6 @@ def take_rows(rows: Tensor, active: Tensor | None) -> Tensor:
     return rows if active is None else rows[active]
 
 
-def row_range(rows: Tensor, part: slice) -> Tensor:
-    """rows[part], for nothing where that is all of them."""
-    return rows if part.start == 0 and part.stop == rows.shape[0] else rows[part]
-
-
 def spread_rows(rows: Tensor, active: Tensor | None, tokens: int) -> Tensor:
     """The inverse of `take_rows`: [tokens, ...] with 0 in the rows that are not active."""
     if active is None:

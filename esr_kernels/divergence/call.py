@@ -13,7 +13,7 @@ from torch import Tensor
 from esr_kernels import cpu
 from esr_kernels.common import matmul
 from esr_kernels.common.fp16_range import fp16_scale
-from esr_kernels.common.rows import row_range, take_rows
+from esr_kernels.common.rows import take_rows
 from esr_kernels.divergence import rows_native, rows_torch
 from esr_kernels.divergence.plan import Plan, Problem, merged_sizes
 from esr_kernels.divergence.planner import check_kind, make_plan, row_pass_backend
@@ -91,6 +91,11 @@ class Operands(NamedTuple):
             teacher_hidden=self.teacher_hidden[active],
             labels=None if self.labels is None else self.labels[active],
         )
+
+
+def row_range(rows: Tensor, part: slice) -> Tensor:
+    """rows[part], for nothing where that is all of them."""
+    return rows if part.start == 0 and part.stop == rows.shape[0] else rows[part]
 
 
 def _select(weight: Tensor, ids: Tensor | None, classes: slice) -> tuple[Tensor, Tensor | None]:

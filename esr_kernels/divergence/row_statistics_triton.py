@@ -139,7 +139,7 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     """Statistics [n, splits, COLUMNS] of a tile of classes."""
     n, classes = tile.s.shape
     groups, warps = STATISTICS_BLOCK
-    lanes = warps * threads_of_a_warp(tile.s)
+    lanes = warps * threads_of_a_warp(tile.s.device)
     splits, columns = split_columns(n, classes, groups * lanes * _WIDTH.value)
     parts = torch.empty(n, splits, COLUMNS, dtype=torch.float32, device=tile.s.device)
     if n:

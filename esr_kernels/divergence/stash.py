@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.rows import row_range, spread_rows
+from esr_kernels.common.rows import spread_rows
 from esr_kernels.common.workspace import borrow_rows, row_stride
 from esr_kernels.divergence.call import (
     Call,
@@ -23,6 +23,7 @@ from esr_kernels.divergence.call import (
     accumulator,
     finish,
     new_gradients,
+    row_range,
     scaled_to_fp16,
 )
 from esr_kernels.divergence.merged import MergedClass, merged_class

@@ -2,11 +2,9 @@
 
 The oracle is the reference in fp64 on the same (already rounded) operands. The yardstick is plain
 PyTorch with fp32 logits and autograd: an implementation may err at most 1.5 times as much. No
-absolute tolerance appears, so a gradient of zeros, or half of one, fails.
-
-For 16-bit operands there are two yardsticks. On CPU nothing is rounded but the final gradient. On a
-GPU the two gradient products run on the operands' dtype, in ours as in `torch.mm(..., out_dtype=)`:
-the gradient of the logits is rounded once before them.
+absolute tolerance appears, so a gradient of zeros, or half of one, fails. For 16-bit operands there
+are two: on CPU only the final gradient is rounded; on a GPU the gradient of the logits too, before
+the two products of the backward, in ours as in `torch.mm(..., out_dtype=)`.
 """
 
 from __future__ import annotations
@@ -28,9 +26,7 @@ from esr_kernels.divergence import reference as oracle_module
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOWED_RATIO = 1.5
 TOKENS = 23
-# Where plain PyTorch happens to be right to the last bits, so is a logged statistic within this. A
-# GPU's exponential errs by two units and, in the product before it, by more; PyTorch's there is
-# another. The gradients' criterion is the same with either.
+# Where plain PyTorch is right to the last bits: of a logged statistic. A GPU's exp errs by two.
 STATISTICS_ULPS = 8.0 if conftest.HAS_GPU or conftest.GPU_EXP else 4.0
 
 # ESR_EVERY_CASE=1 leaves out no test of a kernel, wherever it runs; takes minutes.
