@@ -112,7 +112,7 @@ def test_the_predicted_peak_of_training_is_near_a_measured_one(
     predicted = memory(config, plan)
     trainer = build(config, tmp_path / "run")
     # No answer ends, so that all are as long as the prediction has them.
-    trainer.rollout.stop_ids = []
+    trainer.rollout.eos_ids = trainer.rollout._extra_stop_ids = []
     rows: list[dict[str, Any]] = []
     trainer.on_step = lambda row, _: rows.append(row)
     trainer.run()
