@@ -14,8 +14,10 @@ the longest:
                    layer's share, and that gradient
     keys, values   of all prompts and responses, within the budget of tokens in flight
     loss           extra_bytes of `plan_linear_divergence`, and the rows of hidden states
-    peak           the larger of: training; sampling, without gradients, activations and loss.
-                   Without the CUDA context, libraries, and memory lost to fragments
+    evaluation     the same of the answers of an evaluation
+    peak           weights, masters, moments, and the largest of: training (with the keys and values
+                   that a GPU keeps), sampling, evaluation. Without the CUDA context, libraries, and
+                   memory lost to fragments
     FLOPs          forward: 2 x parameters x tokens. Backward: 4 x, with frozen weights 2 x; again
                    2 x with gradient checkpointing. Heads count at trained tokens only. The
                    products of attention, and embeddings, are left out
@@ -116,6 +118,7 @@ class Memory:
     activations: int
     keys_values: int
     loss: int
+    evaluation: int  # keys and values of its answers
     keeps_keys: bool  # keys and values stay allocated while the student is trained
 
     @property
@@ -123,7 +126,7 @@ class Memory:
         resident = self.weights + self.masters + self.optimizer
         training = self.gradients + self.activations + self.loss
         training += self.keys_values if self.keeps_keys else 0
-        return resident + max(training, self.keys_values)
+        return resident + max(training, self.keys_values, self.evaluation)
 
 
 def memory(config: Config, plan: Plan) -> Memory:
@@ -151,7 +154,7 @@ def memory(config: Config, plan: Plan) -> Memory:
     token = token_bytes(decoder(plan.student))
     in_flight = config.rollout.max_tokens_in_flight
     most = budget if in_flight is None else in_flight * token
-    keys = min(_tokens_with_keys(config, plan) * token, most)
+    rollout, answers = (min(tokens * token, most) for tokens in _tokens_with_keys(config, plan))
     return Memory(
         weights=weights,
         masters=masters,
@@ -159,9 +162,10 @@ def memory(config: Config, plan: Plan) -> Memory:
         optimizer=sum(8 * p.numel() + 4 for p in trained),
         gradients=sum(4 * p.numel() for p in trained),
         activations=kept + largest,
-        keys_values=keys,
+        keys_values=rollout,
         loss=_loss_bytes(config, plan),
-        keeps_keys=plan.on_gpu and keys <= _KEPT,
+        evaluation=answers,
+        keeps_keys=plan.on_gpu and rollout <= _KEPT,
     )
 
 
@@ -206,9 +210,9 @@ def step_seconds(config: Config, plan: Plan) -> dict[str, float]:
     bodies = [_body(model) for model in (plan.student, plan.teacher)]
 
     prefill = 2 * bodies[0] * rollout.prompts * plan.prompt / flops
-    tokens = rollout.prompts * plan.prompt + responses * (length - 1)
     token = token_bytes(decoder(plan.student))
-    waves = max(1.0, tokens * token / max(1, memory(config, plan).keys_values))
+    wanted, _ = _tokens_with_keys(config, plan)
+    waves = max(1.0, wanted * token / max(1, memory(config, plan).keys_values))
     read = (bodies[0] + heads[0]) * plan.dtype.itemsize * waves
     read += (rollout.prompts * plan.prompt + responses * length / 2) * token
     step = max(read / bandwidth, 2 * (bodies[0] + heads[0]) * responses / flops)
@@ -238,15 +242,15 @@ def largest_micro_batch(config: Config, plan: Plan) -> int:
     return max(sizes([width] * (config.rollout.prompts * config.rollout.samples), config.optim))
 
 
-def _tokens_with_keys(config: Config, plan: Plan) -> int:
-    """Of a rollout or, if that has more, of an evaluation's greedy and sampled answers."""
+def _tokens_with_keys(config: Config, plan: Plan) -> tuple[int, int]:
+    """Of a rollout, and of an evaluation's sampled answers or, without any, its greedy ones."""
     rollout, evaluation = config.rollout, config.eval
-    found = rollout.prompts * (plan.prompt + rollout.samples * (rollout.max_new_tokens - 1))
-    if evaluation.every:
-        problems = evaluation.problems or EVAL_PROBLEMS
-        answers = problems * max(1, evaluation.samples)
-        found = max(found, problems * plan.prompt + answers * (evaluation.max_new_tokens - 1))
-    return found
+    sampled = rollout.prompts * (plan.prompt + rollout.samples * (rollout.max_new_tokens - 1))
+    if not evaluation.every:
+        return sampled, 0
+    problems = evaluation.problems or EVAL_PROBLEMS
+    answers = max(1, evaluation.samples) * (evaluation.max_new_tokens - 1)
+    return sampled, problems * (plan.prompt + answers)
 
 
 def _layers(model: Any) -> int:

@@ -197,10 +197,13 @@ def test_shorter_rollouts_and_smaller_micro_batches_take_less(make_config: MakeC
 
 def test_the_peak_is_that_of_the_larger_phase() -> None:
     sizes = {"weights": 1, "masters": 2, "optimizer": 3, "gradients": 4, "activations": 5}
-    common: dict[str, Any] = {**sizes, "loss": 6}
+    common: dict[str, Any] = {**sizes, "loss": 6, "evaluation": 8}
     assert Memory(**common, keys_values=7, keeps_keys=True).peak == 6 + 15 + 7
     assert Memory(**common, keys_values=7, keeps_keys=False).peak == 6 + 15
     assert Memory(**common, keys_values=70, keeps_keys=False).peak == 6 + 70
+    common["evaluation"] = 80
+    assert Memory(**common, keys_values=70, keeps_keys=True).peak == 6 + 15 + 70
+    assert Memory(**common, keys_values=7, keeps_keys=True).peak == 6 + 80
 
 
 def test_the_text_says_that_it_is_predicted_and_for_what(make_config: MakeConfig) -> None:
