@@ -29,7 +29,7 @@ from esr_kernels.common.launch import launch
 from esr_kernels.common.logits_triton import online_softmax, transform_logits
 from esr_kernels.common.projection_triton import check_fused, current_arch, operand_kind, project
 from esr_kernels.divergence.call import Operands
-from esr_kernels.divergence.row_statistics_triton import store_statistics
+from esr_kernels.divergence.rows_triton import store_statistics
 from esr_kernels.divergence.statistics import COLUMNS, RowSpec
 
 
