@@ -21,7 +21,7 @@ from esr_kernels import (
     sample_from_hidden,
     token_logprob,
 )
-from esr_kernels.common import head
+from esr_kernels.common import arguments as shared_arguments
 from esr_kernels.divergence import arguments as checks
 from esr_kernels.divergence import autograd
 from esr_kernels.scoring import selected, topk
@@ -63,7 +63,7 @@ def _as_on_a_gpu(monkeypatch):
     modules = (
         autograd,
         checks,
-        head,
+        shared_arguments,
         selected,
         topk,
         sys.modules["esr_kernels.scoring.token_logprob"],
