@@ -190,10 +190,10 @@ def _train(options: argparse.Namespace) -> None:
     arm = {"name": "train", "max_new_tokens": config.rollout.max_new_tokens}
     changes = {"seeds": [seed], "arms": [arm], "report.baseline": None}
     config = with_overrides(config, changes)
-    if options.dry_run:
-        return _print_plan(config, options.on)
     run_dir = options.out or Path("runs") / options.config.stem
     check_continues(run_dir, config)
+    if options.dry_run:
+        return _print_plan(config, options.on)
     experiment = load_experiment(config)
     print(experiment.notes)
     with progress_bar(config.steps) as bar:

@@ -119,7 +119,8 @@ class RolloutConfig(_Strict):
 
 
 class LossConfig(_Strict):
-    divergence: str = "reverse_kl"  # reverse_kl, forward_kl, jsd
+    # reverse_kl, forward_kl, jeffreys, jsd, skew_forward_kl, skew_reverse_kl, total_variation
+    divergence: str = "reverse_kl"
     denominator: Literal["token", "trajectory", "fixed"] = "token"  # what the sum is divided by
     fixed_length: PositiveInt | None = None  # "fixed" divides by responses x fixed_length
     window: Literal["first", "last", "middle", "random"] = "first"  # part that is trained on

@@ -16,6 +16,7 @@ student_kl, student_reverse_kl, student_top1_agreement    on sampled answers of 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from esr_train.loss import divergence_from_hidden
 from esr_train.models import head
 from esr_train.rollout import PrefixRollout, RolloutBatch
 from esr_train.teacher import Sequences, Teacher, hidden_rows
+
+logger = logging.getLogger(__name__)
 
 SEED = 0  # of the held-out problems and everything sampled on them
 SHOWN = 4  # decoded answers kept per evaluation
@@ -68,6 +71,7 @@ class Evaluator:
                 "teacher have other tokenizers; eval.student_text measures on the student's text"
             )
         self._teacher_text: list[_Scored] | None = None
+        self._warned = False
         student.check_fits(self.prompts, config.eval.max_new_tokens)
         texts = max(config.eval.teacher_text, config.eval.student_text, 1)
         teacher.rollout.check_fits(self.teacher_prompts or self.prompts, texts)
@@ -91,6 +95,7 @@ class Evaluator:
             first = sampled.select(torch.arange(0, len(sampled.prompts), self.config.eval.samples))
             texts = self._score(first, self.config.eval.student_text)
             metrics |= self._divergences(texts, ("student_",) * 3)
+        self._check_metric(metrics)
         shown = [
             {
                 "prompt": self._prompt_text(row),
@@ -99,6 +104,15 @@ class Evaluator:
             for row in range(min(SHOWN, len(self.problems)))
         ]
         return metrics, shown
+
+    def _check_metric(self, metrics: dict[str, float]) -> None:
+        """Warn once if the report is about a metric that evaluations do not have."""
+        wanted = self.config.report.metric
+        if wanted not in metrics and not self._warned:
+            self._warned = True
+            logger.warning(
+                "report.metric: evaluations have no %r; they have %s", wanted, ", ".join(metrics)
+            )
 
     def _answers(self) -> tuple[RolloutBatch, RolloutBatch]:
         """A greedy answer to each problem, and `eval.samples` sampled ones, next to each other.

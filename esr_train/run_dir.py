@@ -74,6 +74,8 @@ def _config_in(directory: Path, what: str) -> dict[str, Any] | None:
     if path.is_file():
         settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
         return settings
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--out: {directory} is not a directory")
     if directory.is_dir() and any(directory.iterdir()):
         raise ConfigError(f"--out: {directory} is not empty and holds no earlier {what}")
     return None

@@ -86,6 +86,7 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
         (["compare", "CONFIG", "student.model=/nowhere"], "no such directory"),
         (["compare", "CONFIG", "data.task=sumz"], "data.task: "),
         (["compare", "CONFIG", "data.task=prompts", "eval.problems=9999"], "eval.problems: "),
+        (["train", "CONFIG", "--dry-run", "--out", "CONFIG"], "is not a directory"),
         (["compare", "CONFIG", "arms=[]"], "compare needs a list"),
         (["compare", "CONFIG", "eval.max_new_tokens=400"], "context overflow"),
         (["evaluate", "CONFIG", "--model", "builtin:nothing"], "no such built-in model"),

@@ -150,3 +150,11 @@ def test_a_run_does_not_go_on_with_other_data(make_config: MakeConfig, tmp_path:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(CheckpointError, match="was trained on other problems than data.task"):
         train(make_config(data={"task": str(path)}, steps=3, eval__every=0))
+
+
+def test_a_report_about_a_metric_that_is_not_measured_is_told_once(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(make_config(report__metric="greedy_acuracy", steps=2), tmp_path)
+    (message,) = [record.message for record in caplog.records if "report.metric" in record.message]
+    assert "no 'greedy_acuracy'; they have greedy_accuracy, sampled_accuracy" in message

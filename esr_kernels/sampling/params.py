@@ -137,7 +137,8 @@ class RowParams:
             FLOORS[name].lowest(value.to(top.dtype), top, lse)
             for name, value in self.floors.items()
         ]
-        return reduce(torch.maximum, found) if found else None
+        # The largest logit stays, whatever a floor says: a row must keep a class.
+        return torch.minimum(reduce(torch.maximum, found), top) if found else None
 
     def of_rows(self, rows: slice) -> RowParams:
         """The parameters of some of the rows."""

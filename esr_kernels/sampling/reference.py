@@ -33,7 +33,8 @@ def kept_classes(log_p: Tensor, params: SamplingParams) -> Tensor:
     top = sorted_log_p[:, 0]
     for name, floor in FLOORS.items():
         value = per_row(getattr(params, name)).to(top.dtype)
-        keep &= sorted_log_p >= floor.lowest(value, top, torch.zeros_like(top))[:, None]
+        lowest = floor.lowest(value, top, torch.zeros_like(top))
+        keep &= sorted_log_p >= torch.minimum(lowest, top)[:, None]
     return torch.zeros_like(keep).scatter(1, order, keep)
 
 

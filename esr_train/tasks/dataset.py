@@ -156,6 +156,8 @@ def _rows(key: str, source: str, subset: str | None, split: str) -> Any:
     path = Path(source).expanduser()
     if reader and not path.is_file():
         raise ConfigError(f"data.{key}: {source!r} is not a file")
+    if reader and not path.stat().st_size:
+        raise ConfigError(f"data.{key}: {source!r} has no rows")
     try:
         if reader:
             rows = datasets.load_dataset(reader, data_files=str(path), split="train")

@@ -39,8 +39,9 @@ def test_a_new_filter(impl, others):
     head = torch.randn(CLASSES, DEPTH, generator=generator).to(DEVICE)
     logits = hidden @ head.T
     keys = SampleKeys(1, torch.arange(ROWS, device=DEVICE), 0)
-    # A value for each row; the filter is off in the last.
+    # A value for each row: the first is above every probability, the last is off.
     values = torch.linspace(0.06, 0.0, ROWS, device=DEVICE)
+    values[0] = 0.99
     params = WithCutoff(1.1, epsilon_cutoff=values, **others)
     wanted = sample_from_logits(logits, keys, params, impl="reference")
     for drawn in (
@@ -50,7 +51,8 @@ def test_a_new_filter(impl, others):
         assert torch.equal(drawn.tokens, wanted.tokens)
         torch.testing.assert_close(drawn.log_kept, wanted.log_kept, atol=2e-6, rtol=1e-5)
     p = (logits / 1.1).softmax(1).gather(1, wanted.tokens[:, None])[:, 0]
-    assert bool((p >= values).all())
+    assert bool((p >= values)[1:].all())
+    assert int(wanted.tokens[0]) == int(logits[0].argmax())
     plain = sample_from_logits(logits, keys, SamplingParams(1.1, **others), impl=impl)
     assert bool((plain.log_kept - wanted.log_kept > 0.01).any())
     with pytest.raises(ValueError, match="epsilon_cutoff must be from 0 to 1, got 2"):
