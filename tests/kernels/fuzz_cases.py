@@ -290,6 +290,10 @@ def divergence_call(dice: Dice) -> Call:
     for side in ("student", "teacher"):
         options |= {f"{side}_{name}": value for name, value in _transform(dice).items()}
     spared = dice.some(max(1, classes // 10), classes)
+    if merge:
+        # Autograd of a log-sum-exp over removed classes only is NaN.
+        members = torch.isin(shared[0], torch.tensor(merge["merge_student_ids"]))
+        spared = torch.cat([spared, members.nonzero()[:, 0]])
     # Removed from both models; one of them alone would make some divergences infinite.
     gone = dice.maybe(0.25, lambda: _removed(dice, classes, spared))
     for side, rows, own in zip(
@@ -438,8 +442,13 @@ def _sampling(dice: Dice, rows: int, classes: int) -> tuple[SampleKeys, Sampling
 def sampling_call(dice: Dice) -> Call:
     arguments, _, _ = _one_head(dice)
     arguments.pop("temperature", None)
+    if "softcap" in arguments:
+        arguments["softcap"] = max(20.0, arguments["softcap"])
     hidden, weight = arguments["hidden"], arguments["weight"]
     count = weight.shape[0]
+    logits = hidden.double() @ weight.double().T
+    if logits.numel() and float(logits.abs().max()) > 40:
+        arguments.pop("softcap", None)  # saturated, it makes classes equal in fp32 but not in fp64
     keys, params = _sampling(dice, hidden.shape[0], arguments.get("num_classes", count))
     arguments |= {"keys": keys, "params": params}
     if dice.chance(0.3):
@@ -451,8 +460,8 @@ def sampling_call(dice: Dice) -> Call:
         return Call(sample_from_hidden, arguments, rows=["hidden"])
     for name in ("hidden", "weight", "memory_budget"):
         arguments.pop(name, None)
-    logits = (hidden.double() @ weight.double().T).to(hidden.dtype)
-    return Call(sample_from_logits, {"logits": dice.laid_out(logits), **arguments}, rows=["logits"])
+    logits = dice.laid_out(logits.to(hidden.dtype))
+    return Call(sample_from_logits, {"logits": logits, **arguments}, rows=["logits"])
 
 
 def attention_call(dice: Dice) -> Call:
