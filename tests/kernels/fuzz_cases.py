@@ -5,9 +5,7 @@ A number decides a call. `draw(seed)` makes it, `tests/kernels/test_fuzz.py` che
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,177 +29,20 @@ from esr_kernels import (
     token_logprob,
 )
 from esr_kernels.attention.groups import RowGroups
-
-LARGEST = 3000
-# Elements of the logits of the largest case: a second or two of plain PyTorch in fp64.
-MOST_LOGITS = 1_000_000
-# A Triton kernel takes up to a second for this much in the interpreter.
-TRITON_ROWS, TRITON_CLASSES = 40, 300
-NARROW = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass
-class Call:
-    """One call: what it takes, and which of it gets a gradient."""
-
-    op: Callable[..., Any]
-    arguments: dict[str, Any]  # all of them, by name
-    trained: list[str] = field(default_factory=list)  # arguments that require a gradient
-    upstream: dict[str, Tensor] = field(default_factory=dict)  # gradients of outputs, by name
-    head: tuple[str, str, str] = ("hidden", "weight", "bias")  # names of the trained operands
-    rows: list[str] = field(default_factory=list)  # matrices with a row for each token
-
-    @property
-    def impl(self) -> str:
-        return self.arguments["impl"]
-
-    def __str__(self) -> str:
-        shown = (f"{name}={_short(value)}" for name, value in self.arguments.items())
-        return f"{self.op.__name__}({', '.join(shown)}; trained {self.trained})"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        plain = "" if value.is_contiguous() else f" strides {list(value.stride())}"
-        return f"{dtype}{list(value.shape)}{plain}"
-    if hasattr(value, "token_chunk"):
-        chunks = value.token_chunk, value.logit_chunk, value.vocab_chunk
-        return f"Plan({value.kind}, {chunks})"
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return f"({', '.join(map(_short, value))})"
-    return repr(value)[:200]
-
-
-class Dice:
-    """All randomness of a case."""
-
-    def __init__(self, seed: int) -> None:
-        self.rolls = random.Random(seed)
-        self.noise = torch.Generator().manual_seed(seed)
-
-    def chance(self, probability: float) -> bool:
-        return self.rolls.random() < probability
-
-    def one(self, options: Sequence[Any]) -> Any:
-        return self.rolls.choice(options)
-
-    def between(self, low: float, high: float) -> float:
-        return self.rolls.uniform(low, high)
-
-    def maybe(self, probability: float, make: Callable[[], Any]) -> Any:
-        return make() if self.chance(probability) else None
-
-    def size(self, least: int, most: int) -> int:
-        """Small ones as often as large ones, and the neighbours of powers of two more often."""
-        if most <= least:
-            return least
-        if self.chance(0.05):
-            return least
-        size = int((most + 1 - least) ** self.rolls.random()) - 1 + least
-        if self.chance(0.3):
-            size = (1 << max(size, 1).bit_length()) + self.one([-1, 0, 1])
-        return min(max(size, least), most)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.noise)
-
-    def integers(self, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
-        """From `low` to `high` - 1."""
-        return torch.randint(low, high, shape, generator=self.noise)
-
-    def some(self, count: int, of: int) -> Tensor:
-        return torch.randperm(of, generator=self.noise)[:count]
-
-    def laid_out(self, x: Tensor) -> Tensor:
-        """The same values with other strides, or elsewhere in a larger buffer."""
-        kind = self.one(["as it is", "as it is", "offset", "gaps", "turned"])
-        if kind == "turned" and x.dim() > 1:
-            return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-        if kind == "gaps":
-            step = self.one([2, 3])
-            view = x.new_zeros(*x.shape[:-1], step * x.shape[-1] + 1)[..., 1::step]
-        elif kind == "offset":
-            wide = x.new_zeros(x.shape[0] + 1, *x.shape[1:-1], x.shape[-1] + 3)
-            view = wide[1:, ..., 2:-1] if x.dim() > 1 else x.new_zeros(x.shape[0] + 3)[2:-1]
-        else:
-            return x.contiguous()
-        view.copy_(x)
-        return view
-
-
-def _impl(dice: Dice) -> str:
-    return dice.one(["auto"] * 4 + ["torch"] * 2 + ["triton"])
-
-
-def _sizes(dice: Dice, impl: str) -> tuple[int, int]:
-    """(rows, classes)."""
-    if impl == "triton":
-        return dice.size(0, TRITON_ROWS), dice.size(1, TRITON_CLASSES)
-    classes = dice.size(1, LARGEST)
-    return dice.size(0, min(LARGEST, MOST_LOGITS // classes)), classes
-
-
-def _dim(dice: Dice, impl: str) -> int:
-    return dice.size(1, 40 if impl == "triton" else 300)
-
-
-def _dtype(dice: Dice, impl: str) -> torch.dtype:
-    return torch.float64 if impl != "triton" and dice.chance(0.08) else dice.one(NARROW)
-
-
-def _operands(
-    dice: Dice, rows: int, classes: int, dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    std = dice.one([0.1, 1.0, 3.0, 10.0, 30.0])
-    hidden, weight = dice.normal(rows, dim), dice.normal(classes, dim) * (std / dim**0.5)
-    return dice.laid_out(hidden.to(dtype)), dice.laid_out(weight.to(dtype))
-
-
-def _bias(
-    dice: Dice, rows: int, dtype: torch.dtype, removed: Tensor | None, scale: float
-) -> Tensor:
-    """Of any dtype; removes the classes `removed` [rows]: their scaled logit is -inf."""
-    lowest = -torch.inf if scale > 0 else torch.inf
-    bias = dice.normal(rows).to(dtype if dtype == torch.float64 else dice.one([dtype, *NARROW]))
-    return dice.laid_out(bias if removed is None else bias.masked_fill(removed, lowest))
-
-
-def _removed(dice: Dice, rows: int, spared: Tensor) -> Tensor:
-    """Some of the rows of a head, never those of `spared`."""
-    removed = torch.rand(rows, generator=dice.noise) < dice.one([0.02, 0.3, 0.9])
-    removed[spared] = False
-    return removed
-
-
-def _scale(dice: Dice) -> float:
-    return dice.one([-1, 1, 1]) * dice.between(0.2, 2.0)
-
-
-def _transform(dice: Dice) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if dice.chance(0.3):
-        found["softcap"] = dice.between(2.0, 50.0)
-    if dice.chance(0.3):
-        found["logit_scale"] = _scale(dice)
-    return found
-
-
-def _token_weights(dice: Dice, rows: int, reduction: str) -> Tensor:
-    kind = dice.one(["positive", "either sign", "integers", "all zero", "one value", "16 bits"])
-    weights = torch.rand(rows, generator=dice.noise) + 0.1
-    if kind == "either sign" and reduction != "mean":
-        weights = weights * dice.one([-1, 1]) * torch.sign(dice.normal(rows))
-    if kind == "integers":
-        weights = dice.integers(0, 3, (rows,))
-    if kind == "16 bits":
-        weights = weights.to(torch.bfloat16)
-    if kind == "one value":
-        return torch.tensor([dice.one([-0.5, 1.5])]).expand(rows)
-    if kind == "all zero":
-        weights = weights * 0
-    weights[torch.rand(rows, generator=dice.noise) < dice.one([0.0, 0.3, 0.9])] = 0
-    return dice.laid_out(weights)
+from tests.kernels.fuzz_dice import (
+    NARROW,
+    Call,
+    Dice,
+    any_bias,
+    any_dim,
+    any_dtype,
+    any_impl,
+    any_operands,
+    any_removed,
+    any_sizes,
+    any_token_weights,
+    any_transform,
+)
 
 
 def _divergence(dice: Dice) -> Any:
@@ -265,14 +106,14 @@ def _how_to_plan(dice: Dice, call: dict[str, Any], sizes: dict[str, Any]) -> dic
 
 
 def divergence_call(dice: Dice) -> Call:
-    impl, divergence = _impl(dice), _divergence(dice)
-    tokens, classes = _sizes(dice, impl)
-    dtype = _dtype(dice, impl)
+    impl, divergence = any_impl(dice), _divergence(dice)
+    tokens, classes = any_sizes(dice, impl)
+    dtype = any_dtype(dice, impl)
     teacher_dtype = dtype if dtype == torch.float64 else dice.one([dtype, *NARROW])
-    dims = _dim(dice, impl), _dim(dice, impl)
+    dims = any_dim(dice, impl), any_dim(dice, impl)
     student_rows, teacher_rows, options, shared = _vocabularies(dice, classes)
-    student = _operands(dice, tokens, student_rows, dims[0], dtype)
-    teacher = _operands(dice, tokens, teacher_rows, dims[1], teacher_dtype)
+    student = any_operands(dice, tokens, student_rows, dims[0], dtype)
+    teacher = any_operands(dice, tokens, teacher_rows, dims[1], teacher_dtype)
     if dice.chance(0.3) and student_rows == teacher_rows and "student_ids" not in options:
         dims = dims[0], dims[0]
         near = student[0] + dice.one([0.0, 1e-3, 0.1]) * dice.normal(*student[0].shape)
@@ -281,21 +122,21 @@ def divergence_call(dice: Dice) -> Call:
     reduction = dice.one(["sum", "mean", "none"])
     options |= {"divergence": divergence, "impl": impl, "reduction": reduction, **(merge or {})}
     if dice.chance(0.5):
-        options["token_weights"] = _token_weights(dice, tokens, reduction)
+        options["token_weights"] = any_token_weights(dice, tokens, reduction)
         options["compact"] = dice.one([None, True, False])
     if dice.chance(0.3):
         options["temperature"] = dice.between(0.4, 3.0)
     if dice.chance(0.2):
         options["teacher_temperature"] = dice.between(0.4, 3.0)
     for side in ("student", "teacher"):
-        options |= {f"{side}_{name}": value for name, value in _transform(dice).items()}
+        options |= {f"{side}_{name}": value for name, value in any_transform(dice).items()}
     spared = dice.some(max(1, classes // 10), classes)
     if merge:
         # Autograd of a log-sum-exp over removed classes only is NaN.
         members = torch.isin(shared[0], torch.tensor(merge["merge_student_ids"]))
         spared = torch.cat([spared, members.nonzero()[:, 0]])
     # Removed from both models; one of them alone would make some divergences infinite.
-    gone = dice.maybe(0.25, lambda: _removed(dice, classes, spared))
+    gone = dice.maybe(0.25, lambda: any_removed(dice, classes, spared))
     for side, rows, own in zip(
         ("student", "teacher"), (student_rows, teacher_rows), shared, strict=True
     ):
@@ -304,7 +145,7 @@ def divergence_call(dice: Dice) -> Call:
             if removed is not None and gone is not None:
                 removed[own] = gone
             scale = options.get(f"{side}_logit_scale", 1.0)
-            options[f"{side}_bias"] = _bias(dice, rows, dtype, removed, scale)
+            options[f"{side}_bias"] = any_bias(dice, rows, dtype, removed, scale)
     if dice.chance(0.4):
         labels = spared[dice.integers(0, len(spared), (tokens,))]
         labels[torch.rand(tokens, generator=dice.noise) < 0.2] = -100
@@ -349,20 +190,20 @@ def divergence_call(dice: Dice) -> Call:
 def _one_head(dice: Dice, prefix: str = "") -> tuple[dict[str, Any], list[str], Tensor]:
     """Operands and options of an op on one head, the names of those that are trained, and classes
     of a probability above 0."""
-    impl = _impl(dice)
-    rows, classes = _sizes(dice, impl)
-    dtype, padding = _dtype(dice, impl), dice.maybe(0.3, lambda: dice.size(1, 40)) or 0
+    impl = any_impl(dice)
+    rows, classes = any_sizes(dice, impl)
+    dtype, padding = any_dtype(dice, impl), dice.maybe(0.3, lambda: dice.size(1, 40)) or 0
     own = (f"{prefix}hidden", f"{prefix}weight")
-    operands = _operands(dice, rows, classes + padding, _dim(dice, impl), dtype)
-    arguments = dict(zip(own, operands, strict=True)) | _transform(dice) | {"impl": impl}
+    operands = any_operands(dice, rows, classes + padding, any_dim(dice, impl), dtype)
+    arguments = dict(zip(own, operands, strict=True)) | any_transform(dice) | {"impl": impl}
     if padding or dice.chance(0.1):
         arguments["num_classes"] = classes
     if dice.chance(0.3):
         arguments["temperature"] = dice.between(0.4, 3.0)
     spared = dice.some(max(1, classes // 10), classes)
     if dice.chance(0.4):
-        gone = dice.maybe(0.5, lambda: _removed(dice, classes + padding, spared))
-        arguments["bias"] = _bias(
+        gone = dice.maybe(0.5, lambda: any_removed(dice, classes + padding, spared))
+        arguments["bias"] = any_bias(
             dice, classes + padding, dtype, gone, arguments.get("logit_scale", 1.0)
         )
         spared = spared if gone is not None else torch.arange(classes)
@@ -408,7 +249,7 @@ def topk_call(dice: Dice) -> Call:
         "reduction": reduction,
     }
     if dice.chance(0.5):
-        arguments["token_weights"] = _token_weights(dice, rows, reduction)
+        arguments["token_weights"] = any_token_weights(dice, rows, reduction)
     factor = dice.normal(*((rows,) if reduction == "none" else ()))
     names = ("student_hidden", "student_weight", "bias")
     rows_of = ["student_hidden"]
@@ -465,9 +306,9 @@ def sampling_call(dice: Dice) -> Call:
 
 
 def attention_call(dice: Dice) -> Call:
-    impl = _impl(dice)
+    impl = any_impl(dice)
     small = impl == "triton"
-    dtype, dim = _dtype(dice, impl), dice.size(1, 40 if small else 256)
+    dtype, dim = any_dtype(dice, impl), dice.size(1, 40 if small else 256)
     prompts, kv_heads = dice.size(1, 4), dice.size(1, 4)
     heads = kv_heads * dice.size(1, 5)
     length, own = (dice.size(0, 70 if small else 1000) for _ in range(2))
