@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Tests run on all cores, up to eight, and each on one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint sanitize gpu-exp static static-all predict smollm2 bench gpu clean
+.PHONY: demo test lint sanitize gpu-exp fuzz static static-all predict smollm2 bench gpu clean
 
 demo: $(VENV)/.train
 	$(BIN)/esr-train compare configs/demo.yaml --out runs/demo
@@ -31,6 +31,11 @@ sanitize: $(VENV)/.train $(VENV)/.sanitize
 # The kernels' numerics with exponentials that err as a GPU's do (conftest.py).
 gpu-exp: $(VENV)/.train
 	ESR_GPU_EXP=1 $(PYTEST) tests/kernels/divergence tests/kernels/scoring -k triton
+
+# A minute of random calls of every op against the references in fp64, by default.
+fuzz: $(VENV)/.train
+	ESR_FUZZ_SECONDS=$${ESR_FUZZ_SECONDS:-60} OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -m slow tests/kernels/test_fuzz.py
 
 # Compiles every Triton kernel for sm_80, sm_90, sm_100 and gfx942, and fails on spilled registers.
 static: $(VENV)/.train

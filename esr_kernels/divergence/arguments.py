@@ -262,7 +262,11 @@ def _mapped_classes(
             f"{student_ids.shape[0]} and {teacher_ids.shape[0]}"
         )
     device = student_weight.device
-    return to_device(student_ids, device), to_device(teacher_ids, device)
+    # Contiguous: kernels read them without a stride.
+    return (
+        to_device(student_ids, device).contiguous(),
+        to_device(teacher_ids, device).contiguous(),
+    )
 
 
 def check_id_values(name: str, ids: Tensor, rows: int) -> None:
@@ -336,4 +340,4 @@ def _labels(
 ) -> Tensor:
     check_tensor("labels", labels, dtypes=(torch.int64,), shape=(tokens,))
     check_label_values(labels, classes, sharded)
-    return to_device(labels, device)
+    return to_device(labels, device).contiguous()

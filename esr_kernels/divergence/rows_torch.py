@@ -272,7 +272,8 @@ def _gradient_(
         # Rows without a label add 0 to class 0: selecting the others would synchronise a GPU.
         labelled = (block.labels >= 0) & (block.labels < s.shape[1])
         column = torch.where(labelled, block.labels, 0)[:, None]
-        taken = torch.where(labelled, -spec.label_weight, 0.0).to(s.dtype)
+        # In the dtype of s throughout: fp64 keeps all digits of the weight.
+        taken = labelled.to(s.dtype).mul_(-spec.label_weight)
         s.scatter_add_(1, column, taken[:, None])
     if chain is not None:
         s.mul_(chain)

@@ -301,9 +301,9 @@ def behind_rounding(
     """
     logits, removed = hidden.float() @ weight.float().T, None
     if bias is not None:
-        dead = bias.detach() == -torch.inf
+        dead = bias.detach().isinf()  # +inf removes a class where the scale is negative
         logits = logits + torch.where(dead, 0.0, bias.float())
-        removed = torch.zeros_like(dead, dtype=torch.float32).masked_fill_(dead, -torch.inf)
+        removed = torch.where(dead, bias.detach().float(), 0.0)
     rounded = RoundGradient.apply(logits, hidden.dtype)
     return rounded, torch.eye(logits.shape[1], device=DEVICE), removed
 

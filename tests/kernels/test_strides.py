@@ -106,15 +106,20 @@ def test_every_operand_of_linear_divergence(impl, plan):
     _assert_same(_divergence(tensors, {**options, "compact": False}, plan, impl), expected)
 
 
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_class_ids(impl):
+def test_class_ids_and_labels(impl, plan):
+    """Without weights, which would copy the labels."""
     tensors = random_pair(torch.float32).tensors
     ids = torch.randperm(1003, generator=torch.Generator().manual_seed(2))[:700].to(DEVICE)
-    run = [
-        _divergence(tensors, {"student_ids": own, "teacher_ids": own}, "stash", impl)
-        for own in (ids, _gaps(ids))
-    ]
-    _assert_same(*run)
+    labels = torch.arange(TOKENS, device=DEVICE) * 3
+
+    def run(vector):
+        mapped = {"student_ids": vector(ids), "teacher_ids": vector(ids)}
+        labelled = {"labels": vector(labels), "label_weight": 0.3}
+        return _divergence(tensors, mapped | labelled, plan, impl)
+
+    _assert_same(run(_gaps), run(torch.clone))
 
 
 def _head():

@@ -227,6 +227,14 @@ def test_gradcheck_in_fp64(divergence):
     )
 
 
+@pytest.mark.parametrize("plan", ["stash", "recompute"])
+def test_fp64_keeps_the_digits_of_the_label_weight(plan):
+    case = cases.labelled(torch.float64)
+    result, truth = cases.ours(case, "reverse_kl", plan=plan), cases.oracle(case, "reverse_kl")
+    for name, exact in truth.items():
+        assert cases.relative_error(result[name], exact) < 1e-12, name
+
+
 def test_vocabularies_too_unlike_to_be_padded_are_warned_of():
     hidden, weight = torch.randn(3, 4, device=DEVICE), torch.randn(100, 4, device=DEVICE)
     heads = hidden, weight, hidden
