@@ -72,7 +72,9 @@ def test_sm_90_passes(tmp_path):
     rows = {"row_statistics_kernel", "merge_kernel", "gradient_kernel"}
     assert set(kernels) == {"fused_statistics_kernel", *rows}
     [fused] = kernels["fused_statistics_kernel"].values()
-    assert fused["blocks"] == "x".join(map(str, BLOCKS["16-bit", "sm_90"][:3]))
+    # Narrower than in the table: the variant has a bias and a softcap.
+    blocks = BLOCKS["16-bit", "sm_90"]._replace(classes=64)
+    assert fused["blocks"] == "x".join(map(str, blocks[:3]))
     for variants in kernels.values():
         for row in variants.values():
             assert 16 <= row["registers"] <= 255 and row["resident_warps"] >= row["warps"]

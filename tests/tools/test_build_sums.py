@@ -5,6 +5,7 @@ import random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from esr_train.config import DataConfig
 from esr_train.tasks import builtin_model_path, load_task
 from esr_train.tasks.sums import step_by_step, summands_of, wordy_guess
 from tools import build_sums
@@ -19,7 +20,7 @@ def _load(name):
 
 def test_tokenizer_gives_back_every_prompt_and_answer():
     tokenizer, rng = build_tokenizer(), random.Random(0)
-    for problem in load_task("sums").problems("train", 300, seed=0):
+    for problem in load_task(DataConfig()).problems("train", 300, seed=0):
         summands = summands_of(problem)
         for text in (problem.prompt, step_by_step(summands), wordy_guess(summands, rng)):
             ids = tokenizer(text).input_ids
@@ -38,7 +39,7 @@ def test_built_in_tokenizers_are_those_the_script_builds():
 
 
 def test_teacher_is_right_and_student_starts_out_guessing():
-    problems = load_task("sums").problems("heldout", 32, seed=1)
+    problems = load_task(DataConfig()).problems("heldout", 32, seed=1)
     assert accuracy(*_load("sums-teacher"), problems) >= 0.95
     assert accuracy(*_load("sums-student"), problems) < 0.3
 
