@@ -24,11 +24,11 @@ from esr_kernels.sampling.philox import SampleKeys, key_words, step_tensor
 from esr_kernels.sampling.philox_triton import gumbel, tile_words, uniform
 from esr_kernels.sampling.tiles_triton import (
     empties,
+    inverse_temperature,
     keep,
     kernel_transform,
     nan_to_neg_inf,
     tile_statistics,
-    transform_of_row,
     transform_valid,
 )
 
@@ -153,7 +153,8 @@ def _draw_kernel(
         raw = _dot_tile(source_ptr, head, classes, inside, TILE, BLOCK_D)
     else:
         raw = tl.load(source_ptr + classes, mask=inside, other=0.0)
-    z = transform_valid(raw.to(tl.float32), classes, inside, transform_of_row(transform, row))
+    inv_temperature = inverse_temperature(transform, row)
+    z = transform_valid(raw.to(tl.float32), classes, inside, transform, inv_temperature)
     z = nan_to_neg_inf(z)
     tile_top = tl.max(z, 0)
     token = tl.min(tl.where(z == tile_top, lane, TILE), 0)

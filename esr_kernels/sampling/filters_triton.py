@@ -30,8 +30,8 @@ from esr_kernels.common.launch import launch
 from esr_kernels.sampling.params import Classes, RowParams
 from esr_kernels.sampling.tiles_triton import (
     empties,
+    inverse_temperature,
     kernel_transform,
-    transform_of_row,
     transform_valid,
 )
 
@@ -62,12 +62,13 @@ def _from_order(order):
 
 
 @triton.jit
-def _load_block(row_ptr, start, n_classes, transform, BLOCK: tl.constexpr):
+def _load_block(row_ptr, start, n_classes, row_transform, BLOCK: tl.constexpr):
     """Transformed logits of a block of a row, -inf beyond its classes."""
     classes = start + tl.arange(0, BLOCK)
     inside = classes < n_classes
     raw = tl.load(row_ptr + classes, mask=inside, other=0.0).to(tl.float32)
-    return transform_valid(raw, classes, inside, transform)
+    transform, inv_temperature = row_transform
+    return transform_valid(raw, classes, inside, transform, inv_temperature)
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def _candidates_kernel(
                 # Slightly lower, so that rounding cannot raise it above the edge of the nucleus.
                 nucleus = top + tl.log(mass) + tl.log((1.0 - p) / n_classes) - 0.1
                 bound = tl.where(k < n_classes, bound, nucleus)
-            row_transform = transform_of_row(transform, row)
+            row_transform = (transform, inverse_temperature(transform, row))
             for start in range(0, n_classes, BLOCK):
                 z = _load_block(
                     logits_ptr + row * logits_stride, start, n_classes, row_transform, BLOCK
@@ -162,7 +163,7 @@ def _candidates_kernel(
 
 
 @triton.jit
-def _load_source(start, source, transform, BLOCK: tl.constexpr):
+def _load_source(start, source, row_transform, BLOCK: tl.constexpr):
     """(logits, their classes, whether they exist) of a block of `source`.
 
     That is (values_ptr, ids_ptr, row_ptr, compact, count, n_classes): the list of a row where it is
@@ -175,17 +176,17 @@ def _load_source(start, source, transform, BLOCK: tl.constexpr):
         z = tl.load(values_ptr + classes, mask=exists, other=-float("inf"))
         classes = tl.load(ids_ptr + classes, mask=exists, other=0)
     else:
-        z = _load_block(row_ptr, start, n_classes, transform, BLOCK)
+        z = _load_block(row_ptr, start, n_classes, row_transform, BLOCK)
     return z, classes, exists
 
 
 @triton.jit
-def _count_and_mass(least, top, source, transform, BLOCK: tl.constexpr):
+def _count_and_mass(least, top, source, row_transform, BLOCK: tl.constexpr):
     """How many logits of `source` are at least `least`, and their mass over exp(top)."""
     number = tl.zeros([BLOCK], tl.int32)
     mass = tl.zeros([BLOCK], tl.float32)
     for start in range(0, source[4], BLOCK):
-        z, _, exists = _load_source(start, source, transform, BLOCK)
+        z, _, exists = _load_source(start, source, row_transform, BLOCK)
         among = (z >= least) & exists
         number += among.to(tl.int32)
         mass += tl.where(among, tl.exp(z - top), 0.0)
@@ -229,7 +230,7 @@ def _cutoff_kernel(
                 count,
                 n_classes,
             )
-            row_transform = transform_of_row(transform, row)
+            row_transform = (transform, inverse_temperature(transform, row))
             k, p = _k_and_p(row, filters, n_classes)
             # From the bound to one more than the largest logit; int64 holds the sum of any two.
             low = _order_of(tl.load(bounds_ptr + row)).to(tl.int64)

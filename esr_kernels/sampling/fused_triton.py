@@ -34,9 +34,9 @@ from esr_kernels.sampling.params import TILE, Classes, RowParams, Sample
 from esr_kernels.sampling.philox import SampleKeys
 from esr_kernels.sampling.tiles_triton import (
     empties,
+    inverse_temperature,
     kernel_transform,
     tile_logsumexp,
-    transform_of_row,
     transform_valid,
 )
 
@@ -105,8 +105,9 @@ def _fused_tiles_kernel(
     live_rows = tl.minimum(rows, n_rows - 1)
     live_classes = tl.minimum(classes, n_classes - 1)
     z = project(operands, live_classes, live_rows, BLOCK_D)
-    transform = transform_of_row(transform, live_rows[None, :])
-    z = transform_valid(z, classes[:, None], (classes < n_classes)[:, None], transform)
+    inv_temperature = inverse_temperature(transform, live_rows[None, :])
+    inside = (classes < n_classes)[:, None]
+    z = transform_valid(z, classes[:, None], inside, transform, inv_temperature)
     maxima, log_sums = tile_logsumexp(z, 0)
     maxima_ptr, log_sums_ptr = statistics
     out = rows.to(tl.int64) * n_tiles + tile

@@ -26,22 +26,23 @@ STATISTICS_BLOCK = (8, 4)
 
 
 @triton.jit
-def transform_of_row(transform, row):
-    """The `transform` of a launch with the inverse temperature of `row` instead of its pointer."""
-    bias_ptr, scale, softcap, inv_temperature_ptr, invalid_ptr = transform
-    inv_temperature = 1.0
+def inverse_temperature(transform, row):
+    """The inverse temperature of `row`; 1 where the launch has none."""
+    _, _, _, inv_temperature_ptr, _ = transform
+    value = 1.0
     if inv_temperature_ptr is not None:
-        inv_temperature = tl.load(inv_temperature_ptr + row)
-    return bias_ptr, scale, softcap, inv_temperature, invalid_ptr
+        value = tl.load(inv_temperature_ptr + row)
+    return value
 
 
 @triton.jit
-def transform_valid(z, classes, inside, transform):
+def transform_valid(z, classes, inside, transform, inv_temperature):
     """Transformed logits of raw ones, -inf where there is no valid class.
 
-    `transform` is the result of `transform_of_row`.
+    `transform` is that of the launch; `inv_temperature` that of the row. Triton before 3.7 cannot
+    return the two as one tuple, which may hold None.
     """
-    bias_ptr, scale, softcap, inv_temperature, invalid_ptr = transform
+    bias_ptr, scale, softcap, _, invalid_ptr = transform
     z, _ = transform_logits(z, classes, inside, (bias_ptr, scale, softcap, inv_temperature))
     if invalid_ptr is not None:
         inside = inside & (tl.load(invalid_ptr + classes, mask=inside, other=1) == 0)
@@ -93,7 +94,8 @@ def _tile_statistics_kernel(
     classes = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = classes < n_classes
     raw = tl.load(logits_ptr + row * logits_stride + classes, mask=inside, other=0.0)
-    z = transform_valid(raw.to(tl.float32), classes, inside, transform_of_row(transform, row))
+    inv_temperature = inverse_temperature(transform, row)
+    z = transform_valid(raw.to(tl.float32), classes, inside, transform, inv_temperature)
     if cutoff is not None:
         z = keep(z, classes, row, cutoff)
     maxima, log_sums = tile_logsumexp(z, 1)
