@@ -27,17 +27,18 @@ from transformers import logging as transformers_logging
 
 from esr_kernels import SamplingParams
 from esr_train.adapters import AdapterError
+from esr_train.alarms import Announcer
 from esr_train.checkpoint import CheckpointError, Interrupt
 from esr_train.compare import Interrupted, cap_steps, compare
 from esr_train.config import (
-    EVAL_PROBLEMS,
     Config,
     ConfigError,
-    arm_config,
     load_config,
     to_yaml,
     with_overrides,
 )
+from esr_train.dry_run import describe
+from esr_train.estimate import HARDWARE
 from esr_train.evaluate import Evaluator
 from esr_train.experiment import Experiment, load_experiment
 from esr_train.export import export
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         first = str(error).split(". ")[0]
-        advice = "Set optim.micro_batch, or lower rollout.prompts"
+        advice = "Set optim.max_tokens, or lower rollout.prompts"
         if options.run is _sample:
             advice = "Lower --samples or --max-new-tokens"
         print(f"esr-train: error: {first}. {advice}", file=sys.stderr)
@@ -117,7 +118,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, help="YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-4")
         command.add_argument(
-            "--dry-run", action="store_true", help="only print the resolved config and estimates"
+            "--dry-run",
+            action="store_true",
+            help="read configs and tokenizers only; print the resolved config, memory and time",
+        )
+        command.add_argument(
+            "--on", choices=HARDWARE, help="what --dry-run predicts for; default: this machine"
         )
         if run is _evaluate:
             command.add_argument("--model", help="evaluate this model instead of the student")
@@ -185,14 +191,16 @@ def _train(options: argparse.Namespace) -> None:
     changes = {"seeds": [seed], "arms": [arm], "report.baseline": None}
     config = with_overrides(config, changes)
     if options.dry_run:
-        return _print_plan(config)
+        return _print_plan(config, options.on)
     run_dir = options.out or Path("runs") / options.config.stem
     check_continues(run_dir, config)
     experiment = load_experiment(config)
     print(experiment.notes)
     with progress_bar(config.steps) as bar:
+        announce = Announcer(bar.write)
 
         def on_step(row: dict, metrics: dict[str, float]) -> None:
+            announce(row)
             bar.n = row["step"]
             bar.set_postfix_str(progress_text(row, metrics, config.report.metric))
 
@@ -213,6 +221,8 @@ def _train(options: argparse.Namespace) -> None:
                 f"interrupted: step {step} of {config.steps} is saved in {trainer.directory}; "
                 "the same command resumes from there"
             ) from error
+    for line in announce.counts():
+        print(line)
     print(f"model: {trainer.directory / 'checkpoints' / f'step_{config.steps:06d}' / 'model'}")
     print(write_report(run_dir))
 
@@ -220,7 +230,7 @@ def _train(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if options.dry_run:
-        return _print_plan(cap_steps(config, options.steps))
+        return _print_plan(cap_steps(config, options.steps), options.on)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = options.out or Path("runs") / f"{options.config.stem}-{stamp}"
     compare(config, out, options.steps, options.jobs)
@@ -231,7 +241,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.model:
         config = with_overrides(config, {"student": {"model": options.model}})
     if options.dry_run:
-        return _print_plan(config)
+        return _print_plan(config, options.on)
     experiment = load_experiment(config)
     evaluator = experiment.evaluator or Evaluator(
         config,
@@ -289,29 +299,11 @@ def _fetch(options: argparse.Namespace) -> None:
     print(fetch_smollm2())
 
 
-def _print_plan(config: Config) -> None:
-    """The resolved config, and upper bounds of what each arm samples and trains on."""
+def _print_plan(config: Config, on: str | None) -> None:
+    """The resolved config, and what each arm takes; raises what the run would raise, as far as
+    configs and tokenizers can tell."""
     print(to_yaml(config))
-    for arm in config.arms or [{"name": "train"}]:
-        resolved = arm_config(config, arm)
-        rollout, steps = resolved.rollout, resolved.steps
-        responses = rollout.prompts * rollout.samples
-        sampled = responses * rollout.max_new_tokens
-        window = resolved.loss.window_tokens or rollout.max_new_tokens
-        trained = responses * min(window, rollout.max_new_tokens)
-        runs = f" x {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
-        print(
-            f"{arm['name']}: {steps} steps{runs}; a step samples at most {sampled:,} tokens "
-            f"({responses} responses x {rollout.max_new_tokens}) and trains on at most "
-            f"{trained:,}; at most {sampled * steps:,} sampled in a run"
-        )
-    if config.eval.every:
-        print(
-            f"evaluation every {config.eval.every} steps: "
-            f"{config.eval.problems or f'up to {EVAL_PROBLEMS}'} problems, answers of at most "
-            f"{config.eval.max_new_tokens} tokens, {config.eval.teacher_text} tokens of teacher "
-            "text each"
-        )
+    print(describe(config, on))
 
 
 def _decoded(experiment: Experiment, batch: RolloutBatch, teacher_prompt: list[int]) -> str:

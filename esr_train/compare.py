@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from esr_train.alarms import Announcer
 from esr_train.arms import Arms, run_order
 from esr_train.config import Config, ConfigError, with_overrides
 from esr_train.models import device
@@ -95,8 +96,10 @@ def _train(
     metric = next(iter(arms.configs.values())).report.metric
     at = dict.fromkeys(runs, 0)
     with progress_bar(sum(arms.configs[name].steps for name, _ in runs)) as bar:
+        announce = Announcer(bar.write)
 
         def on_step(name: str, seed: int, row: dict[str, Any], metrics: dict) -> None:
+            announce(row, f"{name} seed {seed}")
             bar.set_description(f"{name} seed {seed}", refresh=False)
             bar.set_postfix_str(progress_text(row, metrics, metric))
             # A run that goes on from a checkpoint begins in the middle.

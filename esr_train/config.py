@@ -144,6 +144,9 @@ class OptimConfig(_Strict):
     warmup_steps: NonNegativeInt = 0  # linear, from lr / warmup_steps
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
     micro_batch: PositiveInt | None = None  # responses per forward and backward; null = all at once
+    # Tokens of prompts and responses per forward and backward, padding included; a response that is
+    # longer is alone in its own. null = no limit; with micro_batch, both limits hold.
+    max_tokens: PositiveInt | None = None
 
 
 class EvalConfig(_Strict):
@@ -173,6 +176,12 @@ class CheckpointConfig(_Strict):
     resume: Literal["auto", "never"] = "auto"  # whether an earlier run in --out is resumed
 
 
+class TrackingConfig(_Strict):
+    # Accelerate's trackers of these names get every row of metrics.jsonl and every evaluation
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    project: str = Field(default="esr", min_length=1)  # what a tracker files the runs under
+
+
 class ReportConfig(_Strict):
     metric: str = "greedy_accuracy"  # evaluation metric that the report is about
     threshold: float = 0.9  # value of it that "time to reach" means
@@ -197,6 +206,7 @@ class Config(_Strict):
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
     report: ReportConfig = ReportConfig()
     steps: PositiveInt = 100  # optimizer steps
     seeds: list[int] = [0]  # `train` uses the first, `compare` all

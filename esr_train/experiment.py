@@ -7,7 +7,7 @@ from typing import Any
 
 from esr_kernels.divergence.losses import resolve_divergence
 from esr_train.alignment import Alignment
-from esr_train.config import Config, ConfigError
+from esr_train.config import Config, ConfigError, LossConfig
 from esr_train.data import PromptStream, TokenizedTask
 from esr_train.evaluate import Evaluator
 from esr_train.models import compiled, eos_ids, head, load_pair, load_tokenizer
@@ -27,9 +27,24 @@ class Experiment:
     teacher_tokenizer: Any
     tokenized: TokenizedTask  # the task's prompts, for both models
     alignment: Alignment  # what of a text is compared
-    classes: Vocabulary  # what the loss is over: the shared vocabulary, with merged terminators
+    stops: Groups  # rows of both heads that end an answer
     notes: str  # on vocabularies and terminators, a text to print
     evaluator: Evaluator | None  # None if eval.every is 0
+
+    def classes(self, loss: LossConfig) -> Vocabulary:
+        """What a loss is over: the shared vocabulary, with terminators merged where it says so.
+
+        Raises:
+            ConfigError: a model has no terminator to merge.
+        """
+        if not loss.merge_terminators:
+            return self.alignment.vocabulary
+        if not all(self.stops):
+            raise ConfigError(
+                "loss.merge_terminators: a model has no token that ends an answer; set "
+                "eos_token_id in its generation config"
+            )
+        return replace(self.alignment.vocabulary, merge=self.stops)
 
 
 def load_experiment(config: Config) -> Experiment:
@@ -49,12 +64,14 @@ def load_experiment(config: Config) -> Experiment:
     rows = head(models[0]).weight.shape[0], head(models[1]).weight.shape[0]
     vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer, rows)
     vocabulary = vocabulary.on(head(models[0]).weight.device)
-    merges = config.loss.merge_terminators
     ends = Terminators(
         student=tuple(eos_ids(models[0], tokenizer)),
         teacher=tuple(eos_ids(models[1], teacher_tokenizer)),
     )
-    stops = _stops(ends, vocabulary, rows, merges)
+    shared: Any = vocabulary.classes
+    if vocabulary.student_ids is not None:
+        shared = vocabulary.student_ids, vocabulary.teacher_ids
+    stops = ends.groups(rows, shared)
     # With other tokenizers each model samples from all of its own tokens.
     limit = vocabulary.classes if vocabulary.same_tokens else None
     student = PrefixRollout(models[0], tokenizer, limit, stop_ids=stops[0])
@@ -67,33 +84,20 @@ def load_experiment(config: Config) -> Experiment:
     evaluator = None
     if config.eval.every:
         evaluator = Evaluator(config, student, teacher, tokenized, alignment)
-    notes = [vocabulary.note, ends.describe(tokenizer, teacher_tokenizer, merges)]
+    notes = [
+        vocabulary.note,
+        ends.describe(tokenizer, teacher_tokenizer, config.loss.merge_terminators),
+    ]
     return Experiment(
         student,
         teacher,
         teacher_tokenizer,
         tokenized,
         alignment,
-        replace(vocabulary, merge=stops) if merges else vocabulary,
+        stops,
         "\n".join(note for note in notes if note),
         evaluator,
     )
-
-
-def _stops(
-    ends: Terminators, vocabulary: Vocabulary, rows: tuple[int, int], merges: bool
-) -> Groups:
-    """Ids at which sampling from student and teacher stops: those of both models."""
-    shared: Any = vocabulary.classes
-    if vocabulary.student_ids is not None:
-        shared = vocabulary.student_ids, vocabulary.teacher_ids
-    stops = ends.groups(rows, shared)
-    if merges and not all(stops):
-        raise ConfigError(
-            "loss.merge_terminators: a model has no token that ends an answer; set eos_token_id in "
-            "its generation config"
-        )
-    return stops
 
 
 def check_context(config: Config, experiment: Experiment, seed: int) -> None:

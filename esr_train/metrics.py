@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, and seconds and peak memory of each phase of a step."""
+"""The log of a run: JSON lines, a step's row of them, seconds and peak memory of each phase."""
 
 from __future__ import annotations
 
@@ -14,6 +14,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from esr_train.rollout import RolloutBatch
+
+# Averages over the trained tokens of a step.
+PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
+# With other tokenizers: the share of each model's probability that is on tokens of both.
+SHARED = ("student_shared_mass", "teacher_shared_mass")
+_GRAM = 4  # tokens in a run that counts as repeated
+
+
+def step_row(
+    step: int,
+    sums: dict[str, float],
+    batch: RolloutBatch,
+    update: dict[str, float],
+    spans: Spans,
+) -> dict[str, Any]:
+    """A row of metrics.jsonl.
+
+    `sums` is over the trained tokens: loss, trained_tokens, PER_TOKEN and, with other tokenizers,
+    aligned_share and SHARED. `update` is what there is to say of the optimizer's step.
+    """
+    trained, tokens = max(1, int(sums["trained_tokens"])), int(batch.lengths.sum())
+    return {
+        "step": step,
+        "loss": sums["loss"],
+        **{key: sums[key] / trained for key in PER_TOKEN},
+        **{key: sums[key] for key in ("aligned_share", *SHARED) if key in sums},
+        "response_length": tokens / len(batch.prompts),
+        "eos_rate": float(batch.finished_by_eos.double().mean()),
+        "repetition": repetition(batch),
+        "tokens": tokens,
+        "trained_tokens": int(sums["trained_tokens"]),
+        **update,
+        "seconds": spans.seconds,
+        "peak_bytes": spans.peak_bytes,
+    }
+
+
+def repetition(batch: RolloutBatch) -> float:
+    """Share of the runs of four tokens that their response already had; 0 where none is so long."""
+    grams = repeated = 0
+    for row in range(len(batch.prompts)):
+        ids = batch.response(row)
+        found = [tuple(ids[start : start + _GRAM]) for start in range(len(ids) - _GRAM + 1)]
+        grams, repeated = grams + len(found), repeated + len(found) - len(set(found))
+    return repeated / grams if grams else 0.0
 
 
 class JsonLines:

@@ -132,6 +132,41 @@ def _base(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
     return model
 
 
+def meta_pair(config: Config, dtype: torch.dtype) -> tuple[Any, Any, bool]:
+    """Student and teacher as `load_pair` gives them, made of their config files alone: every
+    parameter has its shape and dtype, on the meta device; and whether they share their weights.
+
+    Raises:
+        AdapterError, ModelError: as `load_pair`, where configs and shapes can tell.
+    """
+    spec = config.student
+    if spec.lora and base_of(_source(spec.model)):
+        raise ModelError(f"student.lora: {spec.model!r} is an adapter itself; merge it by export")
+    shared = bool(spec.lora) and _source(config.teacher.model) == _source(spec.model)
+    teacher = _completed(_on_meta(config.teacher, config.runtime, dtype), config.teacher)
+    student = _completed(_on_meta(spec, config.runtime, dtype), spec)
+    if spec.lora:
+        student = add_lora(student, spec.lora)
+    if config.runtime.gradient_checkpointing:
+        _checkpoint_layers(student)
+    return student, teacher, shared
+
+
+def _on_meta(spec: ModelConfig, runtime: RuntimeConfig, dtype: torch.dtype) -> Any:
+    source = _source(spec.model)
+    source = base_of(source) or source
+    trust = runtime.trust_remote_code
+    attention = None if runtime.attention == "auto" else runtime.attention
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust, attn_implementation=attention
+            ).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_not_loaded(spec.model, source, "config", error)) from error
+
+
 def _completed(model: Any, spec: ModelConfig) -> Any:
     """`model` without the layers that `spec` drops, and with the adapter that it names."""
     if spec.drop_layers:

@@ -18,21 +18,22 @@ from typing import Any
 import torch
 
 from esr_train import checkpoint
+from esr_train.alarms import Alarms
 from esr_train.config import Config
 from esr_train.data import PromptStream, seed_from
 from esr_train.evaluate import Evaluation
 from esr_train.experiment import Experiment, check_context
+from esr_train.logprob_gap import logprob_gap
 from esr_train.loss import divergence_from_hidden, shared_mass, token_weights
-from esr_train.metrics import JsonLines, Spans
+from esr_train.metrics import PER_TOKEN, SHARED, JsonLines, Spans, read_rows, step_row
+from esr_train.micro_batches import micro_batches
 from esr_train.models import compiled, head, training_mode
 from esr_train.optim import Optimizer, learning_rate
 from esr_train.rollout import RolloutBatch
 from esr_train.teacher import hidden_rows
+from esr_train.tracking import Trackers
 
-# Averages over the trained tokens of a step.
-_PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
-# With other tokenizers: the share of each model's probability that is on tokens of both.
-_SHARED = ("student_shared_mass", "teacher_shared_mass")
+_GAP_EVERY = 10  # steps between comparisons of the engine's log-probs with the trainer's
 
 
 class TrainingError(RuntimeError):
@@ -68,7 +69,7 @@ class Trainer:
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
         self.rollout, self.teacher = experiment.student, experiment.teacher
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
-        self.alignment, self.classes = experiment.alignment, experiment.classes
+        self.alignment, self.classes = experiment.alignment, experiment.classes(config.loss)
         self.student: Any = self.rollout.model
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
         self.optimizer = Optimizer(self.student)
@@ -94,13 +95,16 @@ class Trainer:
         self.metrics = JsonLines(self.directory / "metrics.jsonl", step)
         self.evals = JsonLines(self.directory / "evals.jsonl", step)
         self.samples = JsonLines(self.directory / "samples.jsonl", step)
+        logs = (read_rows(self.directory / f"{name}.jsonl") for name in ("metrics", "evals"))
+        self.alarms = Alarms(*logs)
+        self.trackers = Trackers(self.config.tracking, self.directory)
         try:
             with checkpoint.Interrupt() as interrupt:
                 self._loop(interrupt)
         finally:
             self.optimizer.close()
-            for file in (self.metrics, self.evals, self.samples):
-                file.close()
+            for log in (self.metrics, self.evals, self.samples, self.trackers):
+                log.close()
 
     def _loop(self, interrupt: checkpoint.Interrupt) -> None:
         every = self.config.checkpoint.every
@@ -108,9 +112,9 @@ class Trainer:
             self._evaluate()
             while self.state["step"] < self.config.steps:
                 row = self.step(self.state["step"] + 1, interrupt)
-                self._evaluate()
+                alarms = self._evaluate()
                 if self.on_step:
-                    self.on_step(row, self.latest_metrics)
+                    self.on_step({**row, "alarms": row["alarms"] + alarms}, self.latest_metrics)
                 if every and row["step"] % every == 0:
                     self._save()
             if self.save_end:
@@ -141,6 +145,10 @@ class Trainer:
             own = self.prompts.teacher_prompts_for(step)
             self.on_first_rollout(batch, batch.prompts[0] if own is None else own[0])
             self.on_first_rollout = None
+        gap = {}
+        if step % _GAP_EVERY == 1:
+            temperature = config.rollout.temperature
+            gap["logprob_gap"] = logprob_gap(self.rollout, batch, temperature, self.forward)
         sums = self._gradient(step, batch, spans)
         with spans("student"):
             norm = float(self.optimizer.clip())
@@ -154,26 +162,13 @@ class Trainer:
         with interrupt.hold():
             with spans("student"):
                 self.optimizer.step(rate)
-            trained = max(1, int(sums["trained_tokens"]))
-            tokens = int(batch.lengths.sum())
-            row = {
-                "step": step,
-                "loss": sums["loss"],
-                **{key: sums[key] / trained for key in _PER_TOKEN},
-                **{key: sums[key] for key in ("aligned_share", *_SHARED) if key in sums},
-                "response_length": tokens / len(batch.prompts),
-                "eos_rate": float(batch.finished_by_eos.double().mean()),
-                "tokens": tokens,
-                "trained_tokens": int(sums["trained_tokens"]),
-                "lr": rate,
-                "grad_norm": norm,
-                "seconds": spans.seconds,
-                "peak_bytes": spans.peak_bytes,
-            }
+            row = step_row(step, sums, batch, {"lr": rate, "grad_norm": norm, **gap}, spans)
+            row["alarms"] = self.alarms.of_step(row)
             self.state["step"] = step
             self.state["train_seconds"] += sum(spans.seconds.values())
-            self.state["tokens"] += tokens
+            self.state["tokens"] += row["tokens"]
             self.metrics.write(row)
+        self.trackers.log(row, step)
         return row
 
     def _gradient(self, step: int, batch: RolloutBatch, spans: Spans) -> dict[str, float]:
@@ -182,16 +177,15 @@ class Trainer:
         comparable = self.alignment.comparable(batch)
         weights = token_weights(batch, config.loss, (self.seed, "window", step), comparable)
         own = self.prompts.teacher_prompts_for(step)  # one for each prompt, or None
-        each = config.rollout.samples
-        sums = torch.zeros(2 + len(_PER_TOKEN), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2 + len(PER_TOKEN), dtype=torch.float64, device=self.device)
         student = head(self.student)
         student = replace(student, weight_grad=self.optimizer.weight_grad(student.weight))
         torch.manual_seed(seed_from(self.seed, "dropout", step))
         masses: list[tuple[float, float]] = []  # of other tokenizers: what they share
-        size = config.optim.micro_batch or len(batch.prompts)
-        # Sorted by length, so that a micro-batch has little padding.
-        for part in batch.lengths.argsort(stable=True).split(size):
-            prompts = None if own is None else [own[row // each] for row in part.tolist()]
+        if own is not None:
+            own = [prompt for prompt in own for _ in range(config.rollout.samples)]
+        for part in micro_batches(batch, own, config.optim):
+            prompts = None if own is None else [own[row] for row in part.tolist()]
             laid_out, read = self.alignment.pair(
                 batch.select(part), weights[part], prompts, self.device
             )
@@ -224,19 +218,22 @@ class Trainer:
             sums[0] += out.loss.detach()
             sums[1] += len(laid_out.rows)
             sums[2:] += torch.stack([row.double().sum() for row in rows])
-        found = dict(zip(("loss", "trained_tokens", *_PER_TOKEN), sums.tolist(), strict=True))
+        found = dict(zip(("loss", "trained_tokens", *PER_TOKEN), sums.tolist(), strict=True))
         if comparable is not None and masses:
             shares = torch.tensor(masses, dtype=torch.float64).mean(0).tolist()
             found["aligned_share"] = int(comparable.sum()) / int(batch.lengths.sum())
-            found |= dict(zip(_SHARED, shares, strict=True))
+            found |= dict(zip(SHARED, shares, strict=True))
         return found
 
-    def _evaluate(self) -> None:
-        """Evaluate if it is due at this step and has not been done; `train_seconds` excludes it."""
+    def _evaluate(self) -> list[str]:
+        """Evaluate if it is due at this step and has not been done; `train_seconds` excludes it.
+
+        Returns the alarms of the evaluation.
+        """
         every, step = self.config.eval.every, self.state["step"]
         due = every and (step % every == 0 or step == self.config.steps)
         if self.evaluator is None or not due or step in self.evals.steps:
-            return
+            return []
         known = self.initial if step == 0 else None
         evaluation = known or self.evaluator.evaluate()
         if step == 0:
@@ -251,8 +248,11 @@ class Trainer:
                 "train_seconds": self.state["train_seconds"],
                 "tokens": self.state["tokens"],
                 "metrics": self.latest_metrics,
+                "alarms": (alarms := self.alarms.of_evaluation(self.latest_metrics)),
             }
         )
+        self.trackers.log({"eval": self.latest_metrics}, step)
+        return alarms
 
     def _resume(self) -> None:
         directory = self.directory / "checkpoints"

@@ -135,4 +135,4 @@ def test_out_of_memory_says_what_to_do(
 
     monkeypatch.setattr(cli, "load_experiment", full)
     assert main(["evaluate", str(path)]) == 2
-    assert "CUDA out of memory. Set optim.micro_batch" in capsys.readouterr().err
+    assert "CUDA out of memory. Set optim.max_tokens" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from esr_train.data import PromptStream, TokenizedTask
 from esr_train.experiment import load_experiment
 from esr_train.loss import token_weights
 from esr_train.metrics import PeakMemory, Spans, read_rows
+from esr_train.micro_batches import micro_batches
 from esr_train.optim import learning_rate
 from esr_train.rollout import ContextError, RolloutBatch
 from esr_train.tasks import load_task
@@ -48,7 +49,7 @@ def test_rows_have_every_key_of_the_contract(make_config: MakeConfig, tmp_path: 
     row = rows[0]
     expected = (
         "step loss divergence student_entropy teacher_entropy agreement response_length eos_rate "
-        "tokens trained_tokens lr grad_norm seconds peak_bytes"
+        "tokens trained_tokens lr grad_norm seconds peak_bytes repetition logprob_gap alarms"
     )
     assert set(row) == set(expected.split())
     assert set(row["seconds"]) == set(row["peak_bytes"]) == {"rollout", "teacher", "student"}
@@ -81,9 +82,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
 ) -> None:
     for denominator in ("token", "trajectory", "fixed"):
         gradients = []
-        for size in (None, 3):
+        for size, tokens in ((None, None), (3, None), (None, 40), (3, 40)):
             config = make_config(
-                optim__micro_batch=size, loss__fixed_length=6, loss__denominator=denominator
+                optim__micro_batch=size,
+                optim__max_tokens=tokens,
+                loss__fixed_length=6,
+                loss__denominator=denominator,
             )
             trainer = build(config, tmp_path)
             prompts = trainer.prompts.prompts_for(1)
@@ -93,8 +97,28 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
             gradients.append(
                 [sums["loss"], *(p.grad.clone() for p in trainer.student.parameters())]
             )
-        for whole, parts in zip(*gradients, strict=True):
-            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+        for whole, *parts in zip(*gradients, strict=True):
+            for part in parts:
+                torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_hold_a_budget_of_tokens_with_their_padding() -> None:
+    prompts, lengths = [[3] * n for n in (5, 1, 2, 30, 5, 5)], torch.tensor([5, 2, 2, 5, 6, 5])
+    batch = RolloutBatch(prompts, torch.zeros(6, 6), lengths, torch.zeros(6, dtype=torch.bool))
+
+    def widths(teacher: list[list[int]] | None = None, **limits: int) -> list[list[int]]:
+        """Tokens of each response, by micro-batch."""
+        parts = micro_batches(batch, teacher, OptimConfig(**limits))
+        assert sorted(torch.cat(parts).tolist()) == list(range(6))
+        return [[len(prompts[r]) + int(lengths[r]) for r in part.tolist()] for part in parts]
+
+    assert widths() == [[3, 4, 10, 10, 11, 35]]
+    assert widths(max_tokens=30) == [[3, 4, 10], [10, 11], [35]]
+    assert widths(max_tokens=30, micro_batch=2) == [[3, 4], [10, 10], [11], [35]]
+    # 35 does not fit and is alone; 22 holds 11 twice.
+    assert widths(max_tokens=22) == [[3, 4], [10, 10], [11], [35]]
+    longer = [[3] * 9] * 3 + prompts[3:]
+    assert widths(longer, max_tokens=30)[0] == [10, 3]  # which the teacher reads as 11
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])

@@ -14,7 +14,7 @@ from esr_kernels import cpu
 from esr_kernels.attention import prefix_torch, reference
 from esr_kernels.attention.arguments import Cache, check_tensors, checked_options
 from esr_kernels.attention.groups import RowGroups, check_groups, group_rows
-from esr_kernels.common.head import check_impl
+from esr_kernels.common.arguments import check_impl
 
 __all__ = ["RowGroups", "group_rows", "shared_prefix_attention"]
 

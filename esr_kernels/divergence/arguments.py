@@ -15,20 +15,18 @@ from esr_kernels.common import matmul
 from esr_kernels.common.arguments import (
     IMPLEMENTATIONS,
     REDUCTIONS,
-    check_memory_budget,
-    check_number,
-    check_size,
-    check_tensor,
-    one_of,
-)
-from esr_kernels.common.head import (
+    can_read_values,
     check_bias,
     check_impl,
+    check_memory_budget,
+    check_number,
     check_operands,
+    check_size,
+    check_tensor,
     checked_token_weights,
     checked_transform,
+    one_of,
     ready,
-    values_are_at_hand,
 )
 from esr_kernels.common.rows import to_device
 from esr_kernels.common.transform import LogitTransform
@@ -202,7 +200,7 @@ def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Opti
 def _check_weight_grad(weight_grad: Tensor, student_weight: Tensor, impl: str) -> None:
     shape, dtype = tuple(student_weight.shape), matmul.logits_dtype(student_weight.dtype)
     check_tensor("weight_grad", weight_grad, dtypes=(dtype,), shape=shape, like=student_weight)
-    if values_are_at_hand(weight_grad) and weight_grad.data_ptr() == student_weight.data_ptr() != 0:
+    if can_read_values(weight_grad) and weight_grad.data_ptr() == student_weight.data_ptr() != 0:
         raise ValueError("weight_grad must not be the memory of student_weight itself")
     if not weight_grad.is_contiguous() or weight_grad.requires_grad:
         raise ValueError("weight_grad must be contiguous and require no gradient")
@@ -273,7 +271,7 @@ def _mapped_classes(
 
 def check_id_values(name: str, ids: Tensor, rows: int) -> None:
     """Raise unless the ids are distinct rows of a head; on a GPU they are not read."""
-    if not values_are_at_hand(ids):
+    if not can_read_values(ids):
         return
     if int(ids.min()) < 0 or int(ids.max()) >= rows:
         raise ValueError(
@@ -302,7 +300,7 @@ def check_classes_of_merge(
 ) -> None:
     """Raise unless both groups have the same shared classes; maps on a GPU are not read."""
     maps = (student_ids, teacher_ids)
-    if any(rows is not None and not values_are_at_hand(rows) for rows in maps):
+    if any(rows is not None and not can_read_values(rows) for rows in maps):
         return
     # Class -> row of the head, of the shared classes in each group.
     groups = []
@@ -326,7 +324,7 @@ def check_classes_of_merge(
 
 def check_label_values(labels: Tensor, classes: int, sharded: bool) -> None:
     """Raise unless every label is a class or IGNORED_LABEL; on a GPU they are not read."""
-    if not values_are_at_hand(labels) or not labels.numel():
+    if not can_read_values(labels) or not labels.numel():
         return
     other_rank = -1 if sharded else IGNORED_LABEL
     wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORED_LABEL))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esr_kernels.common.head import values_are_at_hand
+from esr_kernels.common.arguments import can_read_values
 from esr_kernels.divergence.call import Gradients, Operands, Wanted
 from esr_kernels.divergence.recompute import recompute_backward, recompute_forward
 from esr_kernels.divergence.stash import stash_forward
@@ -58,7 +58,7 @@ class StashFunction(torch.autograd.Function):
             ctx.weight_grad.addcmul_(gradients.weight, upstream.to(gradients.weight.dtype))
             gradients = gradients._replace(weight=None)
         # Reading the factor would synchronise a GPU; on CPU it saves a pass over the gradients.
-        if not values_are_at_hand(upstream) or upstream.item() != 1.0:
+        if not can_read_values(upstream) or upstream.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
                     # A factor with as many dimensions makes PyTorch multiply in fp32. A 0-d factor

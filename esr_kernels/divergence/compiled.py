@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.head import checked_token_weights
+from esr_kernels.common.arguments import checked_token_weights
 from esr_kernels.common.rows import active_rows, to_device
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.arguments import (

@@ -29,7 +29,7 @@ from esr_kernels.common.launch import launch
 from esr_kernels.common.logits_triton import online_softmax, transform_logits
 from esr_kernels.common.projection_triton import check_fused, current_arch, operand_kind, project
 from esr_kernels.divergence.call import Operands
-from esr_kernels.divergence.row_statistics_triton import store_statistics
+from esr_kernels.divergence.rows_triton import store_statistics
 from esr_kernels.divergence.statistics import COLUMNS, RowSpec
 
 
@@ -196,6 +196,12 @@ def _kernel_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tup
     return hidden, weight, bias, hidden.stride(0), weight.stride(0), hidden.shape[1]
 
 
+def _removes_by_bias(x: Operands, spec: RowSpec) -> bool:
+    """Whether the kernel masks classes by their bias (`_present`)."""
+    pairs = (x.student_bias, spec.student), (x.teacher_bias, spec.teacher)
+    return any(bias is not None and side.softcap is not None for bias, side in pairs)
+
+
 def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Tensor:
     """Statistics of every row's logits, straight from hidden states and heads.
 
@@ -227,6 +233,9 @@ def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Ten
     if blocks is None:
         kind = operand_kind(x.student_weight, x.teacher_weight)
         blocks = BLOCKS[kind, current_arch(x.student_hidden)]
+        if _removes_by_bias(x, spec):
+            # The mask takes registers that 128 classes leave none of.
+            blocks = blocks._replace(classes=min(blocks.classes, 64))
     splits, each = _split_classes(tokens, classes, blocks)
     parts = torch.empty(
         tokens, splits, COLUMNS, dtype=torch.float32, device=x.student_hidden.device

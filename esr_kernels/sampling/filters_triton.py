@@ -37,8 +37,8 @@ from esr_kernels.sampling.tiles_triton import (
 
 # (logits of a row at a time, warps). With few rows, each program has its own multiprocessor. The
 # pass over a row needs many warps to keep loads in flight; the passes over its list need few.
-CANDIDATES_BLOCK = (4096, 16)
-CUTOFF_BLOCK = (2048, 8)
+CANDIDATES_BLOCK = (2048, 16)
+CUTOFF_BLOCK = (1024, 8)
 # Candidates of a row that are listed; rows with more are read whole. 64 KiB a row.
 CAPACITY = 8192
 # Maxima of tiles that the first kernel loads at a time.
@@ -111,14 +111,13 @@ def _candidates_kernel(
         at = maxima_ptr + row * n_tiles + start + tile
         top = tl.maximum(top, tl.max(tl.load(at, mask=exists, other=-float("inf")), 0))
     tl.store(tops_ptr + row, top)
-    total = tl.zeros([BLOCK_TILES], tl.float32)
+    mass = 0.0
     for start in range(0, n_tiles, BLOCK_TILES):
         exists = start + tile < n_tiles
         at = row * n_tiles + start + tile
         maxima = tl.load(maxima_ptr + at, mask=exists, other=-float("inf"))
         log_sums = tl.load(log_sums_ptr + at, mask=exists, other=-float("inf"))
-        total += tl.exp(maxima - top + log_sums)
-    mass = tl.sum(total, 0)
+        mass += tl.sum(tl.exp(maxima - top + log_sums), 0)
     tl.store(totals_ptr + row, mass)
     if RANKED:
         k, p = _k_and_p(row, filters, n_classes)

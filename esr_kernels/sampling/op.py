@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.arguments import check_memory_budget, check_size
-from esr_kernels.common.head import check_bias, check_head, check_impl, checked_transform
+from esr_kernels.common.arguments import (
+    check_bias,
+    check_head,
+    check_impl,
+    check_memory_budget,
+    check_size,
+    checked_transform,
+)
 from esr_kernels.common.workspace import borrow_rows, default_memory_budget
 from esr_kernels.sampling import draw_torch, reference
 from esr_kernels.sampling.arguments import (

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
+from esr_kernels.common.arguments import Head, can_read_values
 from esr_kernels.common.fp16_range import fp16_scale
-from esr_kernels.common.head import Head, values_are_at_hand
 from esr_kernels.common.online_softmax import shares, weighted_mean
 from esr_kernels.common.rows import active_rows, spread_rows, take_rows
 from esr_kernels.common.tiles import TileBuffer, class_tiles, tile_width
@@ -95,7 +95,7 @@ def select_classes(
     in_fp32 = passes is selected_torch and head.hidden.device.type == "cpu"
     dz_dtype = logits_dtype if in_fp32 else head.hidden.dtype
     element_bytes = logits_dtype.itemsize + (dz_dtype != logits_dtype) * dz_dtype.itemsize
-    compact = live is not None and values_are_at_hand(live)
+    compact = live is not None and can_read_values(live)
     active = active_rows(live, compact)
     hidden = take_rows(head.hidden, active)
     width = tile_width(hidden.shape[0], head.classes, element_bytes, hidden.device, memory_budget)

@@ -10,8 +10,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from esr_kernels.common import matmul
-from esr_kernels.common.arguments import check_tensor
-from esr_kernels.common.head import Head, check_head, checked_transform, values_are_at_hand
+from esr_kernels.common.arguments import (
+    Head,
+    can_read_values,
+    check_head,
+    check_tensor,
+    checked_transform,
+)
 from esr_kernels.scoring import reference
 from esr_kernels.scoring.selected import NO_CLASS, select_classes
 
@@ -130,7 +135,7 @@ def token_logprob(
 def _check_tokens(tokens: Tensor, head: Head) -> None:
     rows = head.hidden.shape[0]
     check_tensor("tokens", tokens, dtypes=(torch.int64,), shape=(rows,), like=head.hidden)
-    if not values_are_at_hand(tokens):
+    if not can_read_values(tokens):
         return
     bad = (tokens != IGNORE) & ((tokens < 0) | (tokens >= head.classes))
     if bool(bad.any()):

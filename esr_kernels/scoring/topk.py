@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
-from esr_kernels.common.arguments import FLOATS, REDUCTIONS, check_tensor, one_of
-from esr_kernels.common.head import (
+from esr_kernels.common.arguments import (
+    FLOATS,
+    REDUCTIONS,
     Head,
+    can_read_values,
     check_head,
+    check_tensor,
     checked_token_weights,
     checked_transform,
-    values_are_at_hand,
+    one_of,
 )
 from esr_kernels.common.reduction import reduce_rows
 from esr_kernels.scoring import reference
@@ -221,7 +224,7 @@ def _check_teacher(ids: Tensor, logprobs: Tensor, tail: str, head: Head) -> None
     if ids.shape[1] == 0:
         raise ValueError("teacher_ids must have at least one column, got K = 0")
     check_tensor("teacher_logprobs", logprobs, dtypes=FLOATS, shape=tuple(ids.shape), like=ids)
-    if values_are_at_hand(ids):
+    if can_read_values(ids):
         _check_values(ids, logprobs, tail, head.classes)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from esr_train.alarms import MEANING
 from esr_train.config import EVAL_PROBLEMS
 from esr_train.report.headline import headline, verdicts
 from esr_train.report.results import Arm, Row, Run, number, read_run
@@ -87,6 +88,7 @@ def _content(run: Run, summaries: list[ArmSummary]) -> dict[str, Any]:
         "verdicts": verdicts(run, summaries),
         "tables": tables(run, summaries),
         "table_note": table_note(run),
+        "alarms": _alarms(run),
         "samples": [(arm.name, _samples(arm)) for arm in run.arms],
         "reading": _reading(run),
         "environment": [[key, _text(run.environment[key]) or "none"] for key in run.environment],
@@ -135,6 +137,22 @@ def _reading(run: Run) -> list[str]:
             "bad mode. It shows how the method can work; it is not evidence about LLMs."
         )
     return text
+
+
+def _alarms(run: Run) -> list[str]:
+    """What was raised: where first, how often, what it means."""
+    steps: dict[tuple[str, str], list[int]] = {}
+    for arm in run.arms:
+        for seed in arm.seeds:
+            for row in sorted([*seed.metrics, *seed.evals], key=lambda row: row["step"]):
+                for name in row.get("alarms") or []:
+                    where = f"{arm.name} seed {seed.number}"
+                    steps.setdefault((name, where), []).append(int(row["step"]))
+    return [
+        f"{name}, {where}: first at step {found[0]}, {len(found)} in all. "
+        f"{MEANING.get(name, 'Unknown to this version.')}."
+        for (name, where), found in steps.items()
+    ]
 
 
 def _samples(arm: Arm) -> list[Row]:

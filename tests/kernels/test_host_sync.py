@@ -21,7 +21,7 @@ from esr_kernels import (
     sample_from_hidden,
     token_logprob,
 )
-from esr_kernels.common import head
+from esr_kernels.common import arguments as shared_arguments
 from esr_kernels.divergence import arguments as checks
 from esr_kernels.divergence import autograd
 from esr_kernels.scoring import selected, topk
@@ -63,13 +63,13 @@ def _as_on_a_gpu(monkeypatch):
     modules = (
         autograd,
         checks,
-        head,
+        shared_arguments,
         selected,
         topk,
         sys.modules["esr_kernels.scoring.token_logprob"],
     )
     for module in modules:
-        monkeypatch.setattr(module, "values_are_at_hand", lambda tensor: False)
+        monkeypatch.setattr(module, "can_read_values", lambda tensor: False)
     if not triton.knobs.runtime.interpret:
         return
     from triton.runtime import interpreter
@@ -120,7 +120,7 @@ def test_linear_divergence_does_not_wait(make, dtype, divergence, how):
 
 def test_waiting_in_a_backward_would_show(monkeypatch):
     """On CPU the stash looks at the upstream factor."""
-    monkeypatch.setattr(autograd, "values_are_at_hand", lambda tensor: True)
+    monkeypatch.setattr(autograd, "can_read_values", lambda tensor: True)
     with pytest.raises(AssertionError, match="makes the host wait"), _NoWaiting():
         cases.ours(cases.random_pair(torch.float32), "reverse_kl", impl="torch", plan="stash")
 

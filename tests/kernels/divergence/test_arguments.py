@@ -16,7 +16,7 @@ from esr_kernels import (
     sample_from_hidden,
     token_logprob,
 )
-from esr_kernels.common import head
+from esr_kernels.common import arguments as shared_arguments
 from tests.kernels import cases
 
 
@@ -239,7 +239,7 @@ def test_a_weight_that_is_no_number(how, bad, compiled):
 @pytest.mark.parametrize("impl", ["auto", "torch", "triton", "reference"])
 def test_a_weight_of_nan_that_nobody_looked_at(impl, monkeypatch):
     """As on a GPU: the loss is NaN, and not a number that looks right."""
-    monkeypatch.setattr(head, "values_are_at_hand", lambda tensor: False)
+    monkeypatch.setattr(shared_arguments, "can_read_values", lambda tensor: False)
     weights = torch.ones(cases.TOKENS, device=cases.DEVICE)
     weights[4] = torch.nan
     tensors = cases.random_pair(torch.float32).tensors

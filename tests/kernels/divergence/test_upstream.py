@@ -117,7 +117,7 @@ def test_labels_for_logging_alone_never_touch_the_loss():
 
 
 def test_a_label_that_is_no_class_gives_nan_where_nobody_looks(monkeypatch):
-    monkeypatch.setattr("esr_kernels.divergence.arguments.values_are_at_hand", lambda tensor: False)
+    monkeypatch.setattr("esr_kernels.divergence.arguments.can_read_values", lambda tensor: False)
     tensors = cases.random_pair(torch.float32).tensors
     labels = torch.full((cases.TOKENS,), -100, device=DEVICE)
     labels[2], labels[4] = 1003, 7

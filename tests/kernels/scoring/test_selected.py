@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from esr_kernels import linear_topk_divergence, token_logprob
-from esr_kernels.common.head import check_head
+from esr_kernels.common.arguments import check_head
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.scoring import selected
 from esr_kernels.scoring.selected import select_classes
@@ -101,7 +101,7 @@ def test_gradcheck_in_fp64(name, divergence):
 @pytest.mark.parametrize("name", ["token_logprob", "bucket"])
 def test_a_row_left_out_is_as_if_it_were_absent_even_if_nan(name, how, impl, monkeypatch):
     if how != "dropped":
-        monkeypatch.setattr(selected, "values_are_at_hand", lambda rows: False)
+        monkeypatch.setattr(selected, "can_read_values", lambda rows: False)
     (op, options), case = OPS[name], HEADS["odd_options"](torch.float32)
     hidden, weight, transform = case
     arguments, kept = _arguments(name, case), torch.ones(TOKENS, dtype=torch.bool, device=DEVICE)

@@ -1,0 +1,39 @@
+"""Splits the responses of a step into micro-batches, by number and by tokens.
+
+Weights in the loss have the denominator of the whole step in them, so the gradients of
+micro-batches add up to that of one batch, however it is split.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esr_train.config import OptimConfig
+from esr_train.rollout import RolloutBatch
+
+
+def micro_batches(
+    batch: RolloutBatch, teacher_prompts: list[list[int]] | None, config: OptimConfig
+) -> list[Tensor]:
+    """Rows of `batch` for each forward and backward, int64; sorted by length, for little padding.
+
+    `teacher_prompts`, one a response where they differ from the student's, count where they are
+    longer. With another tokenizer the teacher reads about as many tokens, which is not counted.
+    """
+    read = batch.prompts if teacher_prompts is None else teacher_prompts
+    prompts = [max(map(len, both)) for both in zip(batch.prompts, read, strict=True)]
+    widths, order = (batch.lengths + torch.tensor(prompts)).sort(stable=True)
+    return list(order.split(sizes(widths.tolist(), config)))
+
+
+def sizes(widths: list[int], config: OptimConfig) -> list[int]:
+    """Numbers of rows in each micro-batch, for ascending widths."""
+    found, start = [], 0
+    for row, width in enumerate(widths):
+        rows = row + 1 - start
+        full = config.micro_batch is not None and rows > config.micro_batch
+        if rows > 1 and (full or (config.max_tokens and rows * width > config.max_tokens)):
+            found.append(row - start)
+            start = row
+    return [*found, len(widths) - start]
