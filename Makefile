@@ -32,7 +32,7 @@ sanitize: $(VENV)/.train $(VENV)/.sanitize
 gpu-exp: $(VENV)/.train
 	ESR_GPU_EXP=1 $(PYTEST) tests/kernels/divergence tests/kernels/scoring -k triton
 
-# A minute of random calls of every op against the references in fp64, by default.
+# A minute of random calls of every op against the references in fp64; other calls every time.
 fuzz: $(VENV)/.train
 	ESR_FUZZ_SECONDS=$${ESR_FUZZ_SECONDS:-60} OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q -m slow tests/kernels/test_fuzz.py

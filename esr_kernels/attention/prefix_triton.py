@@ -208,7 +208,7 @@ def suffix_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     weighted_ptr, sums_ptr = partial
     part = query_head
-    for split in range(0, splits):  # not _, which is assigned in the loop
+    for _split in range(0, splits):  # not _, which is assigned in the loop
         part_top = tl.load(sums_ptr + part * 2, mask=exists, other=-float("inf"))
         top, base, decay, _ = online_maximum(top, part_top)
         share = tl.exp(part_top - base)
