@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 import esr_kernels
 from esr_kernels.common import matmul
 
-_READS_VALUES = {
+# Operations that make the host wait for a GPU, because it reads values.
+READS_VALUES = {
     "_local_scalar_dense",
     "is_nonzero",
     "item",
@@ -154,7 +155,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         target = args[0].where
     if not imagined and (target is None or target.type != "cuda"):
         return function(*args, **kwargs)  # on the CPU, where numbers are
-    assert name not in _READS_VALUES, f"{name} makes the host wait for a value"
+    assert name not in READS_VALUES, f"{name} makes the host wait for a value"
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
         assert not masks, f"{name} with a mask makes the host wait for its count"
