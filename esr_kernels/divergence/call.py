@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import cpu
-from esr_kernels.common import matmul
+from esr_kernels.common import matmul, triton_installed
 from esr_kernels.common.fp16_range import fp16_scale
 from esr_kernels.common.rows import take_rows
 from esr_kernels.divergence import rows_native, rows_torch
@@ -124,6 +124,7 @@ class Request:
         if device == "cpu" and self.impl == "triton":
             device = "cuda"  # Kernels that run on the CPU, in a test.
         on_gpu = device != "cpu"
+        impl = self.impl if triton_installed.TRITON or not on_gpu else "torch"
         return Problem(
             tokens=tokens,
             classes=self.classes,
@@ -140,7 +141,7 @@ class Request:
             sharded=self.group is not None,
             mapped=x.student_ids is not None,
             weight_grad_given=weight_grad_given,
-            rows=row_pass_backend(on_gpu, self.impl, hidden.dtype, self.spec.divergence),
+            rows=row_pass_backend(on_gpu, impl, hidden.dtype, self.spec.divergence),
             merged=merged_sizes(self.merge),
         )
 

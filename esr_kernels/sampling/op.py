@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esr_kernels.common import matmul
+from esr_kernels.common import matmul, triton_installed
 from esr_kernels.common.arguments import (
     check_bias,
     check_head,
@@ -195,7 +195,8 @@ def sample_from_hidden(
 
 def _on_triton(impl: str, operand: Tensor) -> bool:
     if impl == "auto":
-        return operand.device.type != "cpu" and operand.dtype != torch.float64
+        on_gpu = operand.device.type != "cpu" and operand.dtype != torch.float64
+        return on_gpu and triton_installed.TRITON
     return impl == "triton"
 
 

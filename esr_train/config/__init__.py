@@ -17,8 +17,10 @@ from esr_train.config.sections import (
     ModelConfig,
     OptimConfig,
     ReportConfig,
+    RolloutConfig,
     RuntimeConfig,
     TrackingConfig,
+    TuneConfig,
 )
 
 __all__ = [
@@ -31,8 +33,10 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ReportConfig",
+    "RolloutConfig",
     "RuntimeConfig",
     "TrackingConfig",
+    "TuneConfig",
     "arm_config",
     "load_config",
     "to_yaml",

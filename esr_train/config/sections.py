@@ -95,6 +95,19 @@ class RolloutConfig(_Strict):
     top_p: _TopP = 1.0  # from the fewest tokens with this share of the probability; 1 = all
     min_p: _MinP = 0.0  # from tokens of at least this share of the largest probability
     max_tokens_in_flight: PositiveInt | None = None  # KV cache; null = half of free GPU memory
+    # Whose answers are trained on: the student's of every step; the initial student's, frozen; the
+    # teacher's. Frozen ones and the teacher's are sampled once a prompt.
+    source: Literal["student", "initial_student", "teacher"] = "student"
+    pool: PositiveInt | None = None  # different prompts that a run sees; null = all of the task
+    # N of the first step, from where it grows linearly to max_new_tokens at the last; null = fixed
+    grow_from: PositiveInt | None = None
+
+    def length(self, step: int, steps: int) -> int:
+        """Response tokens that step 1, ..., `steps` samples at most."""
+        if self.grow_from is None or steps == 1:
+            return self.max_new_tokens
+        grown = (self.max_new_tokens - self.grow_from) * (step - 1) / (steps - 1)
+        return self.grow_from + round(grown)
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -108,14 +121,35 @@ class RolloutConfig(_Strict):
             raise ValueError("must be 0 (greedy) or a finite number of at least 1e-6")
         return value
 
+    @model_validator(mode="after")
+    def _check_growth(self) -> RolloutConfig:
+        if self.grow_from is None:
+            return self
+        if self.grow_from > self.max_new_tokens:
+            raise ConfigError(
+                f"rollout.grow_from: got {self.grow_from}, must be at most "
+                f"rollout.max_new_tokens, {self.max_new_tokens}"
+            )
+        if self.source != "student":
+            raise ConfigError(
+                f"rollout.grow_from: got {self.grow_from}, must be null where rollout.source is "
+                f"{self.source!r}: its answers are sampled once"
+            )
+        return self
+
 
 class LossConfig(_Strict):
-    # reverse_kl, forward_kl, jeffreys, jsd, skew_forward_kl, skew_reverse_kl, total_variation
+    # reverse_kl, forward_kl, jeffreys, jsd, skew_forward_kl, skew_reverse_kl, total_variation; or
+    # cross_entropy: fine-tuning on the teacher's answers, where rollout.source is teacher
     divergence: str = "reverse_kl"
     denominator: Literal["token", "trajectory", "fixed"] = "token"  # what the sum is divided by
     fixed_length: PositiveInt | None = None  # "fixed" divides by responses x fixed_length
-    window: Literal["first", "last", "middle", "random"] = "first"  # part that is trained on
-    window_tokens: PositiveInt | None = None  # length of the window; null = the whole response
+    # Part of each response that is trained on. scattered: positions drawn at random; selected:
+    # those with the largest signal
+    window: Literal["first", "last", "middle", "random", "scattered", "selected"] = "first"
+    window_tokens: PositiveInt | None = None  # tokens of the window; null = the whole response
+    # The signal of window=selected; the product of several
+    select_by: list[Literal["student_entropy", "teacher_entropy", "divergence"]] = []
     temperature: PositiveFloat = 1.0  # both models' logits are divided by this
     train_on_eos: bool = True  # the EOS token is part of the answer
     merge_terminators: bool = False  # all ways to end an answer, of both models, are one class
@@ -127,6 +161,30 @@ class LossConfig(_Strict):
             raise ConfigError(
                 "loss.fixed_length: got None, must be a number of tokens where loss.denominator is "
                 "'fixed'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> LossConfig:
+        if (self.window == "selected") != bool(self.select_by):
+            raise ConfigError(
+                f"loss.select_by: got {self.select_by}, must name a signal where loss.window is "
+                "'selected', and none elsewhere"
+            )
+        if self.select_by and self.window_tokens is None:
+            raise ConfigError(
+                "loss.window_tokens: got None, must be the tokens of a response that "
+                "loss.window=selected trains on"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_cross_entropy(self) -> LossConfig:
+        if self.divergence == "cross_entropy" and (self.merge_terminators or self.select_by):
+            key = "merge_terminators" if self.merge_terminators else "select_by"
+            raise ConfigError(
+                f"loss.{key}: got {getattr(self, key)}, must be left out where loss.divergence is "
+                "'cross_entropy', which compares no distributions"
             )
         return self
 
@@ -144,6 +202,7 @@ class OptimConfig(_Strict):
 class EvalConfig(_Strict):
     every: NonNegativeInt = 0  # steps between evaluations; 0 = no evaluation
     problems: PositiveInt | None = None  # held-out problems; null = all, but at most 64
+    validation: bool = False  # held-out problems that are not those of a test, as for `--tune`
     samples: PositiveInt = 1  # sampled answers a problem, beside the greedy one: avg@k, pass@k
     max_new_tokens: PositiveInt = 256  # longest answer in an evaluation
     teacher_text: NonNegativeInt = 0  # tokens of teacher text a problem to measure KL on; 0 = off
@@ -181,6 +240,22 @@ class ReportConfig(_Strict):
     baseline: str | None = None  # name of the arm that ratios refer to; null = no ratios
 
 
+class TuneConfig(_Strict):
+    """What `compare --tune` does before the test: a grid of optim.lr for each arm."""
+
+    rates: list[PositiveFloat] = []  # the grid of every arm
+    seeds: list[int] = [1000, 1001]  # validation seeds, other than `seeds`
+    # Directory of an earlier tuned comparison whose choice the arms' optim.lr are; checked
+    chosen_in: str | None = None
+
+    @field_validator("rates", "seeds")
+    @classmethod
+    def _check_different(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) != len(values):
+            raise ValueError("must be different from each other")
+        return values
+
+
 class Config(_Strict):
     """One experiment.
 
@@ -200,6 +275,7 @@ class Config(_Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     report: ReportConfig = ReportConfig()
+    tune: TuneConfig = TuneConfig()
     steps: PositiveInt = 100  # optimizer steps
     seeds: list[int] = [0]  # `train` uses the first, `compare` all
     arms: list[dict[str, Any]] = []  # what `compare` compares
@@ -210,3 +286,18 @@ class Config(_Strict):
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError("must be different integers, at least one")
         return seeds
+
+    @model_validator(mode="after")
+    def _check_sections_together(self) -> Config:
+        if self.loss.divergence == "cross_entropy" and self.rollout.source != "teacher":
+            raise ConfigError(
+                f"rollout.source: got {self.rollout.source!r}, must be 'teacher' where "
+                "loss.divergence is 'cross_entropy': a student learns nothing from its own tokens"
+            )
+        common = sorted(set(self.seeds) & set(self.tune.seeds))
+        if self.tune.rates and common:
+            raise ConfigError(
+                f"tune.seeds: got {self.tune.seeds}, of which {common} are in seeds; a rate is "
+                "chosen on other seeds than those that are reported"
+            )
+        return self
