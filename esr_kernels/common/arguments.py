@@ -106,6 +106,11 @@ def check_tensor(
         raise ValueError(f"{name} must be on device {like.device}, got {value.device}")
 
 
+def is_dtensor(*tensors: object) -> bool:
+    """Whether one of them is a DTensor; imports nothing."""
+    return any(hasattr(tensor, "full_tensor") for tensor in tensors)
+
+
 class Head(NamedTuple):
     """Checked operands: of one dtype, contiguous, and the number of classes."""
 
@@ -150,10 +155,10 @@ def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: T
     """Raise unless the two are matrices of one model on one device; returns the head's rows."""
     for name, value in ((hidden_name, hidden), (weight_name, weight)):
         check_tensor(name, value, dtypes=FLOATS)
-        if hasattr(value, "full_tensor"):
+        if is_dtensor(value):
             raise TypeError(
-                f"{name} must be a plain tensor, got a DTensor; with FSDP2 compute the loss inside "
-                "of the wrapped forward, where it is gathered, else pass its to_local()"
+                f"{name} must be a plain tensor, got a DTensor; gather it once for many calls, by "
+                "full_tensor() or with FSDP2 by unshard()"
             )
         if value.is_meta:
             raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
+from esr_kernels.common.arguments import is_dtensor
 from esr_kernels.common.rows import active_rows, to_device
 from esr_kernels.divergence import reference
 from esr_kernels.divergence.arguments import (
@@ -170,6 +171,36 @@ def linear_divergence(
         >>> out = linear_divergence(hidden, lm_head.weight, teacher_hidden, teacher_head.weight)
         >>> out.loss.backward()
     """
+    shardable = (
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        token_weights,
+        labels,
+        num_classes,
+        weight_grad,
+        group,
+    )
+    if is_dtensor(*shardable):
+        from esr_kernels.divergence import sharded  # Slow to import.
+
+        mapped = student_ids is not None or teacher_ids is not None
+        (
+            student_hidden,
+            student_weight,
+            student_bias,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            token_weights,
+            labels,
+            num_classes,
+            weight_grad,
+            group,
+        ) = sharded.as_plain(sharded.Shardable(*shardable), mapped)
     resolved = resolve_divergence(divergence)
     options = Options(
         token_weights,

@@ -18,6 +18,7 @@ from esr_kernels.common.arguments import (
     check_tensor,
     checked_token_weights,
     checked_transform,
+    is_dtensor,
     one_of,
 )
 from esr_kernels.common.reduction import reduce_rows
@@ -123,6 +124,13 @@ def linear_topk_divergence(
     transform = checked_transform(
         ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)
     )
+    if is_dtensor(student_hidden, student_weight, bias):
+        from esr_kernels.common.sharded import gathered_head  # Slow to import.
+
+        names = "student_hidden", "student_weight", "bias"
+        student_hidden, student_weight, bias, _ = gathered_head(
+            names, student_hidden, student_weight, bias
+        )
     head = check_head(
         "student_", student_hidden, student_weight, bias, transform, num_classes, impl
     )
