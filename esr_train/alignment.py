@@ -104,7 +104,7 @@ class Alignment:
         for position, part in enumerate([*spelled, b""]):
             last = position == len(spelled)
             if at in begins and at <= limit and (not last or ends):
-                positions[position] = begins[at]
+                positions[position] = begins.pop(at)  # once, though a token may spell nothing
             at += len(part)
         return positions, tokens
 

@@ -114,16 +114,18 @@ class TokenizedTask:
 
 
 class PromptStream:
-    """The training prompts of every step."""
+    """The training prompts of every step; of `pool` different ones, or None for the task's all."""
 
-    def __init__(self, tokenized: TokenizedTask, per_step: int, seed: int) -> None:
-        count = tokenized.task.count("train")
-        self.problems = tokenized.task.problems("train", POOL if count is None else count, seed)
+    def __init__(
+        self, tokenized: TokenizedTask, per_step: int, seed: int, pool: int | None = None
+    ) -> None:
+        count = tokenized.task.count("train") or POOL
+        self.problems = tokenized.task.problems("train", min(count, pool or count), seed)
         self.tokenized, self.per_step, self.seed = tokenized, per_step, seed
         self._epoch, self._order = -1, [0]
 
-    def problems_for(self, step: int) -> list[Problem]:
-        """`per_step` problems for step 1, 2, ...; every epoch is shuffled afresh."""
+    def problem_numbers(self, step: int) -> list[int]:
+        """`per_step` places in `problems` for step 1, 2, ...; every epoch is shuffled afresh."""
         size, first = len(self.problems), (step - 1) * self.per_step
         chosen = []
         for position in range(first, first + self.per_step):
@@ -131,8 +133,12 @@ class PromptStream:
             if epoch != self._epoch:
                 generator = torch.Generator().manual_seed(seed_from(self.seed, "epoch", epoch))
                 self._epoch, self._order = epoch, torch.randperm(size, generator=generator).tolist()
-            chosen.append(self.problems[self._order[index]])
+            chosen.append(self._order[index])
         return chosen
+
+    def problems_for(self, step: int) -> list[Problem]:
+        """The problems of a step."""
+        return [self.problems[number] for number in self.problem_numbers(step)]
 
     def prompts_for(self, step: int) -> list[list[int]]:
         """Token ids of the prompts of a step."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from esr_kernels.divergence.losses import resolve_divergence
 from esr_train.config import EVAL_PROBLEMS, Config, ConfigError, arm_config
 from esr_train.data import PromptStream, TokenizedTask
 from esr_train.estimate import (
@@ -27,6 +26,7 @@ from esr_train.estimate import (
     trained_tokens,
 )
 from esr_train.grading import load_grader
+from esr_train.loss import check_divergence
 from esr_train.models import DTYPES, ModelError, decoder, load_tokenizer, max_positions, meta_pair
 from esr_train.progress import duration
 from esr_train.rollout import ContextError
@@ -110,10 +110,7 @@ def _first_line(config: Config, plan: Plan) -> str:
 
 def make_plan(config: Config, on: str | None = None) -> Plan:
     """Read configs, tokenizers and local data, and check them against each other."""
-    try:
-        resolve_divergence(config.loss.divergence)
-    except ValueError as error:
-        raise ConfigError(f"loss.divergence: {error}") from error
+    check_divergence(config.loss)
     check_trackers(config.tracking)
     device = on or _at_hand()
     dtype = config.runtime.dtype
@@ -158,7 +155,9 @@ def _longest_prompt(config: Config, tokenizers: list[Any], vocabulary: Vocabular
         load_task(data), tokenizers[0], data, tokenizers[1], vocabulary.same_tokens
     )
     longest = 0
-    for problem in PromptStream(tokenized, config.rollout.prompts, config.seeds[0]).problems:
+    rollout = config.rollout
+    stream = PromptStream(tokenized, rollout.prompts, config.seeds[0], rollout.pool)
+    for problem in stream.problems:
         own = tokenized.teacher_ids(problem) or []
         longest = max(longest, len(tokenized.ids(problem)), len(own))
     return longest

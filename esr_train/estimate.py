@@ -183,12 +183,15 @@ def _loss_bytes(config: Config, plan: Plan) -> int:
 def loss_plan(config: Config, plan: Plan) -> Any:
     """The plan of the divergence for the largest micro-batch."""
     student, teacher = plan.heads()
+    divergence = config.loss.divergence
+    if divergence == "cross_entropy":  # has one head; a divergence of two is an upper bound
+        divergence = "forward_kl"
     return plan_linear_divergence(
         largest_micro_batch(config, plan) * trained_tokens(config),
         plan.vocabulary.classes,
         student.shape[1],
         teacher.shape[1],
-        config.loss.divergence,
+        divergence,
         dtype=plan.dtype,
         device="cuda" if plan.on_gpu else "cpu",
         train_weight=student.requires_grad,

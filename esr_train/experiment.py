@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from esr_kernels.divergence.losses import resolve_divergence
 from esr_train.alignment import Alignment
 from esr_train.config import Config, ConfigError, LossConfig
 from esr_train.data import PromptStream, TokenizedTask
 from esr_train.evaluate import Evaluator
+from esr_train.loss import check_divergence
 from esr_train.models import compiled, eos_ids, head, load_pair, load_tokenizer
 from esr_train.rollout import PrefixRollout
 from esr_train.tasks import load_task
@@ -53,10 +53,7 @@ def load_experiment(config: Config) -> Experiment:
     Raises:
         AdapterError, ConfigError, ContextError, FetchError, ModelError: a part that cannot be used.
     """
-    try:
-        resolve_divergence(config.loss.divergence)
-    except ValueError as error:
-        raise ConfigError(f"loss.divergence: {error}") from error
+    check_divergence(config.loss)
     task = load_task(config.data)
     tokenizer = load_tokenizer(config.student, config.runtime)
     teacher_tokenizer = load_tokenizer(config.teacher, config.runtime)
@@ -102,7 +99,7 @@ def load_experiment(config: Config) -> Experiment:
 
 def check_context(config: Config, experiment: Experiment, seed: int) -> None:
     """Raise ContextError before any work if a prompt of any step does not fit."""
-    prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
+    prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed, config.rollout.pool)
     for step in range(1, config.steps + 1):
         asked, length = prompts.prompts_for(step), config.rollout.max_new_tokens
         experiment.student.check_fits(asked, length)

@@ -28,24 +28,27 @@ def step_row(
     step: int,
     sums: dict[str, float],
     batch: RolloutBatch,
+    generated: int,
     update: dict[str, float],
     spans: Spans,
 ) -> dict[str, Any]:
     """A row of metrics.jsonl.
 
-    `sums` is over the trained tokens: loss, trained_tokens, PER_TOKEN and, with other tokenizers,
-    aligned_share and SHARED. `update` is what there is to say of the optimizer's step.
+    `sums` is over the trained tokens: loss, trained_tokens, PER_TOKEN (without a teacher,
+    cross_entropy and student_entropy) and, with other tokenizers, aligned_share and SHARED.
+    `generated` is how many tokens were sampled for the step, `update` what there is to say of the
+    optimizer's step.
     """
     trained, tokens = max(1, int(sums["trained_tokens"])), int(batch.lengths.sum())
     return {
         "step": step,
         "loss": sums["loss"],
-        **{key: sums[key] / trained for key in PER_TOKEN},
+        **{key: sums[key] / trained for key in (*PER_TOKEN, "cross_entropy") if key in sums},
         **{key: sums[key] for key in ("aligned_share", *SHARED) if key in sums},
         "response_length": tokens / len(batch.prompts),
         "eos_rate": float(batch.finished_by_eos.double().mean()),
         "repetition": repetition(batch),
-        "tokens": tokens,
+        "tokens": generated,
         "trained_tokens": int(sums["trained_tokens"]),
         **update,
         "seconds": spans.seconds,
@@ -112,6 +115,10 @@ class Spans:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         peaks = [p for p in (self.peak_bytes.get(name), memory.bytes()) if p is not None]
         self.peak_bytes[name] = max(peaks, default=None)
+
+    def charge(self, name: str, seconds: float) -> None:
+        """Add the time of what was done for this phase earlier."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class PeakMemory:

@@ -28,7 +28,7 @@ def progress_bar(total: int) -> Any:
 def progress_text(row: dict[str, Any], metrics: dict[str, float], metric: str) -> str:
     """One line on a step: its divergence, the newest evaluation, seconds by phase, memory."""
     seconds = row["seconds"]
-    parts = [f"{row['divergence']:.3f} nats/token"]
+    parts = [f"{row.get('divergence', row.get('cross_entropy', 0.0)):.3f} nats/token"]
     if metric in metrics:
         parts.append(f"{metric} {metrics[metric]:.3f}")
     parts.append("/".join(f"{seconds.get(p, 0.0):.2f}" for p in ("rollout", "teacher", "student")))

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from esr_train.config import Config, ConfigError, to_yaml
+from esr_train.config import Config, ConfigError, arm_config, load_config, to_yaml
 from esr_train.metrics import cpu_name
 
 _PACKAGES = "torch triton transformers tokenizers safetensors flash-attn liger-kernel".split()
@@ -35,9 +34,9 @@ def write_run_files(directory: Path, config: Config, jobs: int = 1) -> None:
 
 def check_continues(directory: Path, config: Config) -> None:
     """Raise ConfigError if `directory` holds a run that was made with other settings."""
-    before = _config_in(directory, "run")
-    if before is not None:
-        _check_same(directory, before, yaml.safe_load(to_yaml(config)), _MAY_CHANGE)
+    path = _config_in(directory, "run")
+    if path is not None:
+        _check_same(directory, _earlier(path), config, _MAY_CHANGE)
 
 
 def check_comparison(directory: Path, config: Config, anew: bool) -> None:
@@ -45,19 +44,23 @@ def check_comparison(directory: Path, config: Config, anew: bool) -> None:
 
     With `anew`, which replaces it, the settings may be others.
     """
-    before = _config_in(directory, "comparison")
-    if before is None:
+    path = _config_in(directory, "comparison")
+    if path is None:
         return
     if (directory / "arms" / "train").exists():
         raise ConfigError(f"--out: {directory} holds a run of `train`, not a comparison")
     if anew:
         return
-    now = yaml.safe_load(to_yaml(config))
-    advice = ", or checkpoint.resume=never to replace it"
-    _check_same(directory, before, now, _MAY_CHANGE_BETWEEN_ARMS, advice)
-    arms = [{arm["name"]: arm for arm in settings["arms"]} for settings in (before, now)]
-    common = {name: arm for name, arm in arms[0].items() if name in arms[1]}
-    _check_same(directory, common, {name: arms[1][name] for name in common}, set(), advice)
+    before, advice = _earlier(path), ", or checkpoint.resume=never to replace it"
+    _check_same(directory, before, config, _MAY_CHANGE_BETWEEN_ARMS, advice)
+    arms = {arm["name"]: arm for arm in before.arms}
+    for arm in config.arms:
+        was = arms.get(arm["name"])
+        if was is None or was == arm:
+            continue
+        both = arm_config(before, was), arm_config(config, arm)
+        if _differing(*both, _MAY_CHANGE_BETWEEN_ARMS):
+            raise _other(directory, arm["name"], was, arm, advice)
 
 
 def clear_comparison(directory: Path) -> None:
@@ -68,12 +71,11 @@ def clear_comparison(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-def _config_in(directory: Path, what: str) -> dict[str, Any] | None:
+def _config_in(directory: Path, what: str) -> Path | None:
     """The configuration that `directory` was made with, None if it is empty."""
     path = directory / "config.yaml"
     if path.is_file():
-        settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return settings
+        return path
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"--out: {directory} is not a directory")
     if directory.is_dir() and any(directory.iterdir()):
@@ -81,19 +83,35 @@ def _config_in(directory: Path, what: str) -> dict[str, Any] | None:
     return None
 
 
+def _earlier(path: Path) -> Config:
+    """The configuration of an earlier run; a key that did not exist then has its default."""
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}, of the earlier run there, cannot be used: {error}") from error
+
+
 def _check_same(
-    directory: Path,
-    before: dict[str, Any],
-    now: dict[str, Any],
-    may_change: set[str],
-    advice: str = "",
+    directory: Path, before: Config, now: Config, may_change: set[str], advice: str = ""
 ) -> None:
-    for key, value in now.items():
-        if key not in may_change and before.get(key) != value:
-            raise ConfigError(
-                f"{directory} holds a run with another configuration: {key} was "
-                f"{before.get(key)}, is {value}; choose another --out{advice}"
-            )
+    for key in _differing(before, now, may_change):
+        raise _other(directory, key, _plain(before, key), _plain(now, key), advice)
+
+
+def _differing(before: Config, now: Config, may_change: set[str]) -> list[str]:
+    keys = [key for key in Config.model_fields if key not in may_change]
+    return [key for key in keys if getattr(before, key) != getattr(now, key)]
+
+
+def _plain(config: Config, key: str) -> Any:
+    return config.model_dump(include={key})[key]
+
+
+def _other(directory: Path, key: str, was: Any, now: Any, advice: str) -> ConfigError:
+    return ConfigError(
+        f"{directory} holds a run with another configuration: {key} was {was}, is {now}; "
+        f"choose another --out{advice}"
+    )
 
 
 def environment(jobs: int) -> dict[str, Any]:

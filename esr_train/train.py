@@ -11,26 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from esr_train import checkpoint
 from esr_train.alarms import Alarms
 from esr_train.config import Config
-from esr_train.data import PromptStream, seed_from
+from esr_train.data import PromptStream
 from esr_train.evaluate import Evaluation
 from esr_train.experiment import Experiment, check_context
 from esr_train.logprob_gap import logprob_gap
-from esr_train.loss import divergence_from_hidden, shared_mass, token_weights
-from esr_train.metrics import PER_TOKEN, SHARED, JsonLines, Spans, read_rows, step_row
-from esr_train.micro_batches import micro_batches
-from esr_train.models import compiled, head, training_mode
+from esr_train.metrics import JsonLines, Spans, read_rows, step_row
+from esr_train.models import compiled
+from esr_train.objective import Objective
 from esr_train.optim import Optimizer, learning_rate
 from esr_train.rollout import RolloutBatch
-from esr_train.teacher import hidden_rows
+from esr_train.sources import Source
 from esr_train.tracking import Trackers
 
 _GAP_EVERY = 10  # steps between comparisons of the engine's log-probs with the trainer's
@@ -67,14 +63,16 @@ class Trainer:
         self.save = save
         self.save_end = True  # write a checkpoint after the last step, too
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
-        self.rollout, self.teacher = experiment.student, experiment.teacher
+        self.rollout = experiment.student
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
-        self.alignment, self.classes = experiment.alignment, experiment.classes(config.loss)
         self.student: Any = self.rollout.model
-        self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed)
+        pool = config.rollout.pool
+        self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed, pool)
+        answers = directory / "checkpoints" / "answers.safetensors"
+        self.source = Source(config, experiment, self.prompts, answers, seed)
         self.optimizer = Optimizer(self.student)
         self.forward = compiled(self.student, config.runtime)
-        self.device = head(self.student).weight.device
+        self.objective = Objective(config, experiment, self.optimizer, self.forward)
         # Progress, as it is saved in checkpoints; `best` is the best evaluation, (value, step).
         self.state: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "tokens": 0, "best": None}
         self.state["data"] = self.prompts.digest
@@ -92,6 +90,7 @@ class Trainer:
         """
         self._resume()
         step = self.state["step"]
+        self.source.prepare(step)
         self.metrics = JsonLines(self.directory / "metrics.jsonl", step)
         self.evals = JsonLines(self.directory / "evals.jsonl", step)
         self.samples = JsonLines(self.directory / "samples.jsonl", step)
@@ -132,21 +131,15 @@ class Trainer:
         """One optimizer step; returns the row that it writes to metrics.jsonl."""
         config, spans = self.config, Spans()
         with spans("rollout"):
-            batch = self.rollout.generate(
-                self.prompts.prompts_for(step),
-                config.rollout.samples,
-                config.rollout.max_new_tokens,
-                config.rollout.temperature,
-                (self.seed, "rollout", step),
-                **config.rollout.filters,
-                max_tokens_in_flight=config.rollout.max_tokens_in_flight,
-            )
+            answers = self.source.answers(step)
+        spans.charge("rollout", answers.seconds)
+        batch = answers.batch
         if self.on_first_rollout:
             own = self.prompts.teacher_prompts_for(step)
             self.on_first_rollout(batch, batch.prompts[0] if own is None else own[0])
             self.on_first_rollout = None
         gap = {}
-        if step % _GAP_EVERY == 1:
+        if step % _GAP_EVERY == 1 and not self.source.frozen:
             temperature = config.rollout.temperature
             gap["logprob_gap"] = logprob_gap(self.rollout, batch, temperature, self.forward)
         sums = self._gradient(step, batch, spans)
@@ -162,7 +155,8 @@ class Trainer:
         with interrupt.hold():
             with spans("student"):
                 self.optimizer.step(rate)
-            row = step_row(step, sums, batch, {"lr": rate, "grad_norm": norm, **gap}, spans)
+            update = {"lr": rate, "grad_norm": norm, **gap}
+            row = step_row(step, sums, batch, answers.tokens, update, spans)
             row["alarms"] = self.alarms.of_step(row)
             self.state["step"] = step
             self.state["train_seconds"] += sum(spans.seconds.values())
@@ -173,57 +167,10 @@ class Trainer:
 
     def _gradient(self, step: int, batch: RolloutBatch, spans: Spans) -> dict[str, float]:
         """Accumulate the gradient of the batch; returns its loss and sums over its tokens."""
-        config = self.config
-        comparable = self.alignment.comparable(batch)
-        weights = token_weights(batch, config.loss, (self.seed, "window", step), comparable)
         own = self.prompts.teacher_prompts_for(step)  # one for each prompt, or None
-        sums = torch.zeros(2 + len(PER_TOKEN), dtype=torch.float64, device=self.device)
-        student = head(self.student)
-        student = replace(student, weight_grad=self.optimizer.weight_grad(student.weight))
-        torch.manual_seed(seed_from(self.seed, "dropout", step))
-        masses: list[tuple[float, float]] = []  # of other tokenizers: what they share
         if own is not None:
-            own = [prompt for prompt in own for _ in range(config.rollout.samples)]
-        for part in micro_batches(batch, own, config.optim):
-            prompts = None if own is None else [own[row] for row in part.tolist()]
-            laid_out, read = self.alignment.pair(
-                batch.select(part), weights[part], prompts, self.device
-            )
-            if len(laid_out.rows) == 0:
-                continue
-            with spans("teacher"):
-                teacher_hidden = self.teacher.hidden_rows(read)
-            with spans("student"), training_mode(self.student):
-                hidden = hidden_rows(self.student, laid_out, self.forward)
-                out = divergence_from_hidden(
-                    hidden,
-                    student,
-                    teacher_hidden,
-                    self.teacher.head,
-                    laid_out.weights,
-                    self.classes,
-                    config.loss,
-                )
-                out.loss.backward()
-            if comparable is not None:
-                masses.append(
-                    (
-                        shared_mass(hidden, student, out.student_lse, config.loss),
-                        shared_mass(
-                            teacher_hidden, self.teacher.head, out.teacher_lse, config.loss
-                        ),
-                    )
-                )
-            rows = (out.per_token, out.student_entropy, out.teacher_entropy, out.agreement)
-            sums[0] += out.loss.detach()
-            sums[1] += len(laid_out.rows)
-            sums[2:] += torch.stack([row.double().sum() for row in rows])
-        found = dict(zip(("loss", "trained_tokens", *PER_TOKEN), sums.tolist(), strict=True))
-        if comparable is not None and masses:
-            shares = torch.tensor(masses, dtype=torch.float64).mean(0).tolist()
-            found["aligned_share"] = int(comparable.sum()) / int(batch.lengths.sum())
-            found |= dict(zip(SHARED, shares, strict=True))
-        return found
+            own = [prompt for prompt in own for _ in range(self.config.rollout.samples)]
+        return self.objective.backward(batch, own, self.seed, step, spans)
 
     def _evaluate(self) -> list[str]:
         """Evaluate if it is due at this step and has not been done; `train_seconds` excludes it.

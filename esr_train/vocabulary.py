@@ -156,7 +156,9 @@ def _kind(tokenizer: Any) -> str:
 def _bytes(token: str, kind: str) -> bytes:
     if kind == "byte-level":
         letters = _byte_of_letter()
-        return bytes(letters[letter] for letter in token if letter in letters)
+        if all(letter in letters for letter in token):
+            return bytes(letters[letter] for letter in token)
+        return token.encode()  # decoders of this kind write such a token as it is
     byte = _fallback_byte(token)
     if byte is not None and kind == "metaspace":
         return byte

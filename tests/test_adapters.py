@@ -16,7 +16,7 @@ from esr_train.adapters import AdapterError, load_adapter
 from esr_train.config import ModelConfig, RuntimeConfig
 from esr_train.experiment import load_experiment
 from esr_train.models import ModelError, load_model
-from tests.test_architectures import LORA, lora_config
+from tests.test_lora import LORA, lora_config
 from tests.tiny import MakeConfig, char_tokenizer, tiny_llama
 
 ADAPTED = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}

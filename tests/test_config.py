@@ -54,7 +54,7 @@ def test_published_configs_load_and_survive_a_round_trip(config_path: Path, tmp_
         ("steps=2.5", "steps: got 2.5, must be a valid integer"),
         ("steps=true", "steps: got True, must be a valid integer"),
         ("loss.train_on_eos=1", "loss.train_on_eos: got 1, must be a valid boolean"),
-        ("loss.window=start", "loss.window: .* must be 'first', 'last', 'middle' or 'random'"),
+        ("loss.window=start", "loss.window: .* must be 'first', 'last', 'middle', 'random'"),
         ("seeds=3", "seeds: got 3, must be a valid list"),
         ("seeds=[0, x]", r"seeds\[1\]: got 'x'"),
         ("seeds=[1, 1]", r"seeds: got \[1, 1\], must be different"),
@@ -72,6 +72,18 @@ def test_published_configs_load_and_survive_a_round_trip(config_path: Path, tmp_
         ("optim={lr: 1, lr: 2}", "optim: 'lr' is given twice"),
         ("steps", "expected section.key=value"),
         ("loss.denominator=fixed", "loss.fixed_length: got None, must be a number of tokens"),
+        ("loss.window=selected", r"loss.select_by: got \[\], must name a signal"),
+        ("loss.select_by=[divergence]", r"loss.select_by: got \['divergence'\], must name .* none"),
+        ("loss={window: selected, select_by: [divergence]}", "loss.window_tokens: got None, must"),
+        (
+            "loss={divergence: cross_entropy, merge_terminators: true}",
+            "loss.merge_terminators: got",
+        ),
+        ("loss.divergence=cross_entropy", "rollout.source: got 'student', must be 'teacher'"),
+        ("rollout.grow_from=101", "rollout.grow_from: got 101, must be at most .* 100"),
+        ("rollout={grow_from: 1, source: teacher}", "rollout.grow_from: got 1, must be null"),
+        ("tune.rates=[1.0, 1.0]", r"tune.rates: got \[1.0, 1.0\], must be different"),
+        ("tune={rates: [1.0], seeds: [0]}", r"tune.seeds: got \[0\], of which \[0\] are in seeds"),
         ("student.model=", "student.model: got None, must be a valid string"),
         ("student.model=''", "student.model: got '', must have at least 1 character"),
         ("optim=3", "optim: got 3, must be a mapping"),
@@ -199,7 +211,7 @@ def test_arms_share_their_models(path: Path, key: str) -> None:
 
 
 def test_the_configuration_stays_small_and_explained() -> None:
-    source = (Path(__file__).parent.parent / "esr_train" / "config.py").read_text()
+    source = (Path(__file__).parent.parent / "esr_train" / "config" / "sections.py").read_text()
     fields = {name: field.annotation for name, field in Config.model_fields.items()}
     sections = [hint.model_fields for hint in fields.values() if hasattr(hint, "model_fields")]
     names = [name for section in sections for name in section]

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from esr_train import checkpoint
 from esr_train.checkpoint import CheckpointError
 from esr_train.config import Config, load_config, to_yaml
-from tests.test_architectures import lora_config
 from tests.test_checkpoint import curve
+from tests.test_lora import lora_config
 from tests.test_train import build
 from tests.tiny import MakeConfig
 

@@ -82,6 +82,15 @@ def test_spellings_are_the_bytes_of_texts() -> None:
     assert b"".join(spellings(tokenizer)[i] for i in ids).decode() == text
 
 
+def test_a_token_outside_the_alphabet_of_bytes_is_spelled_as_it_is() -> None:
+    vocabulary = {"a": 0, " ": 1, "\u0120b": 2, "\u6771": 3}  # a space is U+0120 in this alphabet
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert spellings(fast) == {0: b"a", 1: b" ", 2: b" b", 3: "\u6771".encode()}
+    assert all(fast.decode([i]).encode() == text for i, text in spellings(fast).items())
+
+
 def test_shared_tokens_are_spelled_alike() -> None:
     student, teacher = byte_level(), unigram()
     shared = shared_vocabulary(student, teacher, (len(student), len(teacher)))
@@ -159,6 +168,22 @@ def test_a_special_token_in_an_answer_ends_what_is_compared() -> None:
     batch.tokens[1, 2] = student.eos_token_id
     comparable = Alignment(shared, student, teacher).comparable(batch)
     assert comparable[1, 0] and not comparable[1, 3:].any()
+
+
+def test_a_token_that_spells_nothing_has_no_place_of_its_own() -> None:
+    student, teacher = byte_level(), unigram()
+    shared = shared_vocabulary(student, teacher, (len(student), len(teacher)))
+    alignment = Alignment(shared, student, teacher)
+    batch = batch_of(student, ["the dog"], [True])
+    places = int(alignment.comparable(batch).sum())
+    alignment._spelled[0][len(student) + 1] = b""
+    nothing = torch.tensor([[len(student) + 1]])
+    tokens = torch.cat([nothing, batch.tokens], 1)
+    batch = RolloutBatch(batch.prompts, tokens, batch.lengths + 1, batch.finished_by_eos)
+    comparable = alignment.comparable(batch)
+    assert int(comparable.sum()) == places
+    ours, theirs = alignment.pair(batch, comparable.float(), [[5]], CPU)
+    assert len(ours.rows) == len(theirs.rows) == places
 
 
 def test_the_same_tokens_need_no_alignment_but_may_follow_other_prompts() -> None:

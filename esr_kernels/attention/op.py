@@ -5,8 +5,6 @@ The prompt's keys and values are stored, and read, once for all of its rows.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from esr_kernels import cpu
 from esr_kernels.attention import prefix_torch, reference
 from esr_kernels.attention.arguments import Cache, check_tensors, checked_options
 from esr_kernels.attention.groups import RowGroups, check_groups, group_rows
+from esr_kernels.common import triton_installed
 from esr_kernels.common.arguments import check_impl
 
 __all__ = ["RowGroups", "group_rows", "shared_prefix_attention"]
@@ -68,8 +67,8 @@ def shared_prefix_attention(
         [B, Hq, D] in the dtype of `query`.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed. The values
-            of lengths and groups are checked on CPU only, where that does not synchronise.
+        ValueError, TypeError: naming the argument, what it was and what is allowed. The values of
+            lengths and groups are checked on CPU only, where that does not synchronise.
 
     Exactness: scores, softmax and sums are fp32 (fp64 for fp64); products have the operands' dtype
         and accumulate in fp32. Repeated calls agree bit for bit.
@@ -115,5 +114,5 @@ def _triton_supports(query: Tensor) -> bool:
     return (
         query.dtype != torch.float64
         and query.shape[2] <= _WIDEST_TRITON_HEAD
-        and importlib.util.find_spec("triton") is not None
+        and triton_installed.TRITON
     )

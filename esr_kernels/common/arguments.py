@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import numbers
 import operator
 import os
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esr_kernels.common import matmul
+from esr_kernels.common import matmul, triton_installed
 from esr_kernels.common.rows import to_device
 from esr_kernels.common.transform import LogitTransform
 
@@ -107,6 +106,11 @@ def check_tensor(
         raise ValueError(f"{name} must be on device {like.device}, got {value.device}")
 
 
+def is_dtensor(*tensors: object) -> bool:
+    """Whether one of them is a DTensor; imports nothing."""
+    return any(hasattr(tensor, "full_tensor") for tensor in tensors)
+
+
 class Head(NamedTuple):
     """Checked operands: of one dtype, contiguous, and the number of classes."""
 
@@ -151,10 +155,10 @@ def check_operands(hidden_name: str, hidden: Tensor, weight_name: str, weight: T
     """Raise unless the two are matrices of one model on one device; returns the head's rows."""
     for name, value in ((hidden_name, hidden), (weight_name, weight)):
         check_tensor(name, value, dtypes=FLOATS)
-        if hasattr(value, "full_tensor"):
+        if is_dtensor(value):
             raise TypeError(
-                f"{name} must be a plain tensor, got a DTensor; with FSDP2 compute the loss inside "
-                "of the wrapped forward, where it is gathered, else pass its to_local()"
+                f"{name} must be a plain tensor, got a DTensor; gather it once for many calls, by "
+                "full_tensor() or with FSDP2 by unshard()"
             )
         if value.is_meta:
             raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
@@ -219,8 +223,12 @@ def checked_transform(
 def check_impl(impl: str, hidden_name: str, hidden: Tensor) -> None:
     """Raise unless `impl` is known and can compute on these operands."""
     one_of("impl", impl, IMPLEMENTATIONS)
+    if impl == "auto" and hidden.device.type != "cpu" and not torch.compiler.is_compiling():
+        triton_installed.warn_if_not()
     if impl != "triton":
         return
+    if not triton_installed.TRITON:
+        raise ValueError("impl='triton' needs Triton, which is not installed: pip install triton")
     if hidden.dtype == torch.float64:
         raise TypeError(f"impl='triton' computes in fp32, got {hidden_name} of float64")
     if hidden.device.type == "cpu" and not _triton_runs_on_cpu():
@@ -261,6 +269,4 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def _triton_runs_on_cpu() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
     return os.environ.get("TRITON_INTERPRET") == "1" or matmul.KERNELS_ON_CPU

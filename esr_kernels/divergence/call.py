@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels import cpu
-from esr_kernels.common import matmul
+from esr_kernels.common import matmul, triton_installed
 from esr_kernels.common.fp16_range import fp16_scale
 from esr_kernels.common.rows import take_rows
 from esr_kernels.divergence import rows_native, rows_torch
@@ -132,6 +132,7 @@ class Request:
         if device == "cpu" and self.impl == "triton":
             device = "cuda"  # Kernels that run on the CPU, in a test.
         on_gpu = device != "cpu"
+        impl = self.impl if triton_installed.TRITON or not on_gpu else "torch"
         return Problem(
             tokens=tokens,
             classes=self.classes,
@@ -148,7 +149,7 @@ class Request:
             sharded=self.group is not None,
             mapped=x.student_ids is not None,
             weight_grad_given=weight_grad_given,
-            rows=row_pass_backend(on_gpu, self.impl, hidden.dtype, self.spec.divergence),
+            rows=row_pass_backend(on_gpu, impl, hidden.dtype, self.spec.divergence),
             merged=merged_sizes(self.merge),
         )
 
@@ -232,6 +233,7 @@ Key = tuple[Any, ...]
 # Every number of tokens is a key of its own.
 _MOST = 4096
 _VALUES_ARE_READ_ON = ("cpu",)
+_PLAIN = (Tensor, torch.nn.Parameter)  # no DTensor, nor what a tracer takes
 _calls: dict[Key, Call] = {}
 
 
@@ -255,10 +257,11 @@ def key_of(
         for x in per_token:
             if x is not None and (x.device != place or place.type in _VALUES_ARE_READ_ON):
                 return None
-        tensors = [
-            None if x is None else (type(x), x.shape, x.dtype, x.device, x.requires_grad)
-            for x in operands + per_token
-        ]
+        tensors = []
+        for x in operands + per_token:
+            if x is not None and type(x) not in _PLAIN:
+                return None
+            tensors.append(x if x is None else (x.shape, x.dtype, x.device, x.requires_grad))
     except (AttributeError, RuntimeError):  # no tensor, or of a kind that does not tell
         return None
     # With their types: True equals 1, and is not as good.

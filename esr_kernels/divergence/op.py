@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.common import matmul
+from esr_kernels.common.arguments import is_dtensor
 from esr_kernels.common.rows import active_rows, to_device
 from esr_kernels.divergence import reference
 from esr_kernels.divergence.arguments import (
@@ -148,7 +149,7 @@ def linear_divergence(
         student_bias.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed.
+        ValueError, TypeError: naming the argument, what it was and what is allowed.
 
     Exactness: logits, softmaxes and reductions are fp32 for operands of any dtype; the weight
         gradient accumulates in fp32. fp32 operands are multiplied in full fp32, not in TF32, and
@@ -199,6 +200,36 @@ def linear_divergence(
     if call is not None:
         x, row_weight = repeated_inputs(student_tensors, teacher_tensors, *per_token)
         return _run(call, None, row_weight, None, x)
+    shardable = (
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        token_weights,
+        labels,
+        num_classes,
+        weight_grad,
+        group,
+    )
+    if is_dtensor(*shardable):
+        from esr_kernels.divergence import sharded  # Slow to import.
+
+        mapped = student_ids is not None or teacher_ids is not None
+        (
+            student_hidden,
+            student_weight,
+            student_bias,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            token_weights,
+            labels,
+            num_classes,
+            weight_grad,
+            group,
+        ) = sharded.as_plain(sharded.Shardable(*shardable), mapped)
     resolved = resolve_divergence(divergence)
     options = Options(
         token_weights,

@@ -50,7 +50,7 @@ def _scratch(like: Tensor, count: int) -> list[Tensor]:
 
 @functools.cache
 def _strip(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.arange(_ARGMAX_WIDTH, device=device), torch.tensor(_ARGMAX_WIDTH, device=device)
+    return torch.arange(_ARGMAX_WIDTH, device=device), torch.full((), _ARGMAX_WIDTH, device=device)
 
 
 def _argmax(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esr_kernels.common import matmul
+from esr_kernels.common import matmul, triton_installed
 from esr_kernels.common.arguments import Head, can_read_values
 from esr_kernels.common.fp16_range import fp16_scale
 from esr_kernels.common.online_softmax import shares, weighted_mean
@@ -113,9 +113,8 @@ def select_classes(
 def _row_passes(head: Head, impl: str) -> ModuleType:
     """The module that computes the row passes for `impl`."""
     on_cpu = head.hidden.device.type == "cpu" or head.hidden.dtype == torch.float64
-    if impl == "torch" or (impl == "auto" and on_cpu):
+    if impl == "torch" or (impl == "auto" and (on_cpu or not triton_installed.TRITON)):
         return selected_torch
-    # Triton is not installed everywhere.
     from esr_kernels.scoring import selected_triton
 
     return selected_triton

@@ -16,6 +16,7 @@ from esr_kernels.common.arguments import (
     check_head,
     check_tensor,
     checked_transform,
+    is_dtensor,
 )
 from esr_kernels.scoring import reference
 from esr_kernels.scoring.selected import NO_CLASS, select_classes
@@ -71,9 +72,8 @@ def token_logprob(
         `TokenLogprob`; every field takes any upstream gradient, to hidden, weight and bias.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed. Ids are
-        checked on CPU only; on GPU, where reading them would synchronise, an id out of range gives
-        NaN.
+        ValueError, TypeError: naming the argument, what it was and what is allowed. Ids are checked
+            on CPU only; on GPU, where reading them would synchronise, an id out of range gives NaN.
 
     Exactness: logits and reductions are fp32 for operands of any dtype; a probability near 1
         keeps the digits of its distance from 1. On GPU dz is rounded to the operands' dtype for
@@ -91,6 +91,11 @@ def token_logprob(
     transform = checked_transform(
         ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)
     )
+    if is_dtensor(hidden, weight, bias):
+        from esr_kernels.common.sharded import gathered_head  # Slow to import.
+
+        names = "hidden", "weight", "bias"
+        hidden, weight, bias, _ = gathered_head(names, hidden, weight, bias)
     head = check_head("", hidden, weight, bias, transform, num_classes, impl)
     _check_tokens(tokens, head)
     if impl == "reference":

@@ -18,6 +18,7 @@ from esr_kernels.common.arguments import (
     check_tensor,
     checked_token_weights,
     checked_transform,
+    is_dtensor,
     one_of,
 )
 from esr_kernels.common.reduction import reduce_rows
@@ -97,10 +98,10 @@ def linear_topk_divergence(
         `TopkDivergence`; only `loss` carries a gradient, to student_hidden, student_weight, bias.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed. Values of ids
-        and log-probabilities are checked on CPU only. On GPU, where reading them would synchronise,
-        an id out of range gives NaN in its row, and a repeated id an undefined divergence of its
-        row.
+        ValueError, TypeError: naming the argument, what it was and what is allowed. Values of ids
+            and log-probabilities are checked on CPU only. On GPU, where reading them would
+            synchronise, an id out of range gives NaN in its row, and a repeated id an undefined
+            divergence of its row.
 
     Exactness: fp32 logits and reductions; the student's tail is summed over its classes, not taken
         from 1. On GPU dz is rounded to the operands' dtype for the gradient GEMMs. Repeated calls
@@ -123,6 +124,13 @@ def linear_topk_divergence(
     transform = checked_transform(
         ("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)
     )
+    if is_dtensor(student_hidden, student_weight, bias):
+        from esr_kernels.common.sharded import gathered_head  # Slow to import.
+
+        names = "student_hidden", "student_weight", "bias"
+        student_hidden, student_weight, bias, _ = gathered_head(
+            names, student_hidden, student_weight, bias
+        )
     head = check_head(
         "student_", student_hidden, student_weight, bias, transform, num_classes, impl
     )

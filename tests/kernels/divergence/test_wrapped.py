@@ -108,16 +108,6 @@ def test_fsdp2_with_the_loss_inside_of_the_wrapped_forward(plan, _one_rank):
         assert torch.equal(found[name].full_tensor(), gradient), name
 
 
-def test_a_head_that_fsdp_has_not_gathered_is_refused(_one_rank):
-    from torch.distributed.tensor import distribute_tensor
-
-    case = cases.random_pair(torch.float32)
-    mesh = dist.device_mesh.init_device_mesh(DEVICE, (1,))
-    head = distribute_tensor(case.student_weight, mesh)
-    with pytest.raises(TypeError, match="student_weight must be a plain tensor, got a DTensor"):
-        linear_divergence(case.student_hidden, head, *case.tensors[2:])
-
-
 def test_a_compiled_graph_shards_the_vocabulary(_one_rank):
     case = cases.random_pair(torch.float32)
     hidden = case.student_hidden.requires_grad_()

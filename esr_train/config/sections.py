@@ -1,21 +1,13 @@
-"""The configuration: frozen models from YAML plus dotted overrides, strict in keys and types.
+"""The sections of a configuration: each key with its type, range, default and help.
 
-    config = load_config(Path("configs/demo.yaml"), ["optim.lr=1e-4", "steps=20"])
-
-An unknown key is an error that names the nearest known key. A value of the wrong type or out of
-range is an error that names the key, the value and what is allowed. `null` is allowed only where
-the type says `| None`.
+The models are frozen and strict: no unknown key, no value of another type. `null` is allowed only
+where the type says `| None`.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +15,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -78,8 +69,8 @@ class RuntimeConfig(_Strict):
 class DataConfig(_Strict):
     """Where problems come from; `subset` to `grader` are for files and hub datasets."""
 
-    # sums, prompts, prompts:PATH.txt, reasoning_gym:NAME, a .jsonl, .json or .parquet file, or a
-    # dataset of the Hugging Face hub
+    # sums, prompts, prompts:PATH.txt, reasoning_gym:NAME, a .jsonl, .json or .parquet file, a
+    # dataset of the Hugging Face hub, or an import path a.b:name of an esr_train.tasks.Task
     task: str = Field(default="sums", min_length=1)
     subset: str | None = None  # of a hub dataset, such as main
     split: str = "train"  # the split that is trained on
@@ -104,6 +95,19 @@ class RolloutConfig(_Strict):
     top_p: _TopP = 1.0  # from the fewest tokens with this share of the probability; 1 = all
     min_p: _MinP = 0.0  # from tokens of at least this share of the largest probability
     max_tokens_in_flight: PositiveInt | None = None  # KV cache; null = half of free GPU memory
+    # Whose answers are trained on: the student's of every step; the initial student's, frozen; the
+    # teacher's. Frozen ones and the teacher's are sampled once a prompt.
+    source: Literal["student", "initial_student", "teacher"] = "student"
+    pool: PositiveInt | None = None  # different prompts that a run sees; null = all of the task
+    # N of the first step, from where it grows linearly to max_new_tokens at the last; null = fixed
+    grow_from: PositiveInt | None = None
+
+    def length(self, step: int, steps: int) -> int:
+        """Response tokens that step 1, ..., `steps` samples at most."""
+        if self.grow_from is None or steps == 1:
+            return self.max_new_tokens
+        grown = (self.max_new_tokens - self.grow_from) * (step - 1) / (steps - 1)
+        return self.grow_from + round(grown)
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -117,14 +121,35 @@ class RolloutConfig(_Strict):
             raise ValueError("must be 0 (greedy) or a finite number of at least 1e-6")
         return value
 
+    @model_validator(mode="after")
+    def _check_growth(self) -> RolloutConfig:
+        if self.grow_from is None:
+            return self
+        if self.grow_from > self.max_new_tokens:
+            raise ConfigError(
+                f"rollout.grow_from: got {self.grow_from}, must be at most "
+                f"rollout.max_new_tokens, {self.max_new_tokens}"
+            )
+        if self.source != "student":
+            raise ConfigError(
+                f"rollout.grow_from: got {self.grow_from}, must be null where rollout.source is "
+                f"{self.source!r}: its answers are sampled once"
+            )
+        return self
+
 
 class LossConfig(_Strict):
-    # reverse_kl, forward_kl, jeffreys, jsd, skew_forward_kl, skew_reverse_kl, total_variation
+    # reverse_kl, forward_kl, jeffreys, jsd, skew_forward_kl, skew_reverse_kl, total_variation; or
+    # cross_entropy: fine-tuning on the teacher's answers, where rollout.source is teacher
     divergence: str = "reverse_kl"
     denominator: Literal["token", "trajectory", "fixed"] = "token"  # what the sum is divided by
     fixed_length: PositiveInt | None = None  # "fixed" divides by responses x fixed_length
-    window: Literal["first", "last", "middle", "random"] = "first"  # part that is trained on
-    window_tokens: PositiveInt | None = None  # length of the window; null = the whole response
+    # Part of each response that is trained on. scattered: positions drawn at random; selected:
+    # those with the largest signal
+    window: Literal["first", "last", "middle", "random", "scattered", "selected"] = "first"
+    window_tokens: PositiveInt | None = None  # tokens of the window; null = the whole response
+    # The signal of window=selected; the product of several
+    select_by: list[Literal["student_entropy", "teacher_entropy", "divergence"]] = []
     temperature: PositiveFloat = 1.0  # both models' logits are divided by this
     train_on_eos: bool = True  # the EOS token is part of the answer
     merge_terminators: bool = False  # all ways to end an answer, of both models, are one class
@@ -136,6 +161,30 @@ class LossConfig(_Strict):
             raise ConfigError(
                 "loss.fixed_length: got None, must be a number of tokens where loss.denominator is "
                 "'fixed'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> LossConfig:
+        if (self.window == "selected") != bool(self.select_by):
+            raise ConfigError(
+                f"loss.select_by: got {self.select_by}, must name a signal where loss.window is "
+                "'selected', and none elsewhere"
+            )
+        if self.select_by and self.window_tokens is None:
+            raise ConfigError(
+                "loss.window_tokens: got None, must be the tokens of a response that "
+                "loss.window=selected trains on"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_cross_entropy(self) -> LossConfig:
+        if self.divergence == "cross_entropy" and (self.merge_terminators or self.select_by):
+            key = "merge_terminators" if self.merge_terminators else "select_by"
+            raise ConfigError(
+                f"loss.{key}: got {getattr(self, key)}, must be left out where loss.divergence is "
+                "'cross_entropy', which compares no distributions"
             )
         return self
 
@@ -153,6 +202,7 @@ class OptimConfig(_Strict):
 class EvalConfig(_Strict):
     every: NonNegativeInt = 0  # steps between evaluations; 0 = no evaluation
     problems: PositiveInt | None = None  # held-out problems; null = all, but at most 64
+    validation: bool = False  # held-out problems that are not those of a test, as for `--tune`
     samples: PositiveInt = 1  # sampled answers a problem, beside the greedy one: avg@k, pass@k
     max_new_tokens: PositiveInt = 256  # longest answer in an evaluation
     teacher_text: NonNegativeInt = 0  # tokens of teacher text a problem to measure KL on; 0 = off
@@ -190,6 +240,22 @@ class ReportConfig(_Strict):
     baseline: str | None = None  # name of the arm that ratios refer to; null = no ratios
 
 
+class TuneConfig(_Strict):
+    """What `compare --tune` does before the test: a grid of optim.lr for each arm."""
+
+    rates: list[PositiveFloat] = []  # the grid of every arm
+    seeds: list[int] = [1000, 1001]  # validation seeds, other than `seeds`
+    # Directory of an earlier tuned comparison whose choice the arms' optim.lr are; checked
+    chosen_in: str | None = None
+
+    @field_validator("rates", "seeds")
+    @classmethod
+    def _check_different(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) != len(values):
+            raise ValueError("must be different from each other")
+        return values
+
+
 class Config(_Strict):
     """One experiment.
 
@@ -209,6 +275,7 @@ class Config(_Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     report: ReportConfig = ReportConfig()
+    tune: TuneConfig = TuneConfig()
     steps: PositiveInt = 100  # optimizer steps
     seeds: list[int] = [0]  # `train` uses the first, `compare` all
     arms: list[dict[str, Any]] = []  # what `compare` compares
@@ -221,173 +288,16 @@ class Config(_Strict):
         return seeds
 
     @model_validator(mode="after")
-    def _check_arms(self) -> Config:
-        names: list[Any] = [arm.get("name") for arm in self.arms]
-        for name in names:
-            if not isinstance(name, str) or not re.fullmatch(r"[^./\\][^/\\]*", name):
-                raise ConfigError(f"arms: each needs a name that can be a directory, got {name!r}")
-            if names.count(name) > 1:
-                raise ConfigError(f"arms: the name {name!r} is used twice")
-        baseline = self.report.baseline
-        if baseline is not None and baseline not in names:
-            allowed = ", ".join(map(repr, names)) or "null without arms"
+    def _check_sections_together(self) -> Config:
+        if self.loss.divergence == "cross_entropy" and self.rollout.source != "teacher":
             raise ConfigError(
-                f"report.baseline: got {baseline!r}, must be the name of an arm ({allowed})"
-                + _did_you_mean(baseline, names)
+                f"rollout.source: got {self.rollout.source!r}, must be 'teacher' where "
+                "loss.divergence is 'cross_entropy': a student learns nothing from its own tokens"
             )
-        for arm in self.arms:
-            for key in arm:
-                if key.partition(".")[0] in _COMMON:
-                    raise ConfigError(
-                        f"arm {arm['name']}: {key} cannot differ between arms, which share their "
-                        "models; make a comparison for each value"
-                    )
-            arm_config(self, arm)
+        common = sorted(set(self.seeds) & set(self.tune.seeds))
+        if self.tune.rates and common:
+            raise ConfigError(
+                f"tune.seeds: got {self.tune.seeds}, of which {common} are in seeds; a rate is "
+                "chosen on other seeds than those that are reported"
+            )
         return self
-
-
-# Sections that the arms of a comparison have in common.
-_COMMON = ("student", "teacher", "runtime")
-# Keys that are about the model named beside them.
-_OF_A_MODEL = {"drop_layers": "[]", "adapter": "null"}
-# Keys of an arm that may be written without their section.
-_ARM_SHORT = {"max_new_tokens": "rollout.max_new_tokens"}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error, and 1e-4 is a float as in YAML 1.2."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            problem = f"{twice[0]!r} is given twice in the mapping"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read `path` (YAML), apply "section.key=value" overrides (values in YAML), and check."""
-    if not path.is_file():
-        raise ConfigError(f"config: {path} is not a file")
-    data = _from_yaml(path.read_bytes(), f"config: {path} is not valid YAML") or {}
-    changes = {}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ConfigError(f"override: got {override!r}, expected section.key=value")
-        changes[key.strip()] = _from_yaml(text, f"override {key}")
-    return _validated(data, changes)
-
-
-def with_overrides(config: Config, changes: Mapping[str, Any]) -> Config:
-    """`config` with dotted keys replaced, checked."""
-    return _validated(config.model_dump(), changes)
-
-
-def arm_config(config: Config, arm: Mapping[str, Any]) -> Config:
-    """The configuration that one arm of a comparison trains with."""
-    changes = {_ARM_SHORT.get(key, key): value for key, value in arm.items() if key != "name"}
-    try:
-        return with_overrides(config, {"arms": [], "report.baseline": None, **changes})
-    except ConfigError as error:
-        raise ConfigError(f"arm {arm['name']}: {error}") from error
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to the same Config."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, width=100)
-
-
-def _from_yaml(text: str | bytes, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
-
-
-def _validated(data: Any, changes: Mapping[str, Any]) -> Config:
-    """The Config of plain data with dotted keys replaced."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"config: got {data!r}, must be a mapping of keys to values")
-    _check_of_the_model(data, changes)
-    for key, value in changes.items():
-        if key not in _known_keys():
-            raise ConfigError(_unknown(key))
-        data = _replaced(data, key.split("."), value)
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise _first_error(error) from error
-
-
-def _replaced(data: Any, path: list[str], value: Any) -> Any:
-    """`data` with the value at `path` replaced; what is no mapping stays, to be an error later."""
-    if not path:
-        return value
-    data = {} if data is None else data
-    if not isinstance(data, dict):
-        return data
-    return {**data, path[0]: _replaced(data.get(path[0]), path[1:], value)}
-
-
-def _check_of_the_model(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Raise ConfigError if another model would get what was meant for the one it replaces."""
-    for section in ("student", "teacher"):
-        before, model = data.get(section), changes.get(f"{section}.model")
-        if model is None or not isinstance(before, dict):
-            continue
-        if before.get("model") in (None, model):
-            continue
-        for name, nothing in _OF_A_MODEL.items():
-            key = f"{section}.{name}"
-            if before.get(name) and key not in changes:
-                raise ConfigError(
-                    f"{key}: {before[name]} is for {before['model']}; with {section}.model={model} "
-                    f"give {key} as well, {key}={nothing} for none"
-                )
-
-
-def _first_error(error: ValidationError) -> ConfigError:
-    """One of pydantic's errors in one line; unknown keys first, which may cause a missing one."""
-    unknown = ("extra_forbidden", "invalid_key")
-    found = min(error.errors(), key=lambda item: item["type"] not in unknown)
-    key, cause = ".".join(map(str, found["loc"])), found.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
-        return cause
-    if found["type"] in unknown:
-        return ConfigError(_unknown(key))
-    if found["type"] == "missing":
-        model = key.removesuffix(".model") + ".model"
-        return ConfigError(f"{model}: missing; give builtin:NAME, smollm2, a hub id or a path")
-    key = re.sub(r"\.(\d+)", r"[\1]", key)
-    allowed = re.sub(r"^\w+ should", "must", found["msg"].removeprefix("Value error, "))
-    if found["type"] in ("model_type", "dict_type"):
-        allowed = "must be a mapping of keys to values"
-    return ConfigError(f"{key}: got {found['input']!r}, {allowed}")
-
-
-def _unknown(key: Any) -> str:
-    return f"unknown key {key!r}{_did_you_mean(str(key), _known_keys())}"
-
-
-def _known_keys(section: Any = None) -> list[str]:
-    """Dotted keys of a section, those of sections in it included; of Config if none is given."""
-    keys = []
-    for name, field in (section or Config).model_fields.items():
-        keys.append(name)
-        for inner in (field.annotation, *get_args(field.annotation)):
-            if hasattr(inner, "model_fields"):
-                keys += [f"{name}.{key}" for key in _known_keys(inner)]
-    return keys
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    nearest += [key for key in known if key.endswith("." + word)]  # written without its section
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""

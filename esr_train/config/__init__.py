@@ -1,0 +1,44 @@
+"""The configuration: frozen models from YAML plus dotted overrides, strict in keys and types.
+
+    config = load_config(Path("configs/demo.yaml"), ["optim.lr=1e-4", "steps=20"])
+
+sections.py   what there is to set: a class a section
+loading.py    how it is read, changed and checked, and what is said of a mistake
+"""
+
+from esr_train.config.loading import arm_config, load_config, to_yaml, with_overrides
+from esr_train.config.sections import (
+    EVAL_PROBLEMS,
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ReportConfig,
+    RolloutConfig,
+    RuntimeConfig,
+    TrackingConfig,
+    TuneConfig,
+)
+
+__all__ = [
+    "EVAL_PROBLEMS",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ReportConfig",
+    "RolloutConfig",
+    "RuntimeConfig",
+    "TrackingConfig",
+    "TuneConfig",
+    "arm_config",
+    "load_config",
+    "to_yaml",
+    "with_overrides",
+]

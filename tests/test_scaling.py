@@ -1,0 +1,52 @@
+"""The predictions of bench/scaling.py: against sums done by hand, and the committed page."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from bench import scaling
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[tuple[int, str], scaling.Row]:
+    pair = scaling.PAIRS[0]
+    models = tuple(scaling.on_meta(name) for name in pair)
+    return {
+        (gpus, arm): scaling.predict(pair, models, gpus, arm)
+        for gpus, arm in ((1, "ESR"), (64, "ESR"))
+    }
+
+
+def test_shards_and_links_are_as_the_page_says(small: dict[tuple[int, str], scaling.Row]) -> None:
+    student, teacher = 494_032_768, 1_543_714_304  # parameters of the published models
+    one, many = small[1, "ESR"], small[64, "ESR"]
+    assert one.resident == 2 * (student + teacher) + 16 * student
+    assert one.received == one.exposed == 0
+    # Both models fit on a GPU: 64 replicas, whose gradients are summed once.
+    assert many.shards == 1
+    assert many.received == pytest.approx(2 * 63 / 64 * 4 * student)
+    assert many.exposed == pytest.approx(many.received / (0.7 * 50e9))
+    assert many.seconds < one.seconds / 8
+    # Six fp32 arrays of the largest pass: 46 responses x 100 tokens.
+    assert one.logits == 6 * 4 * 46 * 100 * 151_936
+
+
+def test_the_committed_page_holds_the_rows_of_the_record(
+    small: dict[tuple[int, str], scaling.Row],
+) -> None:
+    record = json.loads((scaling.ROOT / "bench/results/scaling.json").read_text())
+    rows = [scaling.Row(**row) for row in record]
+    assert len(rows) == len(scaling.PAIRS) * len(scaling.GPUS) * len(scaling.LENGTHS)
+    page = (scaling.ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    assert scaling.filled(page, rows) == page
+    found = next(row for row in rows if row.gpus == 64)
+    assert found == small[64, "ESR"]
+    assert not any(row.fits for row in rows if row.student == "Llama-3.3-70B")
+
+
+def test_a_page_without_its_block_is_an_error() -> None:
+    with pytest.raises(ValueError, match=re.escape("must have one block 'steps', found 0")):
+        scaling.filled("", [])
