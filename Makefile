@@ -9,7 +9,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Tests run on all cores, up to eight, and each on one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint sanitize gpu-exp fuzz static static-all predict smollm2 bench gpu clean
+.PHONY: demo test lint sanitize gpu-exp fuzz static static-all predict smollm2 bench gpu docs \
+	wheel-check clean
 
 demo: $(VENV)/.train
 	$(BIN)/esr-train compare configs/demo.yaml --out runs/demo
@@ -62,6 +63,14 @@ bench: $(VENV)/.train $(VENV)/.bench
 gpu: $(VENV)/.train $(VENV)/.bench
 	$(BIN)/python -m bench.gpu_suite
 
+# The pages of docs/ and the API's as a site in site/; fails on a link to nowhere.
+docs: $(VENV)/.train $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Builds sdist and wheel, and runs examples/ with the wheel in a fresh environment without a C compiler.
+wheel-check:
+	PYTHON=$(PYTHON) tools/check_wheel.sh
+
 $(VENV)/.train: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); the first time takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
@@ -73,9 +82,13 @@ $(VENV)/.bench: $(VENV)/.train
 	$(PIP) -e '.[bench]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.train
+	$(PIP) -e '.[docs]'
+	@touch $@
+
 $(VENV)/.sanitize: $(VENV)/.train
 	$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -1,7 +1,7 @@
-"""Fill README's result blocks from committed runs, so that no number in it is typed.
+"""Fill the result blocks of README.md and docs/ from committed runs, so that no number is typed.
 
-    python -m bench.readme            rewrite README.md
-    python -m bench.readme --check    exit 1 where it is out of date
+    python -m bench.readme            rewrite the pages
+    python -m bench.readme --check    exit 1 where one is out of date
 
 Sources: docs/demo and docs/smollm2 (report.md of `esr-train compare`), bench/results.
 """
@@ -11,24 +11,47 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
 
-def filled(readme: str) -> str:
-    """README's text with every block between its markers made anew."""
-    for name, text in (
-        ("demo", _report("demo")),
-        ("smollm2", _report("smollm2")),
-        ("bench", _bench()),
-        ("rollout", _rollout()),
-    ):
-        block = re.compile(f"(<!-- {name}:start -->).*?(<!-- {name}:end -->)", re.DOTALL)
-        readme, count = block.subn(lambda m, t=text: f"{m[1]}\n{t}\n{m[2]}", readme)
+def pages() -> dict[str, dict[str, Callable[[], str]]]:
+    """The blocks of each page: its name between the markers, and what makes its text."""
+    return {
+        "README.md": {"demo": lambda: _headline("demo"), "bench": _bench_short},
+        "docs/results.md": {
+            "demo": lambda: _report("demo"),
+            "smollm2": lambda: _report("smollm2"),
+            "bench": _bench,
+            "rollout": _rollout,
+        },
+        "docs/rollouts.md": {"rollout": _rollout},
+        "docs/sampling.md": {"sampling": _sampling},
+    }
+
+
+def filled(name: str) -> str:
+    """The text of a page with every block between its markers made anew."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for block, make in pages()[name].items():
+        between = re.compile(f"(<!-- {block}:start -->).*?(<!-- {block}:end -->)", re.DOTALL)
+        made = make()
+        text, count = between.subn(lambda m, t=made: f"{m[1]}\n{t}\n{m[2]}", text)  # type: ignore[misc]
         if count != 1:
-            raise ValueError(f"README.md must have one block {name!r}, found {count}")
-    return readme
+            raise ValueError(f"{name} must have one block {block!r}, found {count}")
+    return text
+
+
+def _headline(name: str) -> str:
+    """The first sentence of a report and the machine it ran on."""
+    directory = ROOT / "docs" / name
+    text = (directory / "report.md").read_text(encoding="utf-8")
+    [headline] = re.findall(r"^\*\*(.+)\*\*$", text, re.MULTILINE)[:1]
+    machine = _machine(json.loads((directory / "environment.json").read_text()))
+    return f"> {headline}\n>\n> {machine}."
 
 
 def _report(name: str) -> str:
@@ -37,26 +60,40 @@ def _report(name: str) -> str:
     text = path.read_text(encoding="utf-8")
     body = text.split("\n", 1)[1]
     tables = re.split(r"^## .* against ", body, maxsplit=1, flags=re.MULTILINE)[0].strip()
-    tables = re.sub(r"^## ", "#### ", tables, flags=re.MULTILINE)
+    tables = re.sub(r"^## ", "### ", tables, flags=re.MULTILINE)
     environment = json.loads((path.parent / "environment.json").read_text())
     machine = _machine(environment)
-    where = f"docs/{name}/report.md"
+    where = f"{name}/report.md"
     return f"{tables}\n\nMeasured on {machine}. Figures and samples: [{where}]({where})."
 
 
 def _machine(record: dict) -> str:
-    return f"{record['cpu']}, {record['threads']} threads, torch {record['torch']}"
+    threads = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
+    return f"{record['cpu']}, {threads}, torch {record['torch']}"
+
+
+def _newest(name: str) -> dict[str, Any]:
+    """The newest record of each problem of a benchmark."""
+    lines = (ROOT / "bench" / "results" / f"{name}.jsonl").read_text().splitlines()
+    return {record["problem"]: record for record in map(json.loads, lines)}
+
+
+def _bench_short() -> str:
+    """Seconds and memory of the first problem, for ours and the peers."""
+    problem, record = next(iter(_newest("linear_divergence_cpu").items()))
+    lines = [f"{problem}, forward + backward:", "", "| | seconds | extra memory, MiB |"]
+    lines += ["| --- | ---: | ---: |"]
+    for name, row in record["table"].items():
+        if row["extra_mib"] is not None and name != "ours, recompute":
+            lines.append(f"| {name} | {row['seconds']:.2f} | {row['extra_mib']:,.0f} |")
+    note = f"{_machine(record)}; [all tables](docs/results.md)."
+    return "\n".join([*lines, "", note])
 
 
 def _bench() -> str:
     """The newest record of each problem as a table."""
-    newest: dict[str, dict] = {}
-    path = ROOT / "bench" / "results" / "linear_divergence_cpu.jsonl"
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        newest[record["problem"]] = record
     parts = []
-    for problem, record in newest.items():
+    for problem, record in _newest("linear_divergence_cpu").items():
         lines = [
             f"{problem}, fp32, CPU:",
             "",
@@ -100,13 +137,30 @@ def _rollout() -> str:
     return "\n".join([*lines, "", note])
 
 
+def _sampling() -> str:
+    """Times of a draw over the head's product, of the newest record of each problem."""
+    lines = ["| | ours | transformers + multinomial |", "| --- | ---: | ---: |"]
+    for problem, record in _newest("sampling_cpu").items():
+        shares = [
+            record["table"][name]["over_product"] for name in ("ours", "transformers, multinomial")
+        ]
+        what, _, sizes = problem.partition(", B=")
+        lines.append(f"| {what} | {shares[0]:.2f} | {shares[1]:.2f} |")
+    note = (
+        f"B={sizes}, fp32; times relative to the head's product in the same run, medians of "
+        f"{record['rounds']} rounds, {_machine(record)}. By `make bench`."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def main() -> int:
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = filled(before)
+    stale = [name for name in pages() if filled(name) != (ROOT / name).read_text(encoding="utf-8")]
     if "--check" in sys.argv[1:]:
-        return int(before != after)
-    path.write_text(after, encoding="utf-8")
+        for name in stale:
+            print(f"{name} is out of date: python -m bench.readme")
+        return int(bool(stale))
+    for name in stale:
+        (ROOT / name).write_text(filled(name), encoding="utf-8")
     return 0
 
 

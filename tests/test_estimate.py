@@ -46,7 +46,7 @@ def test_bytes_of_weights_masters_moments_and_gradients_are_exact(
     masters = trainer.optimizer.masters
     assert found.gradients == sum(m.grad.nbytes for m in masters.values() if m.grad is not None)
     trainer.run()
-    models = trainer.student, trainer.teacher.model
+    models = trainer.student, trainer.objective.teacher.model
     weights = {p.data_ptr(): p.nbytes for model in models for p in model.parameters()}
     assert found.weights == sum(weights.values())
     own = {id(p) for p in trainer.optimizer.parameters.values()}

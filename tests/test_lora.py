@@ -128,7 +128,7 @@ def test_a_teacher_on_the_base_of_the_student_shares_its_weights(
     teacher = {"model": base_path, "adapter": teacher_adapter if adapted else None}
     config = lora_config(make_config, teacher=teacher, runtime__gradient_checkpointing=True)
     trainer = build(config, tmp_path)
-    student, shared = trainer.student, trainer.teacher.model
+    student, shared = trainer.student, trainer.objective.teacher.model
     base: Any = AutoModelForCausalLM.from_pretrained(base_path)
     adapters = [p for m in (student, shared) for n, p in m.named_parameters() if "lora_" in n]
     # No tensor of the two is there twice, and the trainer keeps no copy of any either.
@@ -142,7 +142,7 @@ def test_a_teacher_on_the_base_of_the_student_shares_its_weights(
     ids = torch.tensor([[3, 4, 5, 6]])
     assert torch.equal(shared(ids).logits, alone(ids).logits)
     assert not torch.allclose(shared(ids).logits, student(ids).logits, atol=1e-3)
-    text = trainer.teacher.rollout.generate([[3, 4], [5]], 2, 6, 0.0, (0,))
+    text = trainer.objective.teacher.rollout.generate([[3, 4], [5]], 2, 6, 0.0, (0,))
     for row, prompt in enumerate(text.prompts):
         made = alone.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
         assert made[0, len(prompt) :].tolist() == text.response(row)
@@ -158,7 +158,9 @@ def test_a_teacher_on_the_base_of_the_student_shares_its_weights(
         runtime__gradient_checkpointing=True,
     )
     other = build(apart, tmp_path / "apart")
-    assert len(storages(other.student, other.teacher.model)) > len(storages(student, shared))
+    assert len(storages(other.student, other.objective.teacher.model)) > len(
+        storages(student, shared)
+    )
     start_apart(other.student)
     other.run()
     assert curve(tmp_path / "apart") == curve(tmp_path)

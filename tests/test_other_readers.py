@@ -55,7 +55,11 @@ def plain_loss(trainer: Trainer, step: int, response: Any) -> float:
     for row in range(len(batch.prompts)):
         at, ids, read_at, read, classes = response(batch, row)
         s = trainer.student(torch.tensor([ids])).logits[0, at][:, classes[0]].double()
-        t = trainer.teacher.model(torch.tensor([read])).logits[0, read_at][:, classes[1]].double()
+        t = (
+            trainer.objective.teacher.model(torch.tensor([read]))
+            .logits[0, read_at][:, classes[1]]
+            .double()
+        )
         log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
         values.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return float(torch.cat(values).mean().detach())
@@ -73,7 +77,7 @@ def test_other_tokenizers(make_config: MakeConfig, others: tuple[str, str], tmp_
         eval__position_bins=[2],
     )
     trainer, (row,) = run(config, tmp_path)
-    vocabulary, alignment = trainer.alignment.vocabulary, trainer.alignment
+    vocabulary, alignment = trainer.objective.alignment.vocabulary, trainer.objective.alignment
     assert not vocabulary.same_tokens
 
     def response(batch: Any, number: int) -> Any:
@@ -112,7 +116,7 @@ def test_the_teacher_reads_a_prompt_of_its_own(make_config: MakeConfig, tmp_path
 
     def response(batch: Any, number: int) -> Any:
         start, answer = len(batch.prompts[number]), batch.response(number)
-        classes = slice(0, trainer.alignment.vocabulary.classes)
+        classes = slice(0, trainer.objective.alignment.vocabulary.classes)
         return (
             slice(start - 1, start - 1 + len(answer)),
             batch.prompts[number] + answer,
@@ -133,8 +137,12 @@ def test_a_longer_vocabulary_is_used_as_far_as_both_have_it(
     teacher = save_pair(tmp_path / "teacher", seed=3, alphabet=ALPHABET + "XY", vocab_size=40)
     config = make_config(teacher={"model": teacher}, steps=1)
     trainer, (row,) = run(config, tmp_path / "run")
-    assert trainer.alignment.vocabulary.classes == len(char_tokenizer()) < 32
-    assert trainer.rollout.classes == trainer.teacher.rollout.classes == len(char_tokenizer())
+    assert trainer.objective.alignment.vocabulary.classes == len(char_tokenizer()) < 32
+    assert (
+        trainer.rollout.classes
+        == trainer.objective.teacher.rollout.classes
+        == len(char_tokenizer())
+    )
     assert row["loss"] > 0
 
 

@@ -1,6 +1,7 @@
 """Tasks: disjoint repeatable splits, answers judged rightly, and the built-in models."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,36 @@ def test_more_prompts_than_there_are_are_refused(tmp_path: Path):
 
 def _equations(answer: str) -> list[str]:
     return [word.strip(".,") for word in answer.split() if "=" in word]
+
+
+class _Own:
+    name = "own"
+
+    def count(self, split):
+        return 1
+
+    def problems(self, split, count, seed):
+        return [Problem("1+1=", "2")]
+
+    def score(self, problem, response):
+        return {"accuracy": 1.0}
+
+
+def test_a_task_of_ones_own_is_named_by_its_import_path():
+    task = load_task(f"{__name__}:_Own")
+    assert isinstance(task, _Own) and task.problems("train", 1, 0)[0].answer == "2"
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("no_such_module:Task", "No module named 'no_such_module'"),
+        (f"{__name__}:no_such_task", "no_such_task"),
+        (f"{__name__}:__name__", "is not a function"),
+        ("builtins:dict", "a dict without name, count, problems, score"),
+        (":Task", "got ':Task'"),
+    ],
+)
+def test_what_is_no_task_is_refused(path, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_task(path)

@@ -67,8 +67,8 @@ def shared_prefix_attention(
         [B, Hq, D] in the dtype of `query`.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed. The values
-            of lengths and groups are checked on CPU only, where that does not synchronise.
+        ValueError, TypeError: naming the argument, what it was and what is allowed. The values of
+            lengths and groups are checked on CPU only, where that does not synchronise.
 
     Exactness: scores, softmax and sums are fp32 (fp64 for fp64); products have the operands' dtype
         and accumulate in fp32. Repeated calls agree bit for bit.

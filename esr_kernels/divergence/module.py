@@ -38,8 +38,8 @@ class LinearDivergenceLoss(nn.Module):
             merge_teacher_ids, label_weight, reduction, plan, memory_budget, compact, group, impl.
 
     Raises:
-        TypeError or ValueError for an option that is unknown or that no call could use; `forward`
-        raises what `linear_divergence` does.
+        ValueError, TypeError: for an option that is unknown or that no call could use; `forward`
+            raises what `linear_divergence` does.
 
     Example:
         >>> loss = LinearDivergenceLoss("forward_kl", temperature=2.0, reduction="mean")

@@ -148,7 +148,7 @@ def linear_divergence(
         student_bias.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed.
+        ValueError, TypeError: naming the argument, what it was and what is allowed.
 
     Exactness: logits, softmaxes and reductions are fp32 for operands of any dtype; the weight
         gradient accumulates in fp32. fp32 operands are multiplied in full fp32, not in TF32, and

@@ -224,12 +224,12 @@ def plan_linear_divergence(
             train_weight is False for a frozen head, as with LoRA.
         ids: True for a call with student_ids and teacher_ids.
         weight_grad: True for a call with `weight_grad`.
-        divergence, reduction, merge_student_ids, merge_teacher_ids, group, plan, memory_budget,
-            impl: as in the call.
+        divergence: as in the call, like reduction, merge_student_ids, merge_teacher_ids, group,
+            plan, memory_budget and impl.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed; also if no
-        plan of the requested kind supports the call or fits the budget.
+        ValueError, TypeError: naming the argument, what it was and what is allowed; also if no plan
+            of the requested kind supports the call or fits the budget.
 
     Example:
         >>> print(plan_linear_divergence(8192, 151_936, 1536, 3584))

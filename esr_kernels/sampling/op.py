@@ -75,7 +75,7 @@ def sample_from_logits(
         is a number, 0 where none is above -inf: always a class below num_classes.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed.
+        ValueError, TypeError: naming the argument, what it was and what is allowed.
 
     Exactness: the distribution is exact up to the rounding of fp32 logits and tile sums, 1e-6 of a
         probability; no tail is cut: Gumbel noise has 64 random bits, the level in a tile 52.
@@ -145,7 +145,7 @@ def sample_from_hidden(
         fp64).
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed.
+        ValueError, TypeError: naming the argument, what it was and what is allowed.
 
     Exactness: as in `sample_from_logits`, given the logits. A matrix product may round a row
         differently in another batch, which changes a token's probability by about 1e-6 and, with

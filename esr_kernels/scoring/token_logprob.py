@@ -72,9 +72,8 @@ def token_logprob(
         `TokenLogprob`; every field takes any upstream gradient, to hidden, weight and bias.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed. Ids are
-        checked on CPU only; on GPU, where reading them would synchronise, an id out of range gives
-        NaN.
+        ValueError, TypeError: naming the argument, what it was and what is allowed. Ids are checked
+            on CPU only; on GPU, where reading them would synchronise, an id out of range gives NaN.
 
     Exactness: logits and reductions are fp32 for operands of any dtype; a probability near 1
         keeps the digits of its distance from 1. On GPU dz is rounded to the operands' dtype for

@@ -98,10 +98,10 @@ def linear_topk_divergence(
         `TopkDivergence`; only `loss` carries a gradient, to student_hidden, student_weight, bias.
 
     Raises:
-        ValueError or TypeError naming the argument, what it was and what is allowed. Values of ids
-        and log-probabilities are checked on CPU only. On GPU, where reading them would synchronise,
-        an id out of range gives NaN in its row, and a repeated id an undefined divergence of its
-        row.
+        ValueError, TypeError: naming the argument, what it was and what is allowed. Values of ids
+            and log-probabilities are checked on CPU only. On GPU, where reading them would
+            synchronise, an id out of range gives NaN in its row, and a repeated id an undefined
+            divergence of its row.
 
     Exactness: fp32 logits and reductions; the student's tail is summed over its classes, not taken
         from 1. On GPU dz is rounded to the operands' dtype for the gradient GEMMs. Repeated calls

@@ -69,8 +69,8 @@ class RuntimeConfig(_Strict):
 class DataConfig(_Strict):
     """Where problems come from; `subset` to `grader` are for files and hub datasets."""
 
-    # sums, prompts, prompts:PATH.txt, reasoning_gym:NAME, a .jsonl, .json or .parquet file, or a
-    # dataset of the Hugging Face hub
+    # sums, prompts, prompts:PATH.txt, reasoning_gym:NAME, a .jsonl, .json or .parquet file, a
+    # dataset of the Hugging Face hub, or an import path a.b:name of an esr_train.tasks.Task
     task: str = Field(default="sums", min_length=1)
     subset: str | None = None  # of a hub dataset, such as main
     split: str = "train"  # the split that is trained on

@@ -8,10 +8,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 from esr_train.config import ConfigError
+from esr_train.import_path import imported
 
 Grader = Callable[[str, str], dict[str, float]]
 NAMES = ("exact", "math", "function_call", "python")
@@ -45,21 +45,10 @@ def load_grader(name: str, allow_code: bool = False) -> Grader:
         from esr_train.grading.python import python_grader
 
         return python_grader()
-    return _imported(name)
-
-
-def _imported(name: str) -> Grader:
-    module, separator, function = name.partition(":")
-    if not separator:
+    if ":" not in name:
         allowed = ", ".join(map(repr, NAMES))
         raise ConfigError(
             f"data.grader: got {name!r}, allowed are {allowed} and an import path a.b:function"
         )
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"data.grader: got {name!r}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"data.grader: {name!r} is not a function")
-    grader: Grader = found
+    grader: Grader = imported("data.grader", name)
     return grader

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from esr_train.config import ConfigError, DataConfig
+from esr_train.import_path import imported
 
 SPLITS = ("train", "heldout")
 BUILTIN_MODELS = {"sums-teacher": "sums/teacher", "sums-student": "sums/student"}
@@ -90,13 +91,27 @@ def load_task(config: DataConfig) -> Task:
             return PromptsTask(Path(name.removeprefix("prompts:")))
         if name.startswith("reasoning_gym:"):
             return GymTask(name.removeprefix("reasoning_gym:"))
+        if ":" in name:
+            return _own_task(name)
     except ValueError as error:
         raise ConfigError(f"data.task: {error}") from error
     raise ConfigError(
         f"data.task: got {name!r}, allowed are 'sums', 'prompts', 'prompts:PATH.txt', "
-        "'reasoning_gym:NAME', a .jsonl, .json or .parquet file, and a dataset of the Hugging Face "
-        "hub such as 'openai/gsm8k'"
+        "'reasoning_gym:NAME', a .jsonl, .json or .parquet file, a dataset of the Hugging Face hub "
+        "such as 'openai/gsm8k', and the import path of a task of yours, 'package.module:name'"
     )
+
+
+def _own_task(path: str) -> Task:
+    """What the class or function at an import path returns when it is called without arguments."""
+    task: Task = imported("data.task", path)()
+    lacking = [name for name in ("name", "count", "problems", "score") if not hasattr(task, name)]
+    if lacking:
+        raise ConfigError(
+            f"data.task: {path!r} makes a {type(task).__name__} without {', '.join(lacking)}, "
+            "which esr_train.tasks.Task has"
+        )
+    return task
 
 
 def _check_no_columns(config: DataConfig) -> None:
