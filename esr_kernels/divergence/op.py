@@ -163,6 +163,15 @@ def linear_divergence(
         exist at once only if they fit it. The plan of `plan_linear_divergence` has the peak.
     Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
         "recompute" (any number). Neither supports double backward.
+    DTensors: a sharded `student_weight`, such as a parameter of FSDP2, and its bias are gathered
+        once, in the dtype of `student_hidden` (of autocast where that is on); the backward
+        reduces the gradient, in fp32, to its mean over the ranks, as FSDP2 does. `student_hidden`
+        is then a plain tensor, this rank's own tokens, and every rank of the mesh makes the call.
+        With a replicated DTensor as `student_hidden`, or with `group`, all ranks have the same
+        tokens, and a head with Shard(0) stays where it is, as with `group` above; `num_classes`,
+        `labels` and plain biases are then those of the whole vocabulary. The teacher's head may be
+        a DTensor of any mesh and placements, and is gathered unless it is sharded like the
+        student's. `weight_grad` is sharded as `student_weight` is. Not under torch.compile.
     torch.compile: a node of the graph, forward and backward, for any number of tokens up to a limit
         at which "auto" changes from a stash to a recompute. Numbers such as the temperature are
         constants of a graph: another value compiles again.
