@@ -1,7 +1,8 @@
 """The command line.
 
     esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
-    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--dry-run]
+    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--tune]
+                       [--dry-run]
     esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
     esr-train export   RUN_DIR --out DIR [--merge] [--best] [--arm NAME] [--seed N]
     esr-train sample   CONFIG.yaml [key=value ...] --prompt TEXT [--samples G] [--teacher]
@@ -50,6 +51,7 @@ from esr_train.rollout import ContextError, RolloutBatch
 from esr_train.run_dir import check_continues, write_run_files
 from esr_train.sample import sample_text
 from esr_train.train import Trainer, TrainingError
+from esr_train.tune import tune
 from esr_train.worker import ArmError
 
 ERRORS = (
@@ -131,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--out", type=Path, help="run directory; default runs/CONFIG...")
         if run is _compare:
             command.add_argument("--steps", type=_positive, help="limit of the steps of each arm")
+            command.add_argument(
+                "--tune",
+                action="store_true",
+                help="first choose each arm's learning rate from tune.rates, on tune.seeds",
+            )
             command.add_argument(
                 "--jobs",
                 type=_positive,
@@ -233,6 +240,8 @@ def _compare(options: argparse.Namespace) -> None:
         return _print_plan(cap_steps(config, options.steps), options.on)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = options.out or Path("runs") / f"{options.config.stem}-{stamp}"
+    if options.tune:
+        config = tune(config, out, options.steps, options.jobs)
     compare(config, out, options.steps, options.jobs)
 
 
