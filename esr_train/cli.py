@@ -1,7 +1,8 @@
 """The command line.
 
     esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
-    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--dry-run]
+    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--tune]
+                       [--dry-run]
     esr-train diagnose CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
     esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
     esr-train export   RUN_DIR --out DIR [--merge] [--best] [--arm NAME] [--seed N]
@@ -54,6 +55,7 @@ from esr_train.rollout import ContextError, RolloutBatch
 from esr_train.run_dir import check_continues, write_run_files
 from esr_train.sample import sample_text
 from esr_train.train import Trainer, TrainingError
+from esr_train.tune import tune
 from esr_train.worker import ArmError
 from esr_train.world import World, WorldError, launched, start
 
@@ -141,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--out", type=Path, help="run directory; default runs/CONFIG...")
         if run is _compare:
             command.add_argument("--steps", type=_positive, help="limit of the steps of each arm")
+            command.add_argument(
+                "--tune",
+                action="store_true",
+                help="first choose each arm's learning rate from tune.rates, on tune.seeds",
+            )
             command.add_argument(
                 "--jobs",
                 type=_positive,
@@ -256,6 +263,8 @@ def _compare(options: argparse.Namespace) -> None:
         return _print_plan(cap_steps(config, options.steps), options.on)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = options.out or Path("runs") / f"{options.config.stem}-{stamp}"
+    if options.tune:
+        config = tune(config, out, options.steps, options.jobs)
     compare(config, out, options.steps, options.jobs)
 
 
