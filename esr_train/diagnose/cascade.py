@@ -181,7 +181,7 @@ def _picture(result: Result, number: int, quantity: str, folder: Path) -> Any:
         lines: dict[str, Any] = {}
         highest = 0.0
         for axis, (text, name) in zip(axes, TEXTS.items(), strict=True):
-            middles = drawing.position_axis(axis, result["edges"], every=2)
+            middles = drawing.position_axis(axis, result["edges"], columns=3)
             found = arm["texts"][text][quantity]
             for style, key in enumerate(("before", "after")):
                 at = drawing.shifted(middles, style, 2)

@@ -183,9 +183,11 @@ def _openings(result: Result, folder: Path) -> Any:
             parts.append(("others", 1 - sum(part for _, part in parts)))
             left = 0.0
             for style, (name, part) in enumerate(parts):
+                if part < 1e-9:
+                    continue
                 bars[name] = axis.barh(
                     place,
-                    max(part, 0.0),
+                    part,
                     left=left,
                     height=0.6,
                     color=drawing.FILLS[style],

@@ -98,13 +98,15 @@ def shifted(xs: Sequence[float], line: int, lines: int, step: float = 0.05) -> l
     return [x * (1 + step * (line - (lines - 1) / 2)) for x in xs]
 
 
-def position_axis(axis: Axes, edges: Sequence[int], every: int = 1) -> list[float]:
+def position_axis(axis: Axes, edges: Sequence[int], columns: int = 1) -> list[float]:
     """Make x the position of a token, from 1, on a log scale; returns the middles of the bins.
 
-    Every `every`th power of two is labelled.
+    In a figure of several columns there is room for six ticks.
     """
     axis.set_xscale("log", base=2)
-    ticks = [2**i for i in range(0, max(edges).bit_length(), every) if 2**i <= max(edges)]
+    powers = max(edges).bit_length()
+    every = 1 if columns == 1 else -(-powers // 6)
+    ticks = [2**i for i in range(0, powers, every) if 2**i <= max(edges)]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.set_xlim(0.8, max(edges) * 1.25)

@@ -184,7 +184,7 @@ def _by_position(result: Result, folder: Path) -> Any:
         figure, axes = drawing.figure(360, 3)
         lines: dict[str, Any] = {}
         for axis, (label, names) in zip(axes, groups, strict=True):
-            middles = drawing.position_axis(axis, result["edges"], every=2)
+            middles = drawing.position_axis(axis, result["edges"], columns=3)
             for number, name in enumerate(names):
                 at = drawing.shifted(middles, number, len(names))
                 style = list(QUANTITIES).index(name)
