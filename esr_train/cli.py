@@ -2,6 +2,7 @@
 
     esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
     esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--dry-run]
+    esr-train diagnose CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
     esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
     esr-train export   RUN_DIR --out DIR [--merge] [--best] [--arm NAME] [--seed N]
     esr-train sample   CONFIG.yaml [key=value ...] --prompt TEXT [--samples G] [--teacher]
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     for run, summary in (
         (_train, "train a student to match a teacher; resumes where it stopped"),
         (_compare, "train with several rollout lengths and write a report"),
+        (_diagnose, "measure where and why student and teacher differ, and write a report"),
         (_evaluate, "measure a student on held-out problems"),
     ):
         command = commands.add_parser(run.__name__[1:], help=summary, description=summary)
@@ -256,6 +258,24 @@ def _compare(options: argparse.Namespace) -> None:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = options.out or Path("runs") / f"{options.config.stem}-{stamp}"
     compare(config, out, options.steps, options.jobs)
+
+
+def _diagnose(options: argparse.Namespace) -> None:
+    # Its figures need matplotlib, which no other command imports before it has to.
+    from esr_train.diagnose import describe_diagnosis, diagnose
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        print(to_yaml(config))
+        return print(describe_diagnosis(config, options.on))
+    out = options.out or Path("runs") / f"{options.config.stem}-diagnosis"
+    try:
+        print(diagnose(config, out))
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted: sections that are finished are in {out / 'sections'}; the same command "
+            "goes on from there"
+        ) from error
 
 
 def _evaluate(options: argparse.Namespace) -> None:
