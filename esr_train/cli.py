@@ -48,6 +48,7 @@ from esr_train.evaluate import Evaluator
 from esr_train.experiment import Experiment, load_experiment
 from esr_train.export import export
 from esr_train.fetch import FetchError, fetch_smollm2
+from esr_train.launch import launched, start
 from esr_train.models import ModelError
 from esr_train.progress import progress_bar, progress_text
 from esr_train.report import summary_table, write_report
@@ -57,7 +58,7 @@ from esr_train.sample import sample_text
 from esr_train.train import Trainer, TrainingError
 from esr_train.tune import tune
 from esr_train.worker import ArmError
-from esr_train.world import World, WorldError, launched, start
+from esr_train.world import World, WorldError
 
 ERRORS = (
     AdapterError,
@@ -211,7 +212,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         check_continues(run_dir, config)
         return _print_plan(config, options.on)
-    with start() as world:
+    with start(config) as world:
         world.from_main(lambda: check_continues(run_dir, config))
         _train_on(world, config, run_dir, seed)
 
@@ -244,7 +245,7 @@ def _train_on(world: World, config: Config, run_dir: Path, seed: int) -> None:
         try:
             trainer.run()
         except KeyboardInterrupt as error:
-            step = trainer.state["step"]
+            step = max(0, trainer.saved_step)
             raise Interrupted(
                 f"interrupted: step {step} of {config.steps} is saved in {trainer.directory}; "
                 "the same command resumes from there"
@@ -292,7 +293,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         config = with_overrides(config, {"student": {"model": options.model}})
     if options.dry_run:
         return _print_plan(config, options.on)
-    with start() as world:
+    with start(config) as world:
         experiment = load_experiment(config, world)
         evaluator = experiment.evaluator or Evaluator(
             config,

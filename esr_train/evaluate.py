@@ -107,6 +107,10 @@ class Evaluator:
 
         If the task has no checkable answers, only those are sampled that are decoded or measured.
         """
+        with self.world.whole(self.student.model):
+            return self._evaluate()
+
+    def _evaluate(self) -> Evaluation:
         greedy, sampled = self._answers()
         metrics: dict[str, float] = {}
         if self.scored:
