@@ -28,6 +28,7 @@ from esr_train.data import TokenizedTask
 from esr_train.loss import divergence_from_hidden
 from esr_train.models import head
 from esr_train.rollout import PrefixRollout, RolloutBatch
+from esr_train.tasks import Problem, Task
 from esr_train.teacher import Sequences, Teacher, hidden_rows
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,16 @@ _TOKENS = 4096  # of texts in a forward pass, padding included
 Evaluation = tuple[dict[str, float], list[dict[str, Any]]]  # metrics, decoded answers
 # A text as the student reads it, and the teacher's hidden states [T, D] at its rows.
 _Scored = tuple[Sequences, Tensor]
+
+
+def heldout_problems(config: Config, task: Task) -> list[Problem]:
+    """The problems of every evaluation; raises ConfigError if `task` does not have so many."""
+    there = task.count("heldout")
+    count = config.eval.problems or min(EVAL_PROBLEMS, there or EVAL_PROBLEMS)
+    try:
+        return task.problems("heldout", count, SEED)
+    except ValueError as error:
+        raise ConfigError(f"eval.problems: {error}") from error
 
 
 class Evaluator:
@@ -55,12 +66,7 @@ class Evaluator:
         self.config, self.student, self.teacher = config, student, teacher
         self.task, self.tokenizer = tokenized.task, tokenized.tokenizer
         self.alignment = alignment
-        there = self.task.count("heldout")
-        count = config.eval.problems or min(EVAL_PROBLEMS, there or EVAL_PROBLEMS)
-        try:
-            self.problems = self.task.problems("heldout", count, SEED)
-        except ValueError as error:
-            raise ConfigError(f"eval.problems: {error}") from error
+        self.problems = heldout_problems(config, self.task)
         self.prompts = [tokenized.ids(problem) for problem in self.problems]
         self.scored = self.problems[0].answer is not None
         own = [tokenized.teacher_ids(problem) for problem in self.problems]

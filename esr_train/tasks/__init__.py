@@ -80,6 +80,12 @@ def load_task(config: DataConfig) -> Task:
     name = config.task
     if is_dataset(name):
         return DatasetTask(config)
+    if name not in ("sums", "prompts") and not name.startswith(("prompts:", "reasoning_gym:")):
+        raise ConfigError(
+            f"data.task: got {name!r}, allowed are 'sums', 'prompts', 'prompts:PATH.txt', "
+            "'reasoning_gym:NAME', a .jsonl, .json or .parquet file, and a dataset of the Hugging "
+            "Face hub such as 'openai/gsm8k'"
+        )
     _check_no_columns(config)
     try:
         if name == "sums":
@@ -88,15 +94,9 @@ def load_task(config: DataConfig) -> Task:
             return PromptsTask()
         if name.startswith("prompts:"):
             return PromptsTask(Path(name.removeprefix("prompts:")))
-        if name.startswith("reasoning_gym:"):
-            return GymTask(name.removeprefix("reasoning_gym:"))
+        return GymTask(name.removeprefix("reasoning_gym:"))
     except ValueError as error:
         raise ConfigError(f"data.task: {error}") from error
-    raise ConfigError(
-        f"data.task: got {name!r}, allowed are 'sums', 'prompts', 'prompts:PATH.txt', "
-        "'reasoning_gym:NAME', a .jsonl, .json or .parquet file, and a dataset of the Hugging Face "
-        "hub such as 'openai/gsm8k'"
-    )
 
 
 def _check_no_columns(config: DataConfig) -> None:
