@@ -3,10 +3,10 @@
     python -m bench.host_time
 
 Operands are tiny and lie on the CPU, Triton's kernels are compiled for sm_90 and their launches
-return at once: what is left is Python, the checks of arguments among it, PyTorch's dispatch and
-Triton's own search for the compiled kernel. The best of many runs, which a busy machine disturbs
-least. The operations of either side compute on a few numbers; on a GPU each would be a launch, of
-which a call here has fewer.
+return at once: what is left is Python, PyTorch's dispatch and what finds the compiled kernel. Calls
+are repeated, as in training, so that the checks of their arguments are those of a call whose like
+has been seen. Medians of the thread's own time in runs that take turns. The operations of either
+side compute on a few numbers; on a GPU each would be a launch, of which a call here has fewer.
 """
 
 from __future__ import annotations
@@ -15,21 +15,28 @@ import os
 
 os.environ["ESR_TRITON_ON_CPU"] = "1"  # read when the package is imported
 
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from esr_kernels import SampleKeys, SamplingParams, linear_divergence, sample_from_hidden
-from esr_kernels.common import matmul
+from esr_kernels.common import launch, matmul, workspace
 
 TOKENS, CLASSES, DIM = 8, 64, 16
 _ROUNDS, _CALLS = 40, 25
+
+
+def _new(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`workspace.borrow` on a GPU."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Driver:
@@ -56,22 +63,25 @@ def stubbed_launches() -> Iterator[None]:
         mock.patch.object(CompiledKernel, "run", run),
         mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),
         mock.patch.object(CompiledKernel, "launch_metadata", lambda *args: None),
-        # Without what products take for a CPU's sake.
+        # Without what products and buffers take for a CPU's sake.
         mock.patch.object(matmul.cpu, "project_transposed", lambda *args: False),
+        mock.patch.object(workspace, "borrow", _new),
+        mock.patch.object(launch, "_REMEMBERS", True),
     ):
         yield
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    """Of a call, at best."""
-    call()
-    best = float("inf")
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        for _ in range(_CALLS):
-            call()
-        best = min(best, (time.perf_counter() - start) / _CALLS)
-    return 1e6 * best
+def microseconds(calls: Sequence[Callable[[], object]]) -> tuple[float, ...]:
+    """Medians of the thread's own time in each call; they take turns, on a busy machine too."""
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(1 + _ROUNDS):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.thread_time()
+            for _ in range(_CALLS):
+                call()
+            if number:
+                taken.append((time.thread_time() - start) / _CALLS)
+    return tuple(1e6 * statistics.median(taken) for taken in times)
 
 
 def _divergence() -> tuple[Callable[[], object], Callable[[], object]]:
@@ -115,7 +125,7 @@ def ratios() -> dict[str, tuple[float, float]]:
     """(ours, plain PyTorch) in microseconds of host time."""
     torch.set_num_threads(1)
     with stubbed_launches():
-        return {name: tuple(map(microseconds, make())) for name, make in CALLS.items()}
+        return {name: microseconds(make()) for name, make in CALLS.items()}
 
 
 def main() -> None:

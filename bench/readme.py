@@ -28,7 +28,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "bench": _bench,
             "rollout": _rollout,
         },
-        "docs/rollouts.md": {"rollout": _rollout},
+        "docs/rollouts.md": {"decode": _decode, "rollout": _rollout},
         "docs/sampling.md": {"sampling": _sampling},
         "docs/from-trl.md": {"train_step": _train_step},
     }
@@ -136,6 +136,19 @@ def _rollout() -> str:
         f"interleaved rounds, {_machine(record)}. By `make bench`."
     )
     return "\n".join([*lines, "", note])
+
+
+def _decode() -> str:
+    """Launches and bytes of a step of both decoders."""
+    lines = ["| | rows | N | launches, shared / plain | MB, shared / plain |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for row in json.loads((ROOT / "bench" / "results" / "count_decode.json").read_text()):
+        launches, sizes = (
+            " / ".join(f"{row[kind][what]:,}" for kind in ("shared", "plain"))
+            for what in ("launches", "mb")
+        )
+        lines.append(f"| {row['model']} | {row['rows']} | {row['new']:,} | {launches} | {sizes} |")
+    return "\n".join(lines)
 
 
 def _sampling() -> str:

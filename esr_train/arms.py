@@ -46,6 +46,13 @@ class Arms:
         for config in self.configs.values():
             check_context(config, self.experiment, self.first_seed)
 
+    def restore(self) -> None:
+        """Give the student its initial weights again."""
+        parameters = dict(self.experiment.student.model.named_parameters())
+        with torch.no_grad():
+            for key, weight in self._weights.items():
+                parameters[key].copy_(weight)
+
     def run(
         self,
         run_dir: Path,
@@ -54,10 +61,7 @@ class Arms:
         on_step: Callable[[dict[str, Any], dict[str, float]], None],
     ) -> None:
         """Train one arm with one seed, from its newest checkpoint if there is one."""
-        parameters = dict(self.experiment.student.model.named_parameters())
-        with torch.no_grad():
-            for key, weight in self._weights.items():
-                parameters[key].copy_(weight)
+        self.restore()
         config, directory = self.configs[name], _directory(run_dir, name, seed)
         trainer = Trainer(
             config, self.experiment, directory, seed, initial=self._initial, on_step=on_step

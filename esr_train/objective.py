@@ -50,6 +50,7 @@ class Objective:
         self.config, self.optimizer, self.forward = config, optimizer, forward
         self.student: Any = experiment.student.model
         self.teacher, self.alignment = experiment.teacher, experiment.alignment
+        self.world = experiment.world
         self.classes = experiment.classes(config.loss)
         self.device = head(self.student).weight.device
         self.distils = config.loss.divergence != "cross_entropy"
@@ -69,6 +70,8 @@ class Objective:
     ) -> dict[str, float]:
         """Accumulate the gradient of the batch; returns its loss and sums over its tokens.
 
+        Of several processes each is given the whole batch, computes its share, and has the sums.
+
         `teacher_prompts` has one for each response, None where they are the student's.
         """
         config = self.config
@@ -76,11 +79,13 @@ class Objective:
         weights = token_weights(batch, config.loss, (seed, "window", step), comparable)
         student = head(self.student)
         student = replace(student, weight_grad=self.optimizer.weight_grad(student.weight))
-        torch.manual_seed(seed_from(seed, "dropout", step))
-        trained, names = 0, ("loss", *(PER_TOKEN if self.distils else _OF_TOKENS))
+        rank, ranks = self.world.rank, self.world.size
+        torch.manual_seed(seed_from(seed, "dropout", step, *([rank] if rank else [])))
+        names = "trained_tokens", "loss", *(PER_TOKEN if self.distils else _OF_TOKENS)
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        masses: list[tuple[float, float]] = []  # of other tokenizers: what they share
-        for part in micro_batches(batch, teacher_prompts, config.optim):
+        # Of other tokenizers: what they share, summed over micro-batches, and their number.
+        masses = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for part in micro_batches(batch, teacher_prompts, config.optim, rank, ranks):
             prompts = None if teacher_prompts is None else [teacher_prompts[r] for r in part]
             some = batch.select(part)
             laid_out, read = self.alignment.pair(some, weights[part], prompts, self.device)
@@ -93,22 +98,26 @@ class Objective:
                 hidden = hidden_rows(self.student, laid_out, self.forward)
                 if self.distils:
                     loss, rows, mass = self._divergence(hidden, student, teacher_hidden, laid_out)
-                    masses += mass
+                    masses += masses.new_tensor(mass)
                 else:
                     loss, rows = self._cross_entropy(hidden, student, laid_out)
-            trained += len(rows[0])
-            sums += torch.stack([loss.double(), *(row.double().sum() for row in rows)]).detach()
-        found = {"trained_tokens": float(trained), **dict(zip(names, sums.tolist(), strict=True))}
-        if comparable is not None and masses:
-            shares = torch.tensor(masses, dtype=torch.float64).mean(0).tolist()
+            of_part = [loss.double(), *(row.double().sum() for row in rows)]
+            of_part.insert(0, sums.new_tensor(len(rows[0])))
+            sums += torch.stack(of_part).detach()
+        with spans("student"):
+            self.world.sum_gradients(self.optimizer.masters.values())
+            *totals, own, teachers, parts = self.world.total(torch.cat([sums, masses])).tolist()
+        found = dict(zip(names, totals, strict=True))
+        if comparable is not None and parts:
+            shares = own / parts, teachers / parts
             found["aligned_share"] = int(comparable.sum()) / int(batch.lengths.sum())
             found |= dict(zip(SHARED, shares, strict=True))
         return found
 
     def _divergence(
         self, hidden: Tensor, student: Head, teacher_hidden: Tensor, laid_out: Sequences
-    ) -> tuple[Tensor, list[Tensor], list[tuple[float, float]]]:
-        """Loss, PER_TOKEN of the trained rows, and where tokenizers differ the shared mass."""
+    ) -> tuple[Tensor, list[Tensor], tuple[float, float, int]]:
+        """Loss, PER_TOKEN of the trained rows, and where tokenizers differ the shared masses, 1."""
         loss, teacher, weights = self.config.loss, self.teacher.head, laid_out.weights
         if loss.select_by:
             with torch.no_grad():
@@ -122,11 +131,11 @@ class Objective:
             hidden, student, teacher_hidden, teacher, weights, self.classes, loss
         )
         out.loss.backward()
-        mass = []
+        mass = 0.0, 0.0, 0
         if not self.classes.same_tokens:
             both = ((hidden, student, out.student_lse), (teacher_hidden, teacher, out.teacher_lse))
             own, teachers = (shared_mass(*of_model, loss) for of_model in both)
-            mass = [(own, teachers)]
+            mass = own, teachers, 1
         rows = [out.per_token, out.student_entropy, out.teacher_entropy, out.agreement]
         return out.loss, rows, mass
 

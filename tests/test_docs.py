@@ -77,9 +77,7 @@ def test_commands_of_readme_are_understood(
         overrides = [part for part in command if re.match(r"[\w.]+=", part)]
         for path in files:
             load_config(ROOT / path, overrides)
-        with pytest.raises(
-            SystemExit
-        ) as stopped:  # its help names the options that it has
+        with pytest.raises(SystemExit) as stopped:  # its help names the options that it has
             main([*command, "--help"])
         assert stopped.value.code == 0, command
         options = {part for part in command if part.startswith("--")}
@@ -104,7 +102,8 @@ def test_the_site_has_all_public_names_and_all_pages() -> None:
     )
     nav = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
     pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
-    assert {page for page in pages if page not in nav} == set()
+    missing = {page for page in pages if page not in nav}
+    assert missing == set(), "add them to the nav of mkdocs.yml"
 
 
 @pytest.mark.parametrize("name", esr_kernels.__all__)

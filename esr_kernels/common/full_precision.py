@@ -86,10 +86,16 @@ _SWITCHES = {
 }
 
 
-@contextlib.contextmanager
-def full_precision(operands: torch.dtype, result: torch.dtype) -> Iterator[None]:
+def full_precision(
+    operands: torch.dtype, result: torch.dtype
+) -> contextlib.AbstractContextManager[None]:
     """Around a product on a GPU: fp32 multiplies in full, and all sums are fp32."""
-    switches = _SWITCHES.get((operands, result), ())
+    switches = _SWITCHES.get((operands, result))
+    return contextlib.nullcontext() if switches is None else _all_off(switches)
+
+
+@contextlib.contextmanager
+def _all_off(switches: tuple[_Switch, ...]) -> Iterator[None]:
     for switch in switches:
         switch.enter()
     try:

@@ -91,13 +91,19 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, ids: Tensor | None = No
     widens = _widens(hidden) and hidden.dtype == weight.dtype
     dtype = hidden.dtype if widens else out.dtype
     hidden = hidden.to(dtype)
-    for strip, rows in _strips(weight, ids, dtype):
-        part = out[:, strip]
-        if _on_gpu(hidden):
-            _mm(hidden, rows.T, part, 1.0, False)
-        elif not cpu.project_transposed(hidden, rows, part, borrow):
-            torch.mm(hidden, rows.T, out=part)
+    if ids is None and weight.dtype == dtype:
+        _project(hidden, weight, out)
+    else:
+        for strip, rows in _strips(weight, ids, dtype):
+            _project(hidden, rows, out[:, strip])
     return out
+
+
+def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    if _on_gpu(hidden):
+        _mm(hidden, weight.T, out, 1.0, False)
+    elif not cpu.project_transposed(hidden, weight, out, borrow):
+        torch.mm(hidden, weight.T, out=out)
 
 
 def hidden_gradient(
@@ -134,9 +140,11 @@ def weight_gradient(
 ) -> None:
     """out[ids] (+)= alpha * dz.T @ hidden, [n, V] x [n, D] -> [V, D]; the ids are distinct."""
     hidden = hidden.to(dz.dtype)
-    step = classes = dz.shape[1]
-    if ids is not None or not (dz.dtype == out.dtype or _widens(dz)):
-        step = strip_rows(classes, hidden.shape[1], dz.device.type)
+    if ids is None and (dz.dtype == out.dtype or _widens(dz)):
+        _mm(dz.T, hidden, out, alpha, accumulate)
+        return
+    classes = dz.shape[1]
+    step = strip_rows(classes, hidden.shape[1], dz.device.type)
     apart = None if ids is None else out.new_empty(step, hidden.shape[1])
     for strip in _slices(classes, step):
         if ids is None or apart is None:
@@ -160,7 +168,9 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> No
     widens = _widens(a)
     multiplied = a.dtype if widens or a.dtype == out.dtype else torch.float32
     with full_precision(multiplied, out.dtype) if _on_gpu(a) else contextlib.nullcontext():
-        if a.dtype == out.dtype:
+        if a.dtype == out.dtype and alpha == 1.0 and not accumulate:
+            torch.mm(a, b, out=out)
+        elif a.dtype == out.dtype:
             torch.addmm(out, a, b, alpha=alpha, beta=float(accumulate), out=out)
         elif widens:
             _widening_mm(a, b, out, alpha, accumulate)

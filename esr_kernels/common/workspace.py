@@ -91,7 +91,9 @@ def borrow_rows(
 ) -> Tensor:
     """`borrow` for logits [rows, columns], which have padding between their rows."""
     rows, columns = shape
-    return borrow(name, (rows, row_stride(columns)), device, dtype)[:, :columns]
+    stride = row_stride(columns)
+    padded = borrow(name, (rows, stride), device, dtype)
+    return padded if stride == columns else padded[:, :columns]
 
 
 def release_workspace() -> None:

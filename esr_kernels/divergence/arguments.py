@@ -80,6 +80,7 @@ class Inputs:
     row_weight: Tensor | None  # [T], in the logits' dtype
     classes: int  # that both models have
     merge: Merge | None
+    warned: bool  # of something, as every such call is
 
 
 def check_options(options: Options) -> None:
@@ -152,12 +153,12 @@ def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Opti
         )
     check_tensor("teacher_hidden", teacher_hidden, like=student_hidden)
     student_ids, teacher_ids = student.ids, teacher.ids
-    sharded = options.group is not None
+    sharded, warned = options.group is not None, False
     if student_ids is None and teacher_ids is None:
         both = student_weight.shape[0], teacher_weight.shape[0]
         classes = _classes(options.num_classes, *both)
         if options.num_classes is None and not sharded and not torch.compiler.is_compiling():
-            _warn_of_unlike_vocabularies(*both)
+            warned = _warn_of_unlike_vocabularies(*both)
     else:
         student_ids, teacher_ids = _mapped_classes(
             options.num_classes, student_ids, teacher_ids, student_weight, teacher_weight
@@ -194,7 +195,39 @@ def check_inputs(student: ModelArguments, teacher: ModelArguments, options: Opti
         labels,
     )
     row_weight = checked_token_weights(options.token_weights, student_hidden)
-    return Inputs(operands, row_weight, classes, merge)
+    return Inputs(operands, row_weight, classes, merge, warned)
+
+
+def repeated_inputs(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None],
+    token_weights: Tensor | None,
+    labels: Tensor | None,
+) -> tuple[Operands, Tensor | None]:
+    """Operands and row weights of a call whose like has passed `check_inputs`.
+
+    Hidden states, head and bias of each model; all are on one device, and nothing is cast.
+    """
+    hidden, weight, bias = teacher
+    if hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
+        teacher = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    x = Operands(
+        *_contiguous(student),
+        None,
+        *_contiguous(teacher),
+        None,
+        None if labels is None else labels.contiguous(),
+    )
+    if token_weights is not None:
+        token_weights = token_weights.to(matmul.logits_dtype(student[0].dtype)).contiguous()
+    return x, token_weights
+
+
+def _contiguous(
+    model: tuple[Tensor, Tensor, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    hidden, weight, bias = model
+    return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def _check_weight_grad(weight_grad: Tensor, student_weight: Tensor, impl: str) -> None:
@@ -223,15 +256,17 @@ def _classes(num_classes: int | None, student: int, teacher: int) -> int:
     return classes
 
 
-def _warn_of_unlike_vocabularies(student: int, teacher: int) -> None:
+def _warn_of_unlike_vocabularies(student: int, teacher: int) -> bool:
     # Heads of one tokenizer are padded by a few rows.
-    if abs(student - teacher) > _PADDING_SHARE * max(student, teacher):
+    unlike = abs(student - teacher) > _PADDING_SHARE * max(student, teacher)
+    if unlike:
         warnings.warn(
             f"student_weight has {student} rows and teacher_weight {teacher}: taking the first "
             f"{min(student, teacher)} as the same classes. Say num_classes if they are, and "
             "student_ids and teacher_ids if the models number their tokens differently",
             stacklevel=4,
         )
+    return unlike
 
 
 def _mapped_classes(

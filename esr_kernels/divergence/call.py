@@ -48,6 +48,8 @@ class Operands(NamedTuple):
 
     def shared(self, classes: int) -> Operands:
         """Of whole heads, the operands over the classes that both models have."""
+        if self._has_whole_heads(classes):
+            return self
         biases = self.student_bias, self.teacher_bias
         ids = self.student_ids, self.teacher_ids
         student_bias, teacher_bias = (
@@ -56,6 +58,12 @@ class Operands(NamedTuple):
         )
         x = self._replace(student_bias=student_bias, teacher_bias=teacher_bias)
         return x.over(slice(0, classes))
+
+    def _has_whole_heads(self, classes: int) -> bool:
+        """Whether the classes are all rows of both heads, in their order."""
+        if self.student_ids is not None or self.teacher_ids is not None:
+            return False
+        return self.student_weight.shape[0] == classes == self.teacher_weight.shape[0]
 
     def over(self, classes: slice) -> Operands:
         """The operands of a tile of classes; heads of mapped vocabularies are gathered per tile."""
@@ -218,6 +226,68 @@ class Call:
         return row_weight / torch.where(total == 0, torch.ones_like(total), total), 1.0
 
 
+# What decides the checks and the plan of a call: shapes, dtypes, devices, options and the gradients
+# that are wanted. A call on a GPU whose key has been seen has passed every check that reads no
+# number, and has a plan: checks and planning cost the host more than all launches of a small call.
+Key = tuple[Any, ...]
+# Every number of tokens is a key of its own.
+_MOST = 4096
+_VALUES_ARE_READ_ON = ("cpu",)
+_PLAIN = (Tensor, torch.nn.Parameter)  # no DTensor, nor what a tracer takes
+_calls: dict[Key, Call] = {}
+
+
+def key_of(
+    operands: tuple[Tensor | None, ...],
+    per_token: tuple[Tensor | None, ...],
+    rare: tuple[object, ...],
+    options: tuple[object, ...],
+) -> Key | None:
+    """What decides checks and plan of a call; None for a call that must be checked in full.
+
+    `operands` are the heads and hidden states, `per_token` weights and labels, whose numbers are
+    checked where the host can read them; `rare` are arguments that a call with a key leaves out.
+    """
+    if torch.compiler.is_compiling() or any(argument is not None for argument in rare):
+        return None
+    try:
+        place = operands[0].device  # type: ignore[union-attr]
+        if torch.is_autocast_enabled(place.type):
+            return None
+        for x in per_token:
+            if x is not None and (x.device != place or place.type in _VALUES_ARE_READ_ON):
+                return None
+        tensors = []
+        for x in operands + per_token:
+            if x is not None and type(x) not in _PLAIN:
+                return None
+            tensors.append(x if x is None else (x.shape, x.dtype, x.device, x.requires_grad))
+    except (AttributeError, RuntimeError):  # no tensor, or of a kind that does not tell
+        return None
+    # With their types: True equals 1, and is not as good.
+    return torch.is_grad_enabled(), *tensors, *options, *map(type, options)
+
+
+def seen(key: Key | None) -> Call | None:
+    """The call that `remember` has for the key."""
+    try:
+        return None if key is None else _calls.get(key)
+    except TypeError:  # an option that cannot be hashed, or that is wrong
+        return None
+
+
+def remember(key: Key | None, call: Call) -> None:
+    """Store the call that has passed all checks, if it is for a GPU."""
+    if key is None or call.plan.problem.device == "cpu":
+        return
+    if len(_calls) >= _MOST:
+        _calls.clear()
+    try:
+        _calls[key] = call
+    except TypeError:
+        return
+
+
 class Gradients(NamedTuple):
     """Gradients, or buffers for them, of hidden [T, D], weight [Vs, D] and bias [Vs]; None if
     not needed."""
@@ -228,7 +298,7 @@ class Gradients(NamedTuple):
 
     def over_shared_classes(self, x: Operands, classes: int) -> Gradients:
         """With the part of the head's buffer that belongs to classes that both models have."""
-        if x.student_ids is not None or self.weight is None:
+        if x.student_ids is not None or self.weight is None or len(self.weight) == classes:
             return self
         return self._replace(weight=self.weight[:classes])
 
@@ -258,7 +328,9 @@ def new_gradients(wanted: Wanted, x: Operands, call: Call) -> Gradients:
         weight = torch.empty_like(x.student_weight, dtype=dtype if given else None)
         if weight.device.type == "cpu":
             cpu.on_huge_pages(weight)
-        weight[0 if x.student_ids is not None else call.classes :].zero_()
+        shared = 0 if x.student_ids is not None else call.classes
+        if shared < weight.shape[0]:
+            weight[shared:].zero_()
     if wanted.bias and x.student_bias is not None:
         bias = torch.zeros_like(x.student_bias, dtype=dtype)
     return Gradients(hidden, weight, bias)

@@ -13,7 +13,7 @@ Bytes  From memory: both heads once for every wave of programs that run over the
        there from tile to tile), 40 bytes a token and split written. The row passes that this
        replaces move 16 bytes a logit element.
        From cache: a tile loads (block of tokens + block of classes) * (Ds + Dt) operands, 64 FLOPs
-       a byte: on sm_90 this bandwidth, not the matrix units, is the bound (`plan._FUSED_RATE`).
+       a byte: on sm_90 this bandwidth, not the matrix units, is the bound (`calibration.Rates`).
 """
 
 from __future__ import annotations

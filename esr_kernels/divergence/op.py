@@ -20,9 +20,10 @@ from esr_kernels.divergence.arguments import (
     check_inputs,
     check_options,
     checked_transforms,
+    repeated_inputs,
 )
 from esr_kernels.divergence.autograd import RecomputeFunction, StashFunction
-from esr_kernels.divergence.call import Operands, Request, Wanted
+from esr_kernels.divergence.call import Call, Operands, Request, Wanted, key_of, remember, seen
 from esr_kernels.divergence.losses import Divergence, resolve_divergence
 from esr_kernels.divergence.plan import Plan
 from esr_kernels.divergence.statistics import RowSpec
@@ -162,6 +163,15 @@ def linear_divergence(
         exist at once only if they fit it. The plan of `plan_linear_divergence` has the peak.
     Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
         "recompute" (any number). Neither supports double backward.
+    DTensors: a sharded `student_weight`, such as a parameter of FSDP2, and its bias are gathered
+        once, in the dtype of `student_hidden` (of autocast where that is on); the backward
+        reduces the gradient, in fp32, to its mean over the ranks, as FSDP2 does. `student_hidden`
+        is then a plain tensor, this rank's own tokens, and every rank of the mesh makes the call.
+        With a replicated DTensor as `student_hidden`, or with `group`, all ranks have the same
+        tokens, and a head with Shard(0) stays where it is, as with `group` above; `num_classes`,
+        `labels` and plain biases are then those of the whole vocabulary. The teacher's head may be
+        a DTensor of any mesh and placements, and is gathered unless it is sharded like the
+        student's. `weight_grad` is sharded as `student_weight` is. Not under torch.compile.
     torch.compile: a node of the graph, forward and backward, for any number of tokens up to a limit
         at which "auto" changes from a stash to a recompute. Numbers such as the temperature are
         constants of a graph: another value compiles again.
@@ -201,6 +211,34 @@ def linear_divergence(
             weight_grad,
             group,
         ) = sharded.as_plain(sharded.Shardable(*shardable), mapped)
+    per_token = token_weights, labels
+    student_tensors = student_hidden, student_weight, student_bias
+    teacher_tensors = teacher_hidden, teacher_weight, teacher_bias
+    ids = student_ids, teacher_ids, merge_student_ids, merge_teacher_ids
+    key = key_of(
+        student_tensors + teacher_tensors,
+        per_token,
+        (*ids, weight_grad, group, compact or None),
+        (
+            divergence,
+            temperature,
+            teacher_temperature,
+            student_softcap,
+            teacher_softcap,
+            student_logit_scale,
+            teacher_logit_scale,
+            num_classes,
+            label_weight,
+            reduction,
+            plan,
+            memory_budget,
+            impl,
+        ),
+    )
+    call = seen(key)
+    if call is not None:
+        x, row_weight = repeated_inputs(student_tensors, teacher_tensors, *per_token)
+        return _run(call, None, row_weight, None, x)
     resolved = resolve_divergence(divergence)
     options = Options(
         token_weights,
@@ -253,8 +291,20 @@ def linear_divergence(
         active = to_device(active, x.student_hidden.device)
     tokens = x.student_hidden.shape[0] if active is None else active.shape[0]
     call = request.call(request.problem(x, tokens, wanted, weight_grad is not None))
+    if active is None and not inputs.warned:
+        remember(key, call)
+    return _run(call, active, inputs.row_weight, weight_grad, x)
+
+
+def _run(
+    call: Call,
+    active: Tensor | None,
+    row_weight: Tensor | None,
+    weight_grad: Tensor | None,
+    x: Operands,
+) -> LinearDivergence:
     function = StashFunction if call.plan.kind == "stash" else RecomputeFunction
-    return LinearDivergence(*function.apply(call, active, inputs.row_weight, weight_grad, *x))
+    return LinearDivergence(*function.apply(call, active, row_weight, weight_grad, *x))
 
 
 def _wanted(x: Operands, weight_grad: Tensor | None) -> Wanted:

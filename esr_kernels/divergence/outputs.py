@@ -56,6 +56,8 @@ def outputs(
 
 def spread_outputs(of_active: Outputs, active: Tensor | None, tokens: int) -> Outputs:
     """The outputs of all rows: 0 for those that were left out."""
+    if active is None:
+        return of_active
     return tuple(spread_rows(x, active, tokens) if x.dim() else x for x in of_active)
 
 

@@ -19,13 +19,15 @@ from dataclasses import dataclass
 
 import torch
 
+from esr_kernels.common.calibration import rates_of
 from esr_kernels.common.matmul import strip_rows
 from esr_kernels.common.workspace import row_stride
 
 MIB = 1 << 20
 KINDS = ("stash", "recompute", "fused")
-# FLOPs done in the time that one byte takes to move: H100-class GPU, and a CPU core with AVX2.
-_FLOPS_PER_BYTE = {"cuda": 250.0, "cpu": 8.0}
+# FLOPs that a CPU core with AVX2 does in the time that one byte takes to move; of a GPU see
+# `calibration.Rates`.
+_CPU_FLOPS_PER_BYTE = 8.0
 # With fewer classes or tokens in a tile, a GEMM runs far below its usual rate.
 SMALLEST_TILE = 64
 # A chunk of tokens on a GPU is a multiple of this. Its GEMMs fill their tiles of up to 256 rows,
@@ -37,13 +39,6 @@ _TORCH_SCRATCH = 4 * 5 * 640_000
 # Numbers a token that a merged class takes besides its members' logits, and the block that the
 # derivative of a softcap takes then (PyTorch's row passes have room for it).
 _MERGED_COLUMNS, _MERGED_SCRATCH = 30, 4 * 640_000
-# The fused kernel's share of the vendor GEMM's rate, and its epilogue, which no product overlaps,
-# as the bytes that move in that time. By counts on sm_90, predicted: a tile of 128 tokens and 128
-# classes takes (128 + 128) * 2 bytes from L2 for 2 * 128 * 128 FLOPs, so that 5.5 TB/s of L2 feed
-# 64 * 5.5 = 352 of the 660 TFLOP/s of cuBLAS; and 49 instructions a logit pair in its SASS at
-# 29.6e12 lanes a second are the time of 4.5 bytes at 2.7 TB/s.
-_FUSED_RATE = 0.53
-_FUSED_EPILOGUE = 4.5
 # As in `fused_triton`: the tokens of a tile, the token blocks that walk the classes side by side,
 # and the programs wanted. A GPU runs about 128 at once.
 _FUSED_TILE, _FUSED_GROUP, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 8, 512, 128
@@ -210,10 +205,10 @@ class Plan:
             return 0
         classes = p.classes if self.kind == "stash" else min(self.vocab_chunk, p.classes)
         strips = [
-            strip_rows(classes, dim, _family(p.device)) * dim * p.weight_dtype.itemsize
+            strip_rows(classes, dim, p.device) * dim * p.weight_dtype.itemsize
             for dim in (p.student_dim, p.teacher_dim)
         ]
-        own = strip_rows(classes, p.student_dim, _family(p.device)) * p.student_dim
+        own = strip_rows(classes, p.student_dim, p.device) * p.student_dim
         if p.train_hidden:
             tokens = self.token_chunk if self.kind == "stash" else p.tokens
             strips.append(strips[0] + tokens * p.student_dim * p.logit_bytes)
@@ -277,13 +272,16 @@ class Plan:
     def cost(self) -> float:
         """Roofline cost in units of bytes: comparable between plans on one machine only."""
         p = self.problem
+        if p.device == "cpu":
+            return self.gemm_flops / _CPU_FLOPS_PER_BYTE + self.bytes_moved
+        rates, _ = rates_of(p.device)
         flops: float = self.gemm_flops
         epilogue = 0.0
         if self.kind == "fused":
             fused = 2 * p.tokens * p.classes * (p.student_dim + p.teacher_dim)
-            flops += fused * (1 / _FUSED_RATE - 1)
-            epilogue = _FUSED_EPILOGUE * p.tokens * p.classes
-        return flops / _FLOPS_PER_BYTE[_family(p.device)] + epilogue + self.bytes_moved
+            flops += fused * (1 / rates.fused_rate - 1)
+            epilogue = rates.fused_epilogue * p.tokens * p.classes
+        return flops / rates.flops_per_byte + epilogue + self.bytes_moved
 
     def __str__(self) -> str:
         p = self.problem
@@ -291,6 +289,7 @@ class Plan:
         floor += (
             2 * p.tokens * p.classes * p.student_dim * (int(p.train_hidden) + int(p.train_weight))
         )
+        rates = "" if p.device == "cpu" else f"; rates {rates_of(p.device)[1]}"
         if self.kind == "stash":
             chunks = f"{self.token_chunk} tokens a chunk, {self.logit_chunk} projected at once"
         elif self._has_tiles:
@@ -301,7 +300,7 @@ class Plan:
             f"{self.kind}: {chunks}; "
             f"extra memory {self.extra_bytes / MIB:.0f} MiB; "
             f"GEMMs {self.gemm_flops / 1e9:.1f} GFLOP (floor {floor / 1e9:.1f}); "
-            f"traffic {self.bytes_moved / 1e9:.2f} GB"
+            f"traffic {self.bytes_moved / 1e9:.2f} GB{rates}"
         )
 
 
@@ -310,10 +309,6 @@ def padded_tokens(tokens: int, device: str) -> int:
     if device == "cpu" or tokens <= ROW_STEP:
         return max(tokens, 1)
     return -(-tokens // ROW_STEP) * ROW_STEP
-
-
-def _family(device: str) -> str:
-    return "cpu" if device == "cpu" else "cuda"
 
 
 def merged_sizes(merge: tuple[tuple[int, ...], tuple[int, ...]] | None) -> tuple[int, int]:

@@ -157,8 +157,11 @@ class _Buffers:
         if plan.teacher_in_gradient and weight_gradient is not None:
             per_logit = dtype.itemsize // weight_gradient.dtype.itemsize
             row = row_stride(call.classes)
-            idle = weight_gradient.flatten()[: height * row * per_logit]
-            self.teacher = idle.view(dtype).view(height, row)[:, : call.classes]
+            idle = weight_gradient.view(-1)
+            if per_logit > 1:
+                idle = idle[: height * row * per_logit].view(dtype)
+            start = idle.storage_offset()
+            self.teacher = idle.as_strided((height, call.classes), (row, 1), start)
         else:
             self.teacher = self._rows("teacher", height, dtype)
 

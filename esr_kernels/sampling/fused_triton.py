@@ -15,13 +15,13 @@ FLOPs  2 B V D, padded to whole blocks of rows.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esr_kernels.common.calibration import rates_of
 from esr_kernels.common.launch import launch
 from esr_kernels.common.projection_triton import (
     check_fused,
@@ -73,16 +73,14 @@ BLOCKS: dict[tuple[str, str], Blocks] = {
     ("unaligned", "sm_100"): Blocks(32, 32, 8, 2),
     ("unaligned", "gfx942"): Blocks(32, 32, 8, 2),
 }
-# (largest D, rows up to which fusing is chosen). Not measured, for lack of a GPU. Up to 64 rows the
-# head is read once, which takes most of the time, and the logits' traffic is saved; the published
-# crossover of such a kernel lies between 128 and 256 rows at D = 4096 on an H100 (FlashSampling),
-# and the saving grows as 1 / D.
-FUSED_ROWS = ((2048, 128), (math.inf, 64))
+# Up to this D a draw counts as narrow (`calibration.Rates`).
+_NARROW = 2048
 
 
-def is_faster(rows: int, depth: int) -> bool:
+def is_faster(rows: int, depth: int, device: str) -> bool:
     """Whether fusing is chosen over a projection and passes over its logits."""
-    return rows <= next(most for up_to, most in FUSED_ROWS if depth <= up_to)
+    rates, _ = rates_of(device)
+    return rows <= (rates.draw_rows if depth <= _NARROW else rates.draw_rows_wide)
 
 
 @triton.jit(do_not_specialize=["n_rows"])

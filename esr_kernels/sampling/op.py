@@ -151,7 +151,7 @@ def sample_from_hidden(
         differently in another batch, which changes a token's probability by about 1e-6 and, with
         the same key, the token in about as many draws.
     Memory: a chunk of fp32 logits within the budget. On GPU few rows without filters
-        (`fused_triton.FUSED_ROWS`) are drawn without any logits in memory.
+        (`calibration.Rates`) are drawn without any logits in memory.
     Gradients: none.
     Reference: `esr_kernels.sampling.reference.sample_rows` of the product in fp64.
     """
@@ -175,7 +175,7 @@ def sample_from_hidden(
         if on_triton and not per_row.filtered:
             from esr_kernels.sampling import fused_triton
 
-            if fused_triton.is_faster(rows, hidden.shape[1]):
+            if fused_triton.is_faster(rows, hidden.shape[1], str(hidden.device)):
                 return fused_triton.sample(head.hidden, head.weight, classes, per_row, keys)
 
         def sample(some: slice) -> Sample:

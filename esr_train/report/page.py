@@ -41,15 +41,15 @@ def write_report(run_dir: Path) -> Path:
 
     run = read_run(run_dir)
     summaries = summarise(run)
-    templates = _templates()
+    made = templates()
     content = _content(run, summaries)
     content["pictures"] = draw_pictures(run, summaries, run.path / "figures")
     for name, text in {
         "summary.json": _summary_json(run, summaries),
-        "report.md": templates.get_template("report.md.j2").render(content),
-        "report.html": templates.get_template("page.html.j2").render(content),
+        "report.md": made.get_template("report.md.j2").render(content),
+        "report.html": made.get_template("page.html.j2").render(content),
     }.items():
-        (run.path / name).write_text(_printable(text), encoding="utf-8")
+        (run.path / name).write_text(printable(text), encoding="utf-8")
     return run.path / "report.html"
 
 
@@ -63,20 +63,21 @@ def summary_table(run_dir: Path) -> str:
         textwrap.fill(content["table_note"], WIDTH),
         *(textwrap.fill(f"Note: {note}", WIDTH) for note in run.notes),
     ]
-    return _printable("\n\n".join(blocks))
+    return printable("\n\n".join(blocks))
 
 
-def _templates() -> Environment:
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+def templates(*folders: Path) -> Environment:
+    """The templates of this package and of `folders`, and the filters that they use."""
+    made = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"pipes": as_markdown, "fence": _fence, "base64": _base64}
-    return templates
+    made.filters |= {"pipes": as_markdown, "fence": _fence, "base64": _base64}
+    return made
 
 
 def _content(run: Run, summaries: list[ArmSummary]) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text that terminals, browsers and UTF-8 files accept: control characters and halves of
     surrogate pairs, which a sampled response may have, become the replacement character."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)

@@ -77,8 +77,9 @@ def test_a_hidden_state_of_nan_stays_in_its_row():
 
 
 def test_which_batches_are_fused(monkeypatch):
-    assert is_faster(1, 8192) and is_faster(64, 4096) and not is_faster(65, 4096)
-    assert is_faster(128, 2048) and not is_faster(129, 1024)
+    assert is_faster(1, 8192, "cpu") and is_faster(64, 4096, "cpu")
+    assert not is_faster(65, 4096, "cpu")
+    assert is_faster(128, 2048, "cpu") and not is_faster(129, 1024, "cpu")
     monkeypatch.setattr(fused_triton, "sample", None)
     with pytest.raises(TypeError, match="NoneType"):
         _both("plain", rows=1)

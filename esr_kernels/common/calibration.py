@@ -1,0 +1,122 @@
+"""The rates of a GPU that plans are priced with: counted ones, or those that were measured on it.
+
+`bench.gpu_suite` measures and writes them to a file, which is read once in a process:
+
+    {"format": 1, "devices": {NAME OF THE GPU: {"flops_per_byte": 210.0, ...}}}
+
+with all fields of `Rates`. The file is $ESR_CALIBRATION, else esr_kernels/calibration.json in the
+user's cache. Without it, or for a GPU that it does not name, the counted rates are taken. A file
+that is not as described raises: plans that depend on half of it would be a riddle.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU does in the time that one byte takes to move; the defaults are counted for sm_90.
+
+    The fused kernel's rate: a tile of 128 tokens and 128 classes takes (128 + 128) * 2 bytes from
+    L2 for 2 * 128 * 128 FLOPs, so that 5.5 TB/s of L2 feed 64 * 5.5 = 352 of the 660 TFLOP/s of
+    cuBLAS. Its epilogue, which no product overlaps: 49 instructions a logit pair in its SASS at
+    29.6e12 lanes a second are the time of 4.5 bytes at 2.7 TB/s.
+    """
+
+    flops_per_byte: float = 250.0  # of the vendor's products
+    fused_rate: float = 0.53  # of the fused statistics' products, as a share of the vendor's
+    fused_epilogue: float = 4.5  # bytes a pair of logits
+    # The most rows for which a draw projects and draws in one kernel, for hidden states of up to
+    # 2,048 and for wider ones. Up to 64 rows the head is read once, which takes most of the time,
+    # and the logits' traffic is saved; the published crossover of such a kernel lies between 128
+    # and 256 rows at D = 4096 on an H100 (FlashSampling), and the saving grows as 1 / D.
+    draw_rows: int = 128
+    draw_rows_wide: int = 64
+
+
+COUNTED = Rates()
+# What a field may be: beyond, it was measured wrongly or is of another unit.
+_RANGES = {
+    "flops_per_byte": (10.0, 5000.0),
+    "fused_rate": (0.05, 1.5),
+    "fused_epilogue": (0.0, 200.0),
+    "draw_rows": (0, 1 << 20),
+    "draw_rows_wide": (0, 1 << 20),
+}
+
+
+def calibration_path() -> Path:
+    """Where measured rates are looked for."""
+    given = os.environ.get("ESR_CALIBRATION")
+    if given:
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "esr_kernels" / "calibration.json"
+
+
+@functools.cache
+def rates_of(device: str) -> tuple[Rates, str]:
+    """(rates, where they are from) of a device as a plan names it, such as "cuda:0"."""
+    path, name = calibration_path(), _gpu_name(device)
+    if name is None or not path.exists():
+        return COUNTED, "counted"
+    devices = read(path)
+    return (devices[name], f"measured, {path}") if name in devices else (COUNTED, "counted")
+
+
+def _gpu_name(device: str) -> str | None:
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(torch.device(device))
+
+
+def read(path: Path) -> dict[str, Rates]:
+    """Rates by the name of a GPU. Raises ValueError naming the file and what is wrong in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} must hold JSON: {error}") from error
+    if not isinstance(content, dict) or set(content) != {"format", "devices"}:
+        raise ValueError(f"{path} must hold an object of 'format' and 'devices' (see calibration)")
+    if content["format"] != FORMAT or not isinstance(content["devices"], dict):
+        raise ValueError(f"{path} must have format {FORMAT} and an object of devices")
+    return {name: checked(f"{path}, {name}", given) for name, given in content["devices"].items()}
+
+
+def checked(where: str, given: Any) -> Rates:
+    """The rates in an object of their fields; raises ValueError."""
+    names = [field.name for field in fields(Rates)]
+    if not isinstance(given, Mapping) or set(given) != set(names):
+        raise ValueError(f"{where}: must be an object of exactly {names}, got {given!r}")
+    for name, value in given.items():
+        least, most = _RANGES[name]
+        whole = isinstance(least, int)
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not least <= value <= most:
+            kind = "a whole number" if whole else "a number"
+            raise ValueError(
+                f"{where}: {name} must be {kind} from {least} to {most}, got {value!r}"
+            )
+    return Rates(**given)
+
+
+def write(path: Path, name: str, rates: Rates) -> None:
+    """Add the rates of a GPU to the file, or replace them; other GPUs' stay."""
+    devices = {other: asdict(kept) for other, kept in (read(path) if path.exists() else {}).items()}
+    devices[name] = asdict(checked(name, asdict(rates)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(json.dumps({"format": FORMAT, "devices": devices}, indent=1) + "\n")
+    aside.replace(path)
