@@ -1,6 +1,6 @@
 """Kernel launches and bytes of one decoding step, by decoder: what a GPU would be asked to do.
 
-    python -m bench.count_decode
+    python -m bench.count_decode        writes bench/results/count_decode.json
 
 Counted, not measured: a step of each decoder runs on the CPU, operations that compute something
 count as a launch each, and their operands and results as bytes; views and allocations count as
@@ -15,6 +15,8 @@ One sample a prompt, prompts of unlike lengths, at the last of N tokens, in a 16
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,6 +31,7 @@ from esr_train.rollout.cache import Shape
 from esr_train.rollout.decoder import PlainDecoder, SharedPrefixDecoder
 
 _ITEM = 2  # bytes of a 16-bit element
+RESULTS = Path(__file__).parent / "results" / "count_decode.json"
 MODELS = {
     # hidden, intermediate, layers, heads, key heads
     "Qwen2.5-0.5B": (896, 4864, 24, 14, 2),
@@ -175,18 +178,17 @@ def counted(kind: Any, name: str, rows: int, longest: int, length: int) -> tuple
 
 
 def main() -> None:
-    print(f"{'':<14}{'rows':>5}{'prompt':>7}{'new':>6}   {'launches':>15}   {'MB a step':>17}")
-    print(f"{'':<35}{'shared':>8}{'plain':>8}  {'shared':>9}{'plain':>9}")
+    found = []
     for name in MODELS:
         for rows, longest, length in CASES:
-            ours, plain = (
-                counted(kind, name, rows, longest, length)
-                for kind in (SharedPrefixDecoder, PlainDecoder)
-            )
-            print(
-                f"{name:<14}{rows:>5}{longest:>7}{length:>6}   {ours[0]:>8}{plain[0]:>8}"
-                f"  {ours[1] / 1e6:>9.0f}{plain[1] / 1e6:>9.0f}"
-            )
+            row: dict[str, Any] = {"model": name, "rows": rows, "prompt": longest, "new": length}
+            for kind, decoder in (("shared", SharedPrefixDecoder), ("plain", PlainDecoder)):
+                launches, size = counted(decoder, name, rows, longest, length)
+                row[kind] = {"launches": launches, "mb": round(size / 1e6)}
+            found.append(row)
+            print(row)
+    text = ",\n".join(json.dumps(row) for row in found)
+    RESULTS.write_text(f"[\n{text}\n]\n")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def timings(problems: list[dict[str, Any]], budget: float, compiles: bool) -> It
         "ours": lambda: ours("auto"),
         "ours, stash": lambda: ours("stash"),
         "ours, recompute": lambda: ours("recompute"),
-        **peers(),
+        **peers(gpu=True),
     }
     if not compiles:
         del contenders["torch.compile"]

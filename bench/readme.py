@@ -28,8 +28,9 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "bench": _bench,
             "rollout": _rollout,
         },
-        "docs/rollouts.md": {"rollout": _rollout},
+        "docs/rollouts.md": {"decode": _decode, "rollout": _rollout},
         "docs/sampling.md": {"sampling": _sampling},
+        "docs/from-trl.md": {"train_step": _train_step},
     }
 
 
@@ -137,6 +138,19 @@ def _rollout() -> str:
     return "\n".join([*lines, "", note])
 
 
+def _decode() -> str:
+    """Launches and bytes of a step of both decoders."""
+    lines = ["| | rows | N | launches, shared / plain | MB, shared / plain |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for row in json.loads((ROOT / "bench" / "results" / "count_decode.json").read_text()):
+        launches, sizes = (
+            " / ".join(f"{row[kind][what]:,}" for kind in ("shared", "plain"))
+            for what in ("launches", "mb")
+        )
+        lines.append(f"| {row['model']} | {row['rows']} | {row['new']:,} | {launches} | {sizes} |")
+    return "\n".join(lines)
+
+
 def _sampling() -> str:
     """Times of a draw over the head's product, of the newest record of each problem."""
     lines = ["| | ours | transformers + multinomial |", "| --- | ---: | ---: |"]
@@ -151,6 +165,34 @@ def _sampling() -> str:
         f"{record['rounds']} rounds, {_machine(record)}. By `make bench`."
     )
     return "\n".join([*lines, "", note])
+
+
+def _train_step() -> str:
+    """A whole step by phase, of the newest record of each problem."""
+    if not (ROOT / "bench" / "results" / "train_step_cpu.jsonl").exists():
+        return (
+            "No record is committed yet; `python -m pytest bench/bench_train_step.py -s` makes one."
+        )
+    parts = []
+    for problem, record in _newest("train_step_cpu").items():
+        lines = [
+            f"{problem}:",
+            "",
+            "| | rollout | teacher | student, loss | optimizer | step | x TRL | peak, MiB |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for name, row in record["table"].items():
+            phases = ("rollout", "teacher", "student", "optimizer", "step", "over_trl")
+            cells = [f"{row[phase]:.2f}" for phase in phases]
+            memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
+            lines.append("| " + " | ".join([name, *cells, memory]) + " |")
+        parts.append("\n".join(lines))
+    note = (
+        f"fp32, processor seconds, medians of {record['rounds']} interleaved rounds, "
+        f"{_machine(record)}, shared with other work. Peak: resident memory of the process, all "
+        "libraries included. By `python -m pytest bench/bench_train_step.py`."
+    )
+    return "\n\n".join([*parts, note])
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from esr_train.config import LoraConfig
+from esr_train.fetch import hub_problem
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SEED = 0  # of A; B starts at zero, and with it what the adapter adds
@@ -69,6 +70,7 @@ def load_adapter(model: Any, source: str) -> Any:
     try:
         settings = peft.PeftConfig.from_pretrained(str(directory))
         settings.inference_mode = True
+        settings.base_model_name_or_path = None  # peft warns if it is not where the model came from
         tensors = load_file(directory / WEIGHTS)
         model = peft.get_peft_model(model, settings)
         put_adapter(model, tensors)
@@ -77,10 +79,12 @@ def load_adapter(model: Any, source: str) -> Any:
     return model.requires_grad_(False)
 
 
-def save_adapter(model: Any, directory: Path) -> None:
-    """Write the adapter of `model`, without the model."""
+def save_adapter(
+    model: Any, directory: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the adapter of `model`, without the model; of `weights` where they are given."""
     # peft would look for the base's vocabulary on the hub to learn whether embeddings have changed.
-    model.save_pretrained(directory, save_embedding_layers=False)
+    model.save_pretrained(directory, save_embedding_layers=False, state_dict=weights)
 
 
 def put_adapter(model: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -91,7 +95,8 @@ def put_adapter(model: Any, tensors: dict[str, torch.Tensor]) -> None:
         shapes = [list(t[name].shape) if name in t else None for t in (own, tensors)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name} has shape {shapes[0]} in the model, {shapes[1]} in the file")
-    peft.set_peft_model_state_dict(model, tensors)
+    if not any(tensor.is_meta for tensor in own.values()):  # that has shapes alone
+        peft.set_peft_model_state_dict(model, tensors)
 
 
 def merged(model: Any) -> Any:
@@ -105,7 +110,13 @@ def _directory(source: str) -> Path:
         if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
             raise AdapterError(f"adapter {source!r}: no such directory")
         try:
-            path = Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS]))
+            path = Path(
+                snapshot_download(
+                    source,
+                    allow_patterns=[CONFIG, WEIGHTS],
+                    local_files_only=hub_problem() is not None,
+                )
+            )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(

@@ -20,7 +20,7 @@ from esr_train import checkpoint
 from esr_train.config import Config, arm_config
 from esr_train.evaluate import Evaluation
 from esr_train.experiment import check_context, load_experiment
-from esr_train.train import Trainer
+from esr_train.train import Trainer, TrainingError
 
 _FINISHED = "finished"
 
@@ -46,6 +46,13 @@ class Arms:
         for config in self.configs.values():
             check_context(config, self.experiment, self.first_seed)
 
+    def restore(self) -> None:
+        """Give the student its initial weights again."""
+        parameters = dict(self.experiment.student.model.named_parameters())
+        with torch.no_grad():
+            for key, weight in self._weights.items():
+                parameters[key].copy_(weight)
+
     def run(
         self,
         run_dir: Path,
@@ -54,16 +61,18 @@ class Arms:
         on_step: Callable[[dict[str, Any], dict[str, float]], None],
     ) -> None:
         """Train one arm with one seed, from its newest checkpoint if there is one."""
-        parameters = dict(self.experiment.student.model.named_parameters())
-        with torch.no_grad():
-            for key, weight in self._weights.items():
-                parameters[key].copy_(weight)
+        self.restore()
         config, directory = self.configs[name], _directory(run_dir, name, seed)
         trainer = Trainer(
             config, self.experiment, directory, seed, initial=self._initial, on_step=on_step
         )
         trainer.save_end = config.checkpoint.keep_models
-        trainer.run()
+        try:
+            trainer.run()
+        except TrainingError:
+            # A rate that a grid asks about may be too high; it is then seen not to reach the end.
+            if not config.eval.validation:
+                raise
         self._initial = trainer.initial
         (directory / _FINISHED).touch()
         self.finished(run_dir, name, seed)

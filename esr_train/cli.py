@@ -1,12 +1,16 @@
 """The command line.
 
     esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
-    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--dry-run]
+    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--tune]
+                       [--dry-run]
+    esr-train diagnose CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
     esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
     esr-train export   RUN_DIR --out DIR [--merge] [--best] [--arm NAME] [--seed N]
     esr-train sample   CONFIG.yaml [key=value ...] --prompt TEXT [--samples G] [--teacher]
     esr-train report   RUN_DIR
     esr-train fetch    smollm2
+
+`train` and `evaluate` also run under torchrun and `accelerate launch`, on several processes.
 
 Exit codes: 0 done, 2 an error that is reported in one line, 130 stopped by Ctrl-C or SIGTERM.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +48,7 @@ from esr_train.evaluate import Evaluator
 from esr_train.experiment import Experiment, load_experiment
 from esr_train.export import export
 from esr_train.fetch import FetchError, fetch_smollm2
+from esr_train.launch import launched, start
 from esr_train.models import ModelError
 from esr_train.progress import progress_bar, progress_text
 from esr_train.report import summary_table, write_report
@@ -50,7 +56,9 @@ from esr_train.rollout import ContextError, RolloutBatch
 from esr_train.run_dir import check_continues, write_run_files
 from esr_train.sample import sample_text
 from esr_train.train import Trainer, TrainingError
+from esr_train.tune import tune
 from esr_train.worker import ArmError
+from esr_train.world import World, WorldError
 
 ERRORS = (
     AdapterError,
@@ -61,6 +69,7 @@ ERRORS = (
     FetchError,
     ModelError,
     TrainingError,
+    WorldError,
     OSError,
 )
 
@@ -69,11 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parse(arguments)
     transformers_logging.disable_progress_bar()  # only our own bar is shown
+    who = f"esr-train: rank {os.environ['RANK']}" if launched() > 1 else "esr-train"
     try:
+        if launched() > 1 and options.run not in (_train, _evaluate):
+            raise ConfigError("only train and evaluate run on several processes")
         with Interrupt():
             options.run(options)
     except ERRORS as error:
-        print(f"esr-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         # Out of memory is an exception of its own on a GPU; on a CPU only the message says so.
@@ -83,10 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
         advice = "Set optim.max_tokens, or lower rollout.prompts"
         if options.run is _sample:
             advice = "Lower --samples or --max-new-tokens"
-        print(f"esr-train: error: {first}. {advice}", file=sys.stderr)
+        print(f"{who}: error: {first}. {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"esr-train: {error or 'interrupted'}", file=sys.stderr)
+        print(f"{who}: {error or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
@@ -111,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     for run, summary in (
         (_train, "train a student to match a teacher; resumes where it stopped"),
         (_compare, "train with several rollout lengths and write a report"),
+        (_diagnose, "measure where and why student and teacher differ, and write a report"),
         (_evaluate, "measure a student on held-out problems"),
     ):
         command = commands.add_parser(run.__name__[1:], help=summary, description=summary)
@@ -131,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--out", type=Path, help="run directory; default runs/CONFIG...")
         if run is _compare:
             command.add_argument("--steps", type=_positive, help="limit of the steps of each arm")
+            command.add_argument(
+                "--tune",
+                action="store_true",
+                help="first choose each arm's learning rate from tune.rates, on tune.seeds",
+            )
             command.add_argument(
                 "--jobs",
                 type=_positive,
@@ -153,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_dir", type=Path)
     summary = "download, verify and cache the weights of a model"
     command = commands.add_parser("fetch", help=summary, description=summary)
-    command.set_defaults(run=_fetch)
+    command.set_defaults(run=lambda _: print(fetch_smollm2()))
     command.add_argument("model", choices=["smollm2"])
     return parser
 
@@ -191,12 +209,19 @@ def _train(options: argparse.Namespace) -> None:
     changes = {"seeds": [seed], "arms": [arm], "report.baseline": None}
     config = with_overrides(config, changes)
     run_dir = options.out or Path("runs") / options.config.stem
-    check_continues(run_dir, config)
     if options.dry_run:
+        check_continues(run_dir, config)
         return _print_plan(config, options.on)
-    experiment = load_experiment(config)
-    print(experiment.notes)
-    with progress_bar(config.steps) as bar:
+    with start(config) as world:
+        world.from_main(lambda: check_continues(run_dir, config))
+        _train_on(world, config, run_dir, seed)
+
+
+def _train_on(world: World, config: Config, run_dir: Path, seed: int) -> None:
+    experiment = load_experiment(config, world)
+    if world.main:
+        print(experiment.notes)
+    with progress_bar(config.steps, shown=world.main) as bar:
         announce = Announcer(bar.write)
 
         def on_step(row: dict, metrics: dict[str, float]) -> None:
@@ -204,23 +229,29 @@ def _train(options: argparse.Namespace) -> None:
             bar.n = row["step"]
             bar.set_postfix_str(progress_text(row, metrics, config.report.metric))
 
+        def first_rollout(*first: Any) -> None:
+            bar.write(_decoded(experiment, *first))
+
         trainer = Trainer(
             config,
             experiment,
             run_dir / "arms" / "train" / f"seed{seed}",
             seed,
-            on_step=on_step,
-            on_first_rollout=lambda *first: bar.write(_decoded(experiment, *first)),
+            on_step=on_step if world.main else None,
+            on_first_rollout=first_rollout if world.main else None,
         )
-        write_run_files(run_dir, config)
+        if world.main:
+            write_run_files(run_dir, config)
         try:
             trainer.run()
         except KeyboardInterrupt as error:
-            step = trainer.state["step"]
+            step = max(0, trainer.saved_step)
             raise Interrupted(
                 f"interrupted: step {step} of {config.steps} is saved in {trainer.directory}; "
                 "the same command resumes from there"
             ) from error
+    if not world.main:
+        return
     for line in announce.counts():
         print(line)
     print(f"model: {trainer.directory / 'checkpoints' / f'step_{config.steps:06d}' / 'model'}")
@@ -233,7 +264,27 @@ def _compare(options: argparse.Namespace) -> None:
         return _print_plan(cap_steps(config, options.steps), options.on)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = options.out or Path("runs") / f"{options.config.stem}-{stamp}"
+    if options.tune:
+        config = tune(config, out, options.steps, options.jobs)
     compare(config, out, options.steps, options.jobs)
+
+
+def _diagnose(options: argparse.Namespace) -> None:
+    # Its figures need matplotlib, which no other command imports before it has to.
+    from esr_train.diagnose import describe_diagnosis, diagnose
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        print(to_yaml(config))
+        return print(describe_diagnosis(config, options.on))
+    out = options.out or Path("runs") / f"{options.config.stem}-diagnosis"
+    try:
+        print(diagnose(config, out))
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted: sections that are finished are in {out / 'sections'}; the same command "
+            "goes on from there"
+        ) from error
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -242,16 +293,20 @@ def _evaluate(options: argparse.Namespace) -> None:
         config = with_overrides(config, {"student": {"model": options.model}})
     if options.dry_run:
         return _print_plan(config, options.on)
-    experiment = load_experiment(config)
-    evaluator = experiment.evaluator or Evaluator(
-        config,
-        experiment.student,
-        experiment.teacher,
-        experiment.tokenized,
-        experiment.alignment,
-    )
-    metrics, samples = evaluator.evaluate()
-    print(json.dumps({"metrics": metrics, "samples": samples}, indent=2, ensure_ascii=False))
+    with start(config) as world:
+        experiment = load_experiment(config, world)
+        evaluator = experiment.evaluator or Evaluator(
+            config,
+            experiment.student,
+            experiment.teacher,
+            experiment.tokenized,
+            experiment.alignment,
+            world,
+        )
+        metrics, samples = evaluator.evaluate()
+        if world.main:
+            found = {"metrics": metrics, "samples": samples}
+            print(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -293,10 +348,6 @@ def _export(options: argparse.Namespace) -> None:
             merge=options.merge,
         )
     )
-
-
-def _fetch(options: argparse.Namespace) -> None:
-    print(fetch_smollm2())
 
 
 def _print_plan(config: Config, on: str | None) -> None:

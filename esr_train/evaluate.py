@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from esr_train.alignment import Alignment
-from esr_train.config import EVAL_PROBLEMS, Config, ConfigError, LossConfig
+from esr_train.config import EVAL_PROBLEMS, Config, ConfigError, EvalConfig, LossConfig
 from esr_train.data import TokenizedTask
 from esr_train.loss import divergence_from_hidden
 from esr_train.models import head
 from esr_train.rollout import PrefixRollout, RolloutBatch
+from esr_train.tasks import Problem, Task
 from esr_train.teacher import Sequences, Teacher, hidden_rows
+from esr_train.world import ONE, World
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,33 @@ Evaluation = tuple[dict[str, float], list[dict[str, Any]]]  # metrics, decoded a
 _Scored = tuple[Sequences, Tensor]
 
 
+def heldout_problems(task: Task, config: EvalConfig) -> list[Problem]:
+    """The problems of evaluations: those of a test, or others of the held-out split to choose a
+    learning rate on (`eval.validation`).
+
+    Raises:
+        ConfigError: the task has not so many, or no others.
+    """
+    there = task.count("heldout")
+    count = config.problems or min(EVAL_PROBLEMS, there or EVAL_PROBLEMS)
+    try:
+        test = task.problems("heldout", count, SEED)
+        if not config.validation:
+            return test
+        known = {problem.prompt for problem in test}
+        more = min(2 * count, there or 2 * count)
+        others = task.problems("heldout", more, SEED if there else SEED + 1)
+    except ValueError as error:
+        raise ConfigError(f"eval.problems: {error}") from error
+    others = [problem for problem in others if problem.prompt not in known][:count]
+    if not others:
+        raise ConfigError(
+            f"eval.problems: got {count}, all of the held-out ones that {task.name!r} has; with "
+            "fewer, there are others to choose a learning rate on"
+        )
+    return others
+
+
 class Evaluator:
     """Held-out problems, and the teacher's text on them, which is sampled at the first use."""
 
@@ -51,16 +80,13 @@ class Evaluator:
         teacher: Teacher,
         tokenized: TokenizedTask,
         alignment: Alignment,
+        world: World = ONE,
     ) -> None:
+        self.world = world
         self.config, self.student, self.teacher = config, student, teacher
         self.task, self.tokenizer = tokenized.task, tokenized.tokenizer
         self.alignment = alignment
-        there = self.task.count("heldout")
-        count = config.eval.problems or min(EVAL_PROBLEMS, there or EVAL_PROBLEMS)
-        try:
-            self.problems = self.task.problems("heldout", count, SEED)
-        except ValueError as error:
-            raise ConfigError(f"eval.problems: {error}") from error
+        self.problems = heldout_problems(self.task, config.eval)
         self.prompts = [tokenized.ids(problem) for problem in self.problems]
         self.scored = self.problems[0].answer is not None
         own = [tokenized.teacher_ids(problem) for problem in self.problems]
@@ -81,10 +107,14 @@ class Evaluator:
 
         If the task has no checkable answers, only those are sampled that are decoded or measured.
         """
+        with self.world.whole(self.student.model):
+            return self._evaluate()
+
+    def _evaluate(self) -> Evaluation:
         greedy, sampled = self._answers()
         metrics: dict[str, float] = {}
         if self.scored:
-            metrics |= self._scores(greedy, sampled)
+            metrics |= self.world.from_main(lambda: self._scores(greedy, sampled))
         metrics["response_length"] = float(sampled.lengths.double().mean())
         metrics["eos_rate"] = float(sampled.finished_by_eos.double().mean())
         if self.config.eval.teacher_text:
@@ -128,7 +158,8 @@ class Evaluator:
         # A problem's first sampled answer draws the same noise however many there are.
         problem, sample = rows[:-count] // samples, rows[:-count] % samples
         keys = torch.cat([rows[:count] + count, problem + 2 * count * sample])
-        batch = self.student.generate(
+        batch = self.world.generate(
+            self.student,
             prompts + [prompt for prompt in prompts for _ in range(samples)],
             # Not several samples a prompt: some caches cannot be repeated.
             1,
@@ -195,6 +226,7 @@ class Evaluator:
             )
             sums = torch.stack([row.double() for row in rows], dim=1)
             total += torch.zeros_like(total).index_add(0, bins.cpu(), sums.cpu())
+        total = self.world.total(total)
         names = [
             p + n for p, n in zip(prefixes, ("kl", "reverse_kl", "top1_agreement"), strict=True)
         ]
@@ -209,7 +241,8 @@ class Evaluator:
     def _write_teacher_text(self) -> list[_Scored]:
         """Teacher samples at temperature 1, scored by the teacher."""
         prompts, length = self.teacher_prompts or self.prompts, self.config.eval.teacher_text
-        text = self.teacher.rollout.generate(
+        text = self.world.generate(
+            self.teacher.rollout,
             prompts,
             1,
             length,
@@ -222,14 +255,16 @@ class Evaluator:
         )
 
     def _score(self, text: RolloutBatch, length: int) -> list[_Scored]:
-        """The first `length` tokens of each text, with the teacher's hidden states, in batches."""
+        """The first `length` tokens of each text, with the teacher's hidden states, in batches:
+        this process's share of the texts."""
         device, own = self.teacher.head.weight.device, self.teacher_prompts
         inside = torch.arange(text.tokens.shape[1]) < text.lengths.clamp(max=length)[:, None]
         comparable = self.alignment.comparable(text)
         weights = (inside if comparable is None else inside & comparable).float()
         longest = max(map(len, text.prompts)) + int(text.lengths.max())
         batches = []
-        for part in torch.arange(len(text.prompts)).split(max(1, _TOKENS // longest)):
+        own_texts = torch.arange(self.world.rank, len(text.prompts), self.world.size)
+        for part in own_texts.split(max(1, _TOKENS // longest)) if len(own_texts) else ():
             prompts = None if own is None else [own[row] for row in part.tolist()]
             student, teacher = self.alignment.pair(
                 text.select(part), weights[part], prompts, device

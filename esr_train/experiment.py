@@ -16,6 +16,7 @@ from esr_train.tasks import load_task
 from esr_train.teacher import Teacher
 from esr_train.terminators import Groups, Terminators
 from esr_train.vocabulary import Vocabulary, shared_vocabulary
+from esr_train.world import ONE, World
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Experiment:
     stops: Groups  # rows of both heads that end an answer
     notes: str  # on vocabularies and terminators, a text to print
     evaluator: Evaluator | None  # None if eval.every is 0
+    world: World = ONE  # the processes that share its work
 
     def classes(self, loss: LossConfig) -> Vocabulary:
         """What a loss is over: the shared vocabulary, with terminators merged where it says so.
@@ -47,7 +49,7 @@ class Experiment:
         return replace(self.alignment.vocabulary, merge=self.stops)
 
 
-def load_experiment(config: Config) -> Experiment:
+def load_experiment(config: Config, world: World = ONE) -> Experiment:
     """Load all that a run needs.
 
     Raises:
@@ -80,7 +82,7 @@ def load_experiment(config: Config) -> Experiment:
     alignment = Alignment(vocabulary, tokenizer, teacher_tokenizer)
     evaluator = None
     if config.eval.every:
-        evaluator = Evaluator(config, student, teacher, tokenized, alignment)
+        evaluator = Evaluator(config, student, teacher, tokenized, alignment, world)
     notes = [
         vocabulary.note,
         ends.describe(tokenizer, teacher_tokenizer, config.loss.merge_terminators),
@@ -94,6 +96,7 @@ def load_experiment(config: Config) -> Experiment:
         stops,
         "\n".join(note for note in notes if note),
         evaluator,
+        world,
     )
 
 

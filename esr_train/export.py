@@ -27,7 +27,9 @@ def export(run_dir: Path, out: Path, arm: str, seed: int | None, best: bool, mer
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: {out} is not empty")
     config = load_config(run_dir / "config.yaml")
-    model = _find(run_dir / "arms" / arm / f"seed{config.seeds[0] if seed is None else seed}", best)
+    model = find_model(
+        run_dir / "arms" / arm / f"seed{config.seeds[0] if seed is None else seed}", best
+    )
     if not (model / adapters.CONFIG).is_file():
         if merge:
             raise ConfigError(f"--merge: {model} is a whole model already")
@@ -44,13 +46,13 @@ def export(run_dir: Path, out: Path, arm: str, seed: int | None, best: bool, mer
     return out
 
 
-def _find(directory: Path, best: bool) -> Path:
+def find_model(directory: Path, best: bool) -> Path:
     """The directory of a model: where `compare` leaves it, or in a checkpoint."""
     if not directory.is_dir():
         arms = directory.parents[1]
         runs = sorted(path.relative_to(arms) for path in arms.glob("*/seed*"))
         found = ", ".join(map(str, runs)) or "none"
-        raise ConfigError(f"export: no run {directory}; --arm and --seed may be those of {found}")
+        raise ConfigError(f"no run {directory}; --arm and --seed may be those of {found}")
     kept = directory / ("best" if best else "model")
     checkpoints = directory / "checkpoints"
     if kept.is_dir():
@@ -58,7 +60,7 @@ def _find(directory: Path, best: bool) -> Path:
     saved = checkpoint.best(checkpoints) if best else checkpoint.latest(checkpoints)
     if saved is None:
         what = "best model; see checkpoint.keep_best" if best else "checkpoint"
-        raise ConfigError(f"export: {directory} has no {what}")
+        raise ConfigError(f"{directory} has no {what}")
     return saved if best else saved / "model"
 
 

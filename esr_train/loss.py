@@ -111,8 +111,12 @@ def divergence_from_hidden(
     token_weights: Tensor | None,
     vocabulary: Vocabulary,
     config: LossConfig,
+    labels: Tensor | None = None,
 ) -> LinearDivergence:
-    """`linear_divergence` between two models' heads, over the classes that they share."""
+    """`linear_divergence` between two models' heads, over the classes that they share.
+
+    `labels` [T] are classes whose cross-entropy is wanted beside it; the loss does not count them.
+    """
     return linear_divergence(
         student_hidden,
         student.weight,
@@ -132,6 +136,7 @@ def divergence_from_hidden(
         teacher_ids=vocabulary.teacher_ids,
         merge_student_ids=None if vocabulary.merge is None else vocabulary.merge[0],
         merge_teacher_ids=None if vocabulary.merge is None else vocabulary.merge[1],
+        labels=labels,
         reduction="sum",
         # The reference has autograd's gradients only.
         weight_grad=None if config.impl == "reference" else student.weight_grad,

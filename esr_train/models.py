@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from esr_train.adapters import add_lora, base_of, load_adapter
 from esr_train.config import Config, ModelConfig, RuntimeConfig
-from esr_train.fetch import fetch_smollm2
+from esr_train.fetch import fetch_smollm2, hub_problem
 from esr_train.tasks import BUILTIN_MODELS, builtin_model_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,7 +64,9 @@ def load_tokenizer(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
     """The tokenizer that belongs to a model."""
     source = _source(spec.model)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=runtime.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            source, trust_remote_code=runtime.trust_remote_code, **_where(source)
+        )
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded(spec.model, source, "tokenizer", error)) from error
 
@@ -79,7 +81,8 @@ def load_model(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
 
 def stored_dtype(spec: ModelConfig) -> torch.dtype:
     """The dtype that a model's weights have on disk."""
-    return AutoConfig.from_pretrained(_source(spec.model)).dtype or torch.float32
+    source = _source(spec.model)
+    return AutoConfig.from_pretrained(source, **_where(source)).dtype or torch.float32
 
 
 def load_pair(config: Config) -> tuple[Any, Any]:
@@ -123,6 +126,7 @@ def _base(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
             attn_implementation=attention,
             trust_remote_code=runtime.trust_remote_code,
             use_safetensors=True,  # a pickle can run any code
+            **_where(source),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(_not_loaded(spec.model, source, "model", error)) from error
@@ -158,7 +162,7 @@ def _on_meta(spec: ModelConfig, runtime: RuntimeConfig, dtype: torch.dtype) -> A
     trust = runtime.trust_remote_code
     attention = None if runtime.attention == "auto" else runtime.attention
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **_where(source))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust, attn_implementation=attention
@@ -342,6 +346,11 @@ def _source(model: str) -> str:
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(f"model {model!r}: no such directory")
     return model
+
+
+def _where(source: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: only files that are here, if the hub cannot be asked."""
+    return {"local_files_only": not Path(source).is_dir() and hub_problem() is not None}
 
 
 def _not_loaded(model: str, source: str, what: str, error: Exception) -> str:

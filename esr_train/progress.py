@@ -20,9 +20,9 @@ _PASSES = 4
 _TIMED_TOKENS = 8
 
 
-def progress_bar(total: int) -> Any:
+def progress_bar(total: int, shown: bool = True) -> Any:
     """A bar over training steps, on stderr."""
-    return tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.05)
+    return tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.05, disable=not shown)
 
 
 def progress_text(row: dict[str, Any], metrics: dict[str, float], metric: str) -> str:

@@ -16,12 +16,13 @@ import torch
 
 from esr_train.config import Config, ConfigError, arm_config, load_config, to_yaml
 from esr_train.metrics import cpu_name
+from esr_train.report.tuning import FILE
 
 _PACKAGES = "torch triton transformers tokenizers safetensors flash-attn liger-kernel".split()
 # Settings that may differ between a run and its continuation.
-_MAY_CHANGE = {"steps", "eval", "checkpoint", "report", "arms", "seeds"}
+_MAY_CHANGE = {"steps", "eval", "checkpoint", "report", "diagnose", "arms", "seeds"}
 # The same for a comparison; an arm or a seed may be added.
-_MAY_CHANGE_BETWEEN_ARMS = {"checkpoint", "report", "arms", "seeds"}
+_MAY_CHANGE_BETWEEN_ARMS = {"checkpoint", "report", "diagnose", "arms", "seeds"}
 
 
 def write_run_files(directory: Path, config: Config, jobs: int = 1) -> None:
@@ -63,6 +64,16 @@ def check_comparison(directory: Path, config: Config, anew: bool) -> None:
             raise _other(directory, arm["name"], was, arm, advice)
 
 
+def check_diagnosis(directory: Path, config: Config) -> None:
+    """Raise ConfigError if `directory` holds anything but a diagnosis with these settings."""
+    path = _config_in(directory, "diagnosis")
+    if path is None:
+        return
+    if (directory / "arms").exists():
+        raise ConfigError(f"--out: {directory} holds a run, not a diagnosis; see diagnose.run")
+    _check_same(directory, _earlier(path), config, set())
+
+
 def clear_comparison(directory: Path) -> None:
     """Remove an earlier comparison, and no other file."""
     for name in ("arms", "figures"):
@@ -78,9 +89,19 @@ def _config_in(directory: Path, what: str) -> Path | None:
         return path
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"--out: {directory} is not a directory")
-    if directory.is_dir() and any(directory.iterdir()):
+    # A comparison that is tuned begins with its grid.
+    if directory.is_dir() and {path.name for path in directory.iterdir()} - {"tuning", FILE}:
         raise ConfigError(f"--out: {directory} is not empty and holds no earlier {what}")
     return None
+
+
+def config_of(run_dir: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: there is no run, or it was made with keys that are unknown now.
+    """
+    return _earlier(run_dir / "config.yaml")
 
 
 def _earlier(path: Path) -> Config:

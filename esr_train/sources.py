@@ -59,6 +59,7 @@ class Source:
                 "rollout.source: got 'teacher', must be the student where the teacher has another "
                 "tokenizer"
             )
+        self._world = experiment.world
         self._writer = experiment.teacher.rollout if self._teachers else experiment.student
         self._kept: dict[str, Tensor] = {}
 
@@ -70,21 +71,31 @@ class Source:
         """
         if not self.frozen:
             return
-        if self.path.is_file():
-            with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("of") == self._of():
-                    self._kept = {name: file.get_tensor(name) for name in file.keys()}
-                    return
+        kept = self._world.from_main(self._stored)
+        if kept is not None:
+            self._kept = kept
+            return
         if step:
             raise CheckpointError(
                 f"{self.path} is missing or of other settings: the run goes on at step {step + 1}, "
                 f"where rollout.source={self.config.rollout.source} cannot be sampled again"
             )
         self._kept = self._sampled()
+        if not self._world.main:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         save_file(self._kept, temporary, metadata={"of": self._of()})
         os.replace(temporary, self.path)
+
+    def _stored(self) -> dict[str, Tensor] | None:
+        """What the file of an earlier run has, if that had these settings."""
+        if not self.path.is_file():
+            return None
+        with safe_open(self.path, "pt") as file:
+            if (file.metadata() or {}).get("of") != self._of():
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}
 
     def answers(self, step: int) -> Answers:
         """The answers to the prompts of a step, samples of one prompt next to each other."""
@@ -126,7 +137,8 @@ class Source:
         if self._teachers:
             own = [self.prompts.tokenized.teacher_ids(problem) for problem in problems]
             asked = [ids or known for ids, known in zip(own, prompts, strict=True)]
-        batch = self._writer.generate(
+        batch = self._world.generate(
+            self._writer,
             asked,
             rollout.samples,
             rollout.length(step, self.config.steps),

@@ -16,12 +16,12 @@ from typing import Any
 
 from esr_train import checkpoint
 from esr_train.alarms import Alarms
-from esr_train.config import Config
+from esr_train.config import Config, TrackingConfig
 from esr_train.data import PromptStream
 from esr_train.evaluate import Evaluation
 from esr_train.experiment import Experiment, check_context
 from esr_train.logprob_gap import logprob_gap
-from esr_train.metrics import JsonLines, Spans, read_rows, step_row
+from esr_train.metrics import Spans, read_rows, step_row
 from esr_train.models import compiled
 from esr_train.objective import Objective
 from esr_train.optim import Optimizer, learning_rate
@@ -63,7 +63,7 @@ class Trainer:
         self.save = save
         self.save_end = True  # write a checkpoint after the last step, too
         self.initial, self.on_step, self.on_first_rollout = initial, on_step, on_first_rollout
-        self.rollout = experiment.student
+        self.rollout, self.world = experiment.student, experiment.world
         self.tokenizer, self.evaluator = experiment.tokenized.tokenizer, experiment.evaluator
         self.student: Any = self.rollout.model
         pool = config.rollout.pool
@@ -91,12 +91,13 @@ class Trainer:
         self._resume()
         step = self.state["step"]
         self.source.prepare(step)
-        self.metrics = JsonLines(self.directory / "metrics.jsonl", step)
-        self.evals = JsonLines(self.directory / "evals.jsonl", step)
-        self.samples = JsonLines(self.directory / "samples.jsonl", step)
+        self.metrics = self.world.log(self.directory / "metrics.jsonl", step)
+        self.evals = self.world.log(self.directory / "evals.jsonl", step)
+        self.samples = self.world.log(self.directory / "samples.jsonl", step)
         logs = (read_rows(self.directory / f"{name}.jsonl") for name in ("metrics", "evals"))
         self.alarms = Alarms(*logs)
-        self.trackers = Trackers(self.config.tracking, self.directory)
+        tracking = self.config.tracking if self.world.main else TrackingConfig()
+        self.trackers = Trackers(tracking, self.directory)
         try:
             with checkpoint.Interrupt() as interrupt:
                 self._loop(interrupt)
@@ -123,7 +124,9 @@ class Trainer:
         except BaseException:
             # The weights are those of state["step"]. If the last update made them infinite or NaN,
             # the older checkpoint is kept.
-            if all(bool(p.isfinite().all()) for p in self.optimizer.parameters.values()):
+            if self.world.saves_alone and all(
+                bool(p.isfinite().all()) for p in self.optimizer.parameters.values()
+            ):
                 self._save()
             raise
 
@@ -141,7 +144,8 @@ class Trainer:
         gap = {}
         if step % _GAP_EVERY == 1 and not self.source.frozen:
             temperature = config.rollout.temperature
-            gap["logprob_gap"] = logprob_gap(self.rollout, batch, temperature, self.forward)
+            with self.world.whole(self.student):
+                gap["logprob_gap"] = logprob_gap(self.rollout, batch, temperature, self.forward)
         sums = self._gradient(step, batch, spans)
         with spans("student"):
             norm = float(self.optimizer.clip())
@@ -210,7 +214,7 @@ class Trainer:
                 f"{directory} holds checkpoints and checkpoint.resume is never; "
                 "choose another --out, or remove them"
             )
-        state = checkpoint.resume(directory, self.student, self.optimizer)
+        state = self.world.resume(directory, self.student, self.optimizer)
         if state is None:
             return
         if state.get("data", self.state["data"]) != self.state["data"]:
@@ -222,7 +226,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self.save and self.saved_step != self.state["step"]:
-            checkpoint.save(
+            self.world.save(
                 self.directory / "checkpoints",
                 self.state,
                 self.student,
@@ -243,4 +247,5 @@ class Trainer:
         best = self.state["best"]
         if best is None or sign * value > sign * best[0]:
             self.state["best"] = [value, step]
-            checkpoint.save_best(self.directory / "checkpoints", step, self.student, self.tokenizer)
+            directory = self.directory / "checkpoints"
+            self.world.save_best(directory, step, self.student, self.tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def test_adapters_without_peft_are_an_error_that_says_what_to_install(
     with pytest.raises(AdapterError, match=r"student.lora: needs peft: .*esr-distill\[lora\]"):
         load_experiment(config)
     with pytest.raises(AdapterError, match=r"adapter .*: needs peft"):
+        load_adapter(tiny_llama(), str(adapter))
+
+
+def test_an_adapter_is_for_a_model_wherever_its_files_are(adapter: Path) -> None:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "someone/model"
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         load_adapter(tiny_llama(), str(adapter))
 
 

@@ -102,7 +102,8 @@ def test_the_site_has_all_public_names_and_all_pages() -> None:
     )
     nav = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
     pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
-    assert {page for page in pages if page not in nav} == set()
+    missing = {page for page in pages if page not in nav}
+    assert missing == set(), "add them to the nav of mkdocs.yml"
 
 
 @pytest.mark.parametrize("name", esr_kernels.__all__)

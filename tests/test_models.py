@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import io
+import re
+import urllib.error
+from email.message import Message
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -13,9 +18,18 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from esr_train import fetch, models
+from esr_train import adapters, fetch, models
+from esr_train.adapters import AdapterError, load_adapter
 from esr_train.config import ModelConfig, RuntimeConfig
-from esr_train.models import ModelError, decoder, drop_layers, head, load_model, load_tokenizer
+from esr_train.models import (
+    ModelError,
+    decoder,
+    drop_layers,
+    head,
+    load_model,
+    load_tokenizer,
+    stored_dtype,
+)
 from tests.tiny import SETTINGS, char_tokenizer, save_pair, tiny_llama
 
 RUNTIME = RuntimeConfig()
@@ -98,6 +112,47 @@ def test_a_hub_model_that_cannot_be_reached_says_what_was_tried(
     with pytest.raises(ModelError, match="not a local directory, and not loaded from") as caught:
         load_model(ModelConfig(model="someone/model"), RUNTIME)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (None, None),
+        (urllib.error.HTTPError("hub", 404, "no such page", Message(), None), None),
+        (urllib.error.URLError("no route"), "does not answer .*no route"),
+    ],
+)
+def test_the_hub_is_asked_once_and_a_model_s_files_not_at_all_if_it_is_silent(
+    monkeypatch: pytest.MonkeyPatch, answer: OSError | None, problem: str | None
+) -> None:
+    """Its client would try for minutes."""
+    asked: list[bool] = []
+
+    def urlopen(*_: object, **__: object) -> io.BytesIO:
+        asked.append(True)
+        if answer is not None:
+            raise answer
+        return io.BytesIO()
+
+    def loaded(*_: object, local_files_only: bool, **__: object) -> None:
+        assert local_files_only == bool(problem)
+        raise OSError("not there")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    for kind in (models.AutoModelForCausalLM, models.AutoTokenizer, models.AutoConfig):
+        monkeypatch.setattr(kind, "from_pretrained", loaded)
+    monkeypatch.setattr(adapters, "snapshot_download", loaded)
+    fetch.hub_problem.cache_clear()
+    try:
+        for load in (load_model, load_tokenizer, lambda spec, _: stored_dtype(spec)):
+            with pytest.raises((ModelError, OSError), match="not there"):
+                load(ModelConfig(model="someone/model"), RUNTIME)
+        with pytest.raises(AdapterError, match="not there"):
+            load_adapter(tiny_llama(), "someone/adapter")
+        assert re.search(problem or "^$", fetch.hub_problem() or "") and asked == [True]
+    finally:
+        fetch.hub_problem.cache_clear()
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["no model", "damaged"])

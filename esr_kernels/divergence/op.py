@@ -163,6 +163,15 @@ def linear_divergence(
         exist at once only if they fit it. The plan of `plan_linear_divergence` has the peak.
     Gradients: computed in the forward with plan "stash" (one backward only), in the backward with
         "recompute" (any number). Neither supports double backward.
+    DTensors: a sharded `student_weight`, such as a parameter of FSDP2, and its bias are gathered
+        once, in the dtype of `student_hidden` (of autocast where that is on); the backward
+        reduces the gradient, in fp32, to its mean over the ranks, as FSDP2 does. `student_hidden`
+        is then a plain tensor, this rank's own tokens, and every rank of the mesh makes the call.
+        With a replicated DTensor as `student_hidden`, or with `group`, all ranks have the same
+        tokens, and a head with Shard(0) stays where it is, as with `group` above; `num_classes`,
+        `labels` and plain biases are then those of the whole vocabulary. The teacher's head may be
+        a DTensor of any mesh and placements, and is gathered unless it is sharded like the
+        student's. `weight_grad` is sharded as `student_weight` is. Not under torch.compile.
     torch.compile: a node of the graph, forward and backward, for any number of tokens up to a limit
         at which "auto" changes from a stash to a recompute. Numbers such as the temperature are
         constants of a graph: another value compiles again.
@@ -172,34 +181,6 @@ def linear_divergence(
         >>> out = linear_divergence(hidden, lm_head.weight, teacher_hidden, teacher_head.weight)
         >>> out.loss.backward()
     """
-    per_token = token_weights, labels
-    student_tensors = student_hidden, student_weight, student_bias
-    teacher_tensors = teacher_hidden, teacher_weight, teacher_bias
-    ids = student_ids, teacher_ids, merge_student_ids, merge_teacher_ids
-    key = key_of(
-        student_tensors + teacher_tensors,
-        per_token,
-        (*ids, weight_grad, group, compact or None),
-        (
-            divergence,
-            temperature,
-            teacher_temperature,
-            student_softcap,
-            teacher_softcap,
-            student_logit_scale,
-            teacher_logit_scale,
-            num_classes,
-            label_weight,
-            reduction,
-            plan,
-            memory_budget,
-            impl,
-        ),
-    )
-    call = seen(key)
-    if call is not None:
-        x, row_weight = repeated_inputs(student_tensors, teacher_tensors, *per_token)
-        return _run(call, None, row_weight, None, x)
     shardable = (
         student_hidden,
         student_weight,
@@ -230,6 +211,34 @@ def linear_divergence(
             weight_grad,
             group,
         ) = sharded.as_plain(sharded.Shardable(*shardable), mapped)
+    per_token = token_weights, labels
+    student_tensors = student_hidden, student_weight, student_bias
+    teacher_tensors = teacher_hidden, teacher_weight, teacher_bias
+    ids = student_ids, teacher_ids, merge_student_ids, merge_teacher_ids
+    key = key_of(
+        student_tensors + teacher_tensors,
+        per_token,
+        (*ids, weight_grad, group, compact or None),
+        (
+            divergence,
+            temperature,
+            teacher_temperature,
+            student_softcap,
+            teacher_softcap,
+            student_logit_scale,
+            teacher_logit_scale,
+            num_classes,
+            label_weight,
+            reduction,
+            plan,
+            memory_budget,
+            impl,
+        ),
+    )
+    call = seen(key)
+    if call is not None:
+        x, row_weight = repeated_inputs(student_tensors, teacher_tensors, *per_token)
+        return _run(call, None, row_weight, None, x)
     resolved = resolve_divergence(divergence)
     options = Options(
         token_weights,

@@ -62,8 +62,16 @@ class RuntimeConfig(_Strict):
     attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa or eager
     gradient_checkpointing: bool = False  # keep a layer's inputs alone, and run it again backward
     compile: bool = False  # torch.compile forward passes over whole sequences; not the sampling
+    # Of several processes each keeps a part of the student and of its optimizer state (FSDP2)
+    fsdp: bool = False
     liger: bool = False  # norm, rotary embedding and MLP of liger-kernel; needs CUDA
     trust_remote_code: bool = False  # run model code that comes with a hub repository
+
+    @model_validator(mode="after")
+    def _check_fsdp(self) -> RuntimeConfig:
+        if self.fsdp and self.compile:
+            raise ConfigError("runtime.fsdp: got True, must be false where runtime.compile is true")
+        return self
 
 
 class DataConfig(_Strict):
@@ -227,6 +235,29 @@ class CheckpointConfig(_Strict):
     resume: Literal["auto", "never"] = "auto"  # whether an earlier run in --out is resumed
 
 
+class DiagnoseConfig(_Strict):
+    """What `diagnose` measures, on held-out problems."""
+
+    problems: PositiveInt = 64  # as many as there are, if fewer
+    samples: PositiveInt = 1  # answers a problem of each model
+    max_new_tokens: PositiveInt | None = None  # longest answer; null = eval.max_new_tokens
+    prefixes: list[PositiveInt] = [8, 32, 64, 128]  # tokens after which a teacher goes on
+    # Numbers of first tokens; null = lengths of truncated arms, or of training, or a quarter
+    windows: list[PositiveInt] | None = None
+    opening_tokens: PositiveInt = 4  # answers that begin by the same ones open alike
+    arms: list[str] | None = None  # trained and compared with the start; null = first and last
+    seeds: PositiveInt = 2  # how many of `seeds` each arm is trained with
+    steps: PositiveInt | None = None  # at most so many; null = the arm's own number
+    run: str | None = None  # a run directory whose final models are taken; null = train them
+
+    @field_validator("prefixes", "windows")
+    @classmethod
+    def _check_increasing(cls, sizes: list[int] | None) -> list[int] | None:
+        if sizes is not None and sizes != sorted(set(sizes)):
+            raise ValueError("must be increasing")
+        return sizes
+
+
 class TrackingConfig(_Strict):
     # Accelerate's trackers of these names get every row of metrics.jsonl and every evaluation
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
@@ -276,6 +307,7 @@ class Config(_Strict):
     tracking: TrackingConfig = TrackingConfig()
     report: ReportConfig = ReportConfig()
     tune: TuneConfig = TuneConfig()
+    diagnose: DiagnoseConfig = DiagnoseConfig()
     steps: PositiveInt = 100  # optimizer steps
     seeds: list[int] = [0]  # `train` uses the first, `compare` all
     arms: list[dict[str, Any]] = []  # what `compare` compares

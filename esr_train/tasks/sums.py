@@ -122,6 +122,12 @@ class SumsTask:
         answers = _ANSWER.findall(response)
         return {"accuracy": float(bool(answers) and answers[-1] == problem.answer)}
 
+    def habit(self, response: str) -> str:
+        """Which of the two ways to answer a response begins with, or "other"."""
+        if response.startswith("first "):
+            return "step by step"
+        return "guess" if response.startswith(tuple(set(_OPENINGS))) else "other"
+
     def split_of(self, summands: Sequence[int]) -> str:
         """The split that these numbers belong to, in any order."""
         key = "+".join(map(str, sorted(summands))).encode()
