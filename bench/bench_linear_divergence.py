@@ -18,7 +18,7 @@ import torch
 
 from bench.floor import bare_gemms
 from bench.measure import MIB, extra_bytes, interleaved, median_ratio, record
-from bench.peers import Contender, Operands, make_operands, ours, peers
+from bench.peers import Contender, Operands, anchors, make_operands, ours, peers
 from esr_kernels import release_workspace
 
 TOKENS, STUDENT_DIM, TEACHER_DIM, CLASSES = 512, 256, 512, 151_936
@@ -85,7 +85,7 @@ def _report(x: Operands, table: dict[str, dict[str, float]]) -> None:
 
 def _installed_peers() -> dict[str, Contender]:
     contenders = {}
-    for name, make in peers().items():
+    for name, make in {**peers(), **anchors()}.items():
         try:
             contenders[name] = make()
         except ImportError as error:
@@ -100,14 +100,17 @@ TIGHT = 118 * 10**6
 def _check_against_peers(table: dict[str, dict[str, float]]) -> None:
     """Every plan of ours computes the peers' loss and is faster than all of them.
 
-    But for a recompute against torch.compile, which takes 4 to 20 times the memory.
+    But for a recompute against what torch.compile makes, which takes 4 to 20 times the memory.
+    Anchors compute another loss, and less.
     """
     for mine_name, mine in table.items():
         for name, row in table.items():
             if not mine_name.startswith("ours") or name.startswith("ours") or row["loss"] is None:
                 continue
+            if name in anchors():
+                continue
             assert mine["loss"] == pytest.approx(row["loss"], rel=1e-4), name
-            if (mine_name, name) != ("ours, recompute", "torch.compile"):
+            if mine_name != "ours, recompute" or "compile" not in name:
                 assert mine["seconds"] < row["seconds"], (mine_name, name)
 
 
@@ -138,7 +141,7 @@ def test_frozen_head_against_peers():
     assert table["ours, stash"]["over_stash_floor"] <= 1.15
 
 
-@pytest.mark.parametrize("name", ["bare GEMMs", "ours, stash", *peers()])
+@pytest.mark.parametrize("name", ["bare GEMMs", "ours, stash", *peers(), *anchors()])
 def test_seconds(benchmark, name):
     """The same contenders one by one, in pytest-benchmark's own table."""
     x = make_operands(TOKENS, STUDENT_DIM, TEACHER_DIM, CLASSES)

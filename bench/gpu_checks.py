@@ -9,7 +9,7 @@ result to the operands' dtype costs. All errors are relative, in L2: zeros would
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any
@@ -28,12 +28,14 @@ from esr_kernels import (
     TotalVariation,
     linear_divergence,
     linear_topk_divergence,
+    plan_linear_divergence,
     sample_from_hidden,
     shared_prefix_attention,
     token_logprob,
 )
 from esr_kernels.divergence import reference
 from esr_kernels.divergence.losses import resolve_divergence
+from esr_kernels.divergence.plan import Plan
 from esr_kernels.scoring import reference as scoring
 from tests.kernels.cases import ALLOWED_RATIO, RoundGradient, relative_error
 
@@ -51,6 +53,7 @@ DIVERGENCES = (
 )
 # Statistics are fp32 sums over the vocabulary.
 _STATISTICS = 1e-5
+_ROWS = 256  # at a time, where all rows' logits in fp64 would not fit
 # Rounding a gradient's 16-bit operands and itself, each about a third of the dtype's eps.
 _GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -82,6 +85,82 @@ def checks(size: Size) -> Iterator[Check]:
             yield f"fused statistics {_short(dtype)}", partial(_fused, size, dtype)
         yield f"sample_from_hidden {_short(dtype)}", partial(_sampler, size, dtype)
         yield f"shared_prefix_attention {_short(dtype)}", partial(_attention, size, dtype)
+
+
+def large_checks(size: Size) -> Iterator[Check]:
+    """A stash of one chunk, of several, and one with the teacher's logits in the gradient."""
+    for dtype in size.dtypes:
+        whole = plan_linear_divergence(
+            size.tokens,
+            size.classes,
+            *size.dims,
+            dtype=dtype,
+            device=size.device,
+            plan="stash",
+            impl=size.impl,
+        )
+        part = max(1, size.tokens // 4)
+        # So many rows of fp32 logits lie in the memory of the head's gradient.
+        fits = size.dims[0] * dtype.itemsize // 4 // 2
+        for name, plan in (
+            ("as planned", whole),
+            ("several chunks", replace(whole, token_chunk=part, logit_chunk=max(1, part // 2))),
+            ("teacher_in_gradient", replace(whole, token_chunk=size.tokens, logit_chunk=fits)),
+        ):
+            title = f"stash, T={size.tokens}, {name} {_short(dtype)}"
+            yield title, partial(_large_stash, size, dtype, plan)
+
+
+@lru_cache(maxsize=1)
+def _large_yardsticks(size: Size, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """`_yardsticks` of reverse KL, a few rows at a time."""
+    x = _operands(size, dtype)
+    results = []
+    for to in (torch.float64, torch.float32):
+        rows: list[dict[str, Tensor]] = []
+        total = torch.zeros(x.student_weight.shape, dtype=torch.float64, device=size.device)
+        for start in range(0, size.tokens, _ROWS):
+            some = slice(start, start + _ROWS)
+            part = replace(
+                x,
+                student_hidden=x.student_hidden.detach()[some],
+                teacher_hidden=x.teacher_hidden[some],
+            )
+            values = _by_autograd(part, "reverse_kl", to)
+            total += values.pop("dW")
+            rows.append(values)
+        joined = {name: torch.cat([values[name] for values in rows]) for name in rows[0]}
+        results.append({**joined, "dW": total})
+    truth, plain = results
+    return truth, {name: relative_error(plain[name], truth[name]) for name in truth}
+
+
+def _large_stash(size: Size, dtype: torch.dtype, plan: Plan) -> Result:
+    x = _operands(size, dtype)
+    truth, plain = _large_yardsticks(size, dtype)
+    x.clear()
+    out = linear_divergence(
+        x.student_hidden,
+        x.student_weight,
+        x.teacher_hidden,
+        x.teacher_weight,
+        plan=plan,
+        impl=size.impl,
+    )
+    out.loss.backward()
+    ours = {"per_token": out.per_token, "dX": x.student_hidden.grad, "dW": x.student_weight.grad}
+    errors = {name: relative_error(value, truth[name]) for name, value in ours.items()}
+    x.clear()
+    eps = torch.finfo(torch.float32).eps
+    limits = {name: max(ALLOWED_RATIO * error, 4 * eps) for name, error in plain.items()}
+    # Plain PyTorch's is summed over rows in fp64 here; ours is rounded once to its dtype.
+    limits["dW"] += torch.finfo(dtype).eps / 3
+    return {
+        **errors,
+        "chunks": -(-size.tokens // plan.token_chunk),
+        "teacher in gradient": plan.teacher_in_gradient,
+        "ok": all(errors[name] <= limits[name] for name in errors),
+    }
 
 
 def _short(dtype: torch.dtype) -> str:

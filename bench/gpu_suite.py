@@ -3,12 +3,13 @@
     python -m bench.gpu_suite              starts no part after 470 seconds
     python -m bench.gpu_suite --dry-run    every section on tiny shapes, no GPU needed
 
-First every public op against fp64 (`gpu_checks`), then forward + backward of `linear_divergence`
-and of the peers at Qwen's shapes, and a draw of the sampler: median, 10th and 90th percentile of
-the time between CUDA events, warm, with the L2 cache flushed before each run, and the peak of
-memory beyond what was there. Appends JSON lines to bench/results/gpu_<name of the GPU>.jsonl.
-A part that fails is recorded and the rest goes on. Exit status: 0; 1 where a check failed; 2
-without a GPU.
+First every public op against fp64 (`gpu_checks`), then times at Qwen's shapes: forward + backward
+of `linear_divergence` and of the peers, draws, single kernels (`gpu_kernels`), training steps and
+rollouts of whole models (`gpu_models`). Median, 10th and 90th percentile between CUDA events, warm,
+with the L2 cache flushed before each run, the peak of memory beyond what was there, clocks and
+power. Measured rates are written where plans look for them (`esr_kernels.common.calibration`).
+Appends JSON lines to bench/results/gpu_<name of the GPU>.jsonl. A part that fails is recorded and
+the rest goes on. Exit status: 0; 1 where a check failed or none was run; 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -16,38 +17,44 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import re
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from bench import gpu_kernels, gpu_models
 from bench.floor import bare_gemms
-from bench.gpu_checks import Size, checks
-from bench.measure import MIB, extra_bytes
+from bench.gpu_checks import Size, checks, large_checks
+from bench.gpu_timing import INTERPRETS, Clocks, Part, Record, device, timed
 from bench.peers import Operands, make_operands, ours, peers
 from esr_kernels import SampleKeys, sample_from_hidden
+from esr_kernels.common.calibration import calibration_path
 
 RESULTS = Path(__file__).parent / "results"
 QWEN_CLASSES = 151_936
 QWEN_DIMS = ((1536, 3584), (1024, 2560))
 QWEN_TOKENS = (1600, 6400, 8192)
 _SECONDS_A_CONTENDER = 1.5
-_MOST_RUNS = 50
-# No part is started after this, so that a rented GPU is given back in time.
-_DEADLINE_SECONDS = 470
-_FLUSH_BYTES = 256 * MIB  # more than any L2
 
-Record = dict[str, Any]
-Part = tuple[str, Callable[[], Record]]
+
+class Group(NamedTuple):
+    """Parts that belong together, and the seconds for them; what they leave is the next group's.
+
+    No part is started when the time of its group and those before is over, so that the important
+    ones are measured and a rented GPU is given back: 470 seconds in all.
+    """
+
+    name: str
+    seconds: float
+    parts: Iterable[tuple[str, Part]]  # (section, part); the section is "check" or "time"
 
 
 def machine() -> Record:
@@ -79,50 +86,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def seconds_of(run: Callable[[], object], budget: float) -> list[float]:
-    """Seconds of each of up to `_MOST_RUNS` warm runs, at least 3, about `budget` in all."""
-    on_gpu = torch.cuda.is_available()
-    for _ in range(3 if on_gpu else 1):
-        run()
-    flush = torch.empty(_FLUSH_BYTES if on_gpu else 0, dtype=torch.uint8, device=_device())
-    measured: list[float] = []
-    began = time.perf_counter()
-    while len(measured) < 3 or (
-        len(measured) < _MOST_RUNS and time.perf_counter() - began < budget
-    ):
-        flush.zero_()
-        if not on_gpu:
-            start = time.perf_counter()
-            run()
-            measured.append(time.perf_counter() - start)
-            continue
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        run()
-        events[1].record()
-        torch.cuda.synchronize()
-        measured.append(events[0].elapsed_time(events[1]) / 1e3)
-    return measured
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def timed(run: Callable[[], object], budget: float, returned_bytes: int = 0) -> Record:
-    """Milliseconds, and MiB at the peak beyond inputs and what is returned."""
-    times = sorted(seconds_of(run, budget))
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    peak = extra_bytes(run)
-    return {
-        "ms": 1e3 * statistics.median(times),
-        "ms p10": 1e3 * deciles[0],
-        "ms p90": 1e3 * deciles[-1],
-        "runs": len(times),
-        "extra MiB": None if peak is None else (peak - returned_bytes) / MIB,
-    }
-
-
 def _step(make: Callable[[], Callable[[Operands], object]], x: Operands, budget: float) -> Record:
     contender = make()
 
@@ -143,12 +106,12 @@ def timings(problems: list[dict[str, Any]], budget: float, compiles: bool) -> It
         "ours": lambda: ours("auto"),
         "ours, stash": lambda: ours("stash"),
         "ours, recompute": lambda: ours("recompute"),
-        **peers(),
+        **peers(gpu=True),
     }
     if not compiles:
         del contenders["torch.compile"]
     for problem in problems:
-        x = make_operands(**problem, device=_device())
+        x = make_operands(**problem, device=device())
         head = "trainable" if problem["train_head"] else "frozen"
         what = (
             f"T={problem['tokens']} Ds={problem['student_dim']} Dt={problem['teacher_dim']} "
@@ -163,9 +126,9 @@ def timings(problems: list[dict[str, Any]], budget: float, compiles: bool) -> It
 def draws(rows: list[int], dim: int, classes: int, budget: float) -> Iterator[Part]:
     """One sampled token a row from hidden states, against the plain way."""
     for count in rows:
-        x = make_operands(count, dim, 16, classes, dtype=torch.bfloat16, device=_device())
+        x = make_operands(count, dim, 16, classes, dtype=torch.bfloat16, device=device())
         hidden, weight = x.student_hidden.detach(), x.student_weight.detach()
-        keys = SampleKeys(0, torch.arange(count, device=_device()), 0)
+        keys = SampleKeys(0, torch.arange(count, device=device()), 0)
         what = f"draw, B={count} D={dim} V={classes}"
 
         def sample(h=hidden, w=weight, k=keys) -> object:
@@ -178,16 +141,25 @@ def draws(rows: list[int], dim: int, classes: int, budget: float) -> Iterator[Pa
         yield f"{what}: softmax and multinomial", partial(timed, plain, budget)
 
 
-def parts(dry: bool) -> Iterator[tuple[str, Part]]:
-    """(section, part) in order of importance. Dry, kernels run where the environment lets them."""
+def _both(section: str, parts: Iterable[Part]) -> Iterator[tuple[str, Part]]:
+    for part in parts:
+        yield section, part
+
+
+def groups(dry: bool, calibration: Path | None) -> list[Group]:
+    """Most important first. Dry, kernels run where the environment lets them."""
     problem = {"beta": 1.0, "dtype": torch.bfloat16, "train_head": True}
     if dry:
-        impl = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+        impl = "triton" if INTERPRETS else "torch"
         size = Size("cpu", impl, 23, 1003, (24, 40), (torch.float32, torch.bfloat16))
+        large = replace(size, tokens=150, classes=203)
         problem.update(tokens=8, student_dim=16, teacher_dim=32, classes=203)
         problems, rows, dim, classes, budget = [problem], [2], 16, 203, 0.0
+        kernels = gpu_kernels.Sizes(impl, (8,), ((16, 32), (16, 64)), 203, (2, 3), 4, 2, 20, 6, 0.0)
+        models = gpu_models.TINY
     else:
         size = Size("cuda", "triton", 256, QWEN_CLASSES, QWEN_DIMS[0])
+        large = replace(size, tokens=8192, dtypes=(torch.bfloat16,))
         problems = [
             {**problem, "tokens": t, "student_dim": s, "teacher_dim": d, "classes": QWEN_CLASSES}
             for s, d in QWEN_DIMS
@@ -196,16 +168,50 @@ def parts(dry: bool) -> Iterator[tuple[str, Part]]:
         for change in ({"train_head": False}, {"beta": 0.0}, {"beta": 0.5}):
             problems.append({**problems[1], **change})
         rows, dim, classes, budget = [1, 64, 256], 1536, QWEN_CLASSES, _SECONDS_A_CONTENDER
-    for part in checks(size):
-        yield "check", part
-    for part in timings(problems, budget, compiles=not dry):
-        yield "time", part
-    for part in draws(rows, dim, classes, budget):
-        yield "time", part
+        kernels = gpu_kernels.QWEN
+        models = gpu_models.QWEN
+    return [
+        Group("checks", 100, _both("check", checks(size))),
+        Group("checks at full size", 40, _both("check", large_checks(large))),
+        Group("divergence", 110, _both("time", timings(problems[:2], budget, compiles=not dry))),
+        Group("draws", 15, _both("time", draws(rows, dim, classes, budget))),
+        Group("kernels", 25, _both("time", gpu_kernels.parts(kernels))),
+        Group("calibration", 20, _both("time", gpu_kernels.calibrations(kernels, calibration))),
+        Group("steps", 70, _both("time", gpu_models.steps(models))),
+        Group("rollouts", 40, _both("time", gpu_models.rollouts(models))),
+        Group("more divergence", 50, _both("time", timings(problems[2:], budget, not dry))),
+    ]
 
 
-def measure(section: str, name: str, part: Callable[[], Record]) -> Record:
-    """The record of a part, which names its error where it fails."""
+def started(all_groups: list[Group]) -> Iterator[tuple[str, str, Callable[[], Record] | None]]:
+    """(section, name, part) of all groups; None for a part that is out of time.
+
+    What fails where a group makes its operands is a part that fails, and ends its group.
+    """
+    began, allowed = time.perf_counter(), 0.0
+    for group in all_groups:
+        allowed += group.seconds
+        parts = iter(group.parts)
+        while True:
+            if time.perf_counter() - began > allowed:
+                yield "time", f"{group.name}: what is left of it", None
+                break
+            try:
+                section, (name, part) = next(parts)
+            except StopIteration:
+                break
+            except Exception as error:
+                yield "time", f"{group.name}: operands", partial(_raise, error)
+                break
+            yield section, name, part
+
+
+def _raise(error: Exception) -> Record:
+    raise error
+
+
+def measure(section: str, name: str, part: Callable[[], Record], clocks: Clocks) -> Record:
+    """The record of a part, which names its error where it fails, with clocks and power."""
     began = time.perf_counter()
     try:
         record = part()
@@ -215,7 +221,9 @@ def measure(section: str, name: str, part: Callable[[], Record]) -> Record:
         record = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return {"section": section, "name": name, **record, "took": time.perf_counter() - began}
+    ended = time.perf_counter()
+    during = clocks.during(began, ended)
+    return {"section": section, "name": name, **record, **during, "took": ended - began}
 
 
 def failed(record: Record) -> bool:
@@ -237,6 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--out", type=Path, help="JSON lines; default bench/results/gpu_<name>")
+    parser.add_argument(
+        "--calibration", type=Path, help="file for the rates of plans; default: where plans look"
+    )
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu_suite needs a CUDA device and finds none; --dry-run runs it on tiny shapes")
@@ -244,19 +255,27 @@ def main(arguments: list[str] | None = None) -> int:
     where = machine()
     name = re.sub(r"[^a-z0-9]+", "_", (where["gpu"] or "none").lower()).strip("_")
     out = options.out or (None if options.dry_run else RESULTS / f"gpu_{name}.jsonl")
-    began, wrong, skipped = time.perf_counter(), 0, 0
-    for section, (title, part) in parts(options.dry_run):
-        if time.perf_counter() - began > _DEADLINE_SECONDS:
-            skipped += 1
-            record: Record = {"section": section, "name": title, "error": "skipped: out of time"}
-        else:
-            record = measure(section, title, part)
-        wrong += failed(record)
-        print(_line(record), flush=True)
-        if out is not None:
-            with out.open("a") as file:
-                file.write(json.dumps({**record, **where}) + "\n")
-    print(f"{wrong} checks failed, {skipped} parts skipped, results in {out or 'no file'}")
+    calibration = options.calibration
+    if calibration is None and not options.dry_run:
+        calibration = calibration_path()
+    wrong, skipped, shown = 0, 0, 0
+    with Clocks() as clocks:
+        for section, title, part in started(groups(options.dry_run, calibration)):
+            if part is None:
+                skipped += 1
+                record: Record = {"section": section, "name": title, "error": "out of time"}
+            else:
+                record = measure(section, title, part, clocks)
+            wrong += failed(record)
+            shown += section == "check" and part is not None
+            print(_line(record), flush=True)
+            if out is not None:
+                with out.open("a") as file:
+                    file.write(json.dumps({**record, **where}) + "\n")
+    if not shown:
+        print("no check was run: nothing was shown to be right")
+        return 1
+    print(f"{wrong} checks failed, {skipped} groups out of time, results in {out or 'no file'}")
     return int(wrong > 0)
 
 

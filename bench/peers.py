@@ -160,14 +160,68 @@ def liger_chunked(compiled: bool = False) -> Contender:
     return run
 
 
-def peers() -> dict[str, Callable[[], Contender]]:
-    """Names with versions, and what makes each contender; a missing package raises ImportError."""
-    return {
+def fla_kl() -> Contender:
+    """fla-core's `FusedKLDivLoss`: forward KL, all rows, logits rounded to the operands' dtype."""
+    from fla.modules.fused_kl_div import FusedKLDivLoss
+
+    loss_fn = FusedKLDivLoss()
+
+    def run(x: Operands) -> Tensor:
+        if x.beta != 0:
+            raise ImportError("FusedKLDivLoss has forward KL only")
+        # It divides by the number of rows; we multiply back.
+        loss = x.student_hidden.shape[0] * loss_fn(
+            x.student_hidden, x.teacher_hidden, x.student_weight, x.teacher_weight
+        )
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def torch_cross_entropy() -> Contender:
+    """PyTorch's own fused linear cross-entropy, chunked: one model, so not a peer but an anchor."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError("torch has linear_cross_entropy from 2.13 on")
+    from torch.nn import LinearCrossEntropyOptions
+
+    def run(x: Operands) -> Tensor:
+        tokens = x.student_hidden.shape[0]
+        labels = torch.arange(tokens, device=x.student_hidden.device) % x.student_weight.shape[0]
+        loss = F.linear_cross_entropy(
+            x.student_hidden,
+            x.student_weight,
+            labels,
+            reduction="sum",
+            options=LinearCrossEntropyOptions(),
+        )
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def peers(gpu: bool = False) -> dict[str, Callable[[], Contender]]:
+    """Names with versions, and what makes each contender; a missing package raises ImportError.
+
+    On a GPU, fla comes in, whose kernels run nowhere else, and Liger's compiled form, its default,
+    is left out: the suite there has minutes.
+    """
+    liger = f"Liger {_version('liger-kernel')}"
+    found: dict[str, Callable[[], Contender]] = {
         "plain PyTorch": lambda: plain_pytorch,
         "torch.compile": compiled_pytorch,
         f"TRL {_version('trl')}": trl_chunked,
-        f"Liger {_version('liger-kernel')}": liger_chunked,
+        liger: liger_chunked,
     }
+    if gpu:
+        return {**found, f"fla {_version('fla-core')}": fla_kl}
+    return {**found, f"{liger}, compiled": lambda: liger_chunked(compiled=True)}
+
+
+def anchors() -> dict[str, Callable[[], Contender]]:
+    """Losses of one model, for what a fused head costs without a teacher: another loss."""
+    return {"PyTorch linear_cross_entropy, one model": torch_cross_entropy}
 
 
 def _version(package: str) -> str:

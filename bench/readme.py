@@ -30,6 +30,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         },
         "docs/rollouts.md": {"decode": _decode, "rollout": _rollout},
         "docs/sampling.md": {"sampling": _sampling},
+        "docs/from-trl.md": {"train_step": _train_step},
     }
 
 
@@ -164,6 +165,34 @@ def _sampling() -> str:
         f"{record['rounds']} rounds, {_machine(record)}. By `make bench`."
     )
     return "\n".join([*lines, "", note])
+
+
+def _train_step() -> str:
+    """A whole step by phase, of the newest record of each problem."""
+    if not (ROOT / "bench" / "results" / "train_step_cpu.jsonl").exists():
+        return (
+            "No record is committed yet; `python -m pytest bench/bench_train_step.py -s` makes one."
+        )
+    parts = []
+    for problem, record in _newest("train_step_cpu").items():
+        lines = [
+            f"{problem}:",
+            "",
+            "| | rollout | teacher | student, loss | optimizer | step | x TRL | peak, MiB |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for name, row in record["table"].items():
+            phases = ("rollout", "teacher", "student", "optimizer", "step", "over_trl")
+            cells = [f"{row[phase]:.2f}" for phase in phases]
+            memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
+            lines.append("| " + " | ".join([name, *cells, memory]) + " |")
+        parts.append("\n".join(lines))
+    note = (
+        f"fp32, processor seconds, medians of {record['rounds']} interleaved rounds, "
+        f"{_machine(record)}, shared with other work. Peak: resident memory of the process, all "
+        "libraries included. By `python -m pytest bench/bench_train_step.py`."
+    )
+    return "\n\n".join([*parts, note])
 
 
 def main() -> int:

@@ -1,13 +1,16 @@
 """A call of an op on tensors without data: every launch it makes on a GPU, in order.
 
 Tensors lie on the meta device, which the package takes for a GPU. PyTorch works out shapes and
-dtypes and computes nothing; Triton's launches are compiled for the wanted architecture. Views,
+dtypes and computes nothing; Triton's launches are compiled for the wanted architecture, or, where
+Triton interprets kernels, noted by their name alone. Views,
 uninitialised memory and operations on nothing launch nothing; every other operation of PyTorch
 counts as one launch (a matrix product may take a second one to add up its splits).
 """
 
 from __future__ import annotations
 
+import collections
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
 
 from bench.ahead_of_time import TARGETS, Launched, launches_compile
 from esr_kernels.common import matmul
@@ -101,8 +105,13 @@ def _tensors(values) -> list[Tensor]:  # type: ignore[no-untyped-def]
 def walk(arch: str, call: Callable[[], object]) -> list[Launch]:
     """Every launch of `call`, which makes its own tensors on the meta device."""
     launches: list[Any] = []
+
+    def note(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: launches.append(Launched(kernel, None, math.prod(grid), 0))
+
     with (
         launches_compile(TARGETS[arch], launches),
+        mock.patch.object(InterpretedFunction, "__getitem__", note),
         mock.patch.object(
             torch.Tensor, "is_meta", property(lambda tensor: False)
         ),  # which the boundary refuses
@@ -113,6 +122,19 @@ def walk(arch: str, call: Callable[[], object]) -> list[Launch]:
     ):
         call()
     return launches
+
+
+def counts(launches: list[Launch]) -> collections.Counter[str]:
+    """How many launches there are of each kind."""
+    return collections.Counter(map(_kind, launches))
+
+
+def _kind(launch: Launch) -> str:
+    if isinstance(launch, Product):
+        return "product"
+    if isinstance(launch, Elementwise):
+        return launch.name
+    return launch.function.fn.__name__.lstrip("_")
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> Tensor:

@@ -79,10 +79,12 @@ def load_adapter(model: Any, source: str) -> Any:
     return model.requires_grad_(False)
 
 
-def save_adapter(model: Any, directory: Path) -> None:
-    """Write the adapter of `model`, without the model."""
+def save_adapter(
+    model: Any, directory: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the adapter of `model`, without the model; of `weights` where they are given."""
     # peft would look for the base's vocabulary on the hub to learn whether embeddings have changed.
-    model.save_pretrained(directory, save_embedding_layers=False)
+    model.save_pretrained(directory, save_embedding_layers=False, state_dict=weights)
 
 
 def put_adapter(model: Any, tensors: dict[str, torch.Tensor]) -> None:

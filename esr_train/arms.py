@@ -20,7 +20,7 @@ from esr_train import checkpoint
 from esr_train.config import Config, arm_config
 from esr_train.evaluate import Evaluation
 from esr_train.experiment import check_context, load_experiment
-from esr_train.train import Trainer
+from esr_train.train import Trainer, TrainingError
 
 _FINISHED = "finished"
 
@@ -67,7 +67,12 @@ class Arms:
             config, self.experiment, directory, seed, initial=self._initial, on_step=on_step
         )
         trainer.save_end = config.checkpoint.keep_models
-        trainer.run()
+        try:
+            trainer.run()
+        except TrainingError:
+            # A rate that a grid asks about may be too high; it is then seen not to reach the end.
+            if not config.eval.validation:
+                raise
         self._initial = trainer.initial
         (directory / _FINISHED).touch()
         self.finished(run_dir, name, seed)

@@ -28,6 +28,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from esr_train import adapters
 from esr_train.optim import Optimizer
@@ -48,15 +49,18 @@ def save(
     tokenizer: Any,
     optimizer: Optimizer,
     keep: int = 2,
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write checkpoint state["step"] under a temporary name, rename it, keep the newest `keep`.
+
+    `weights` are those of the model, where it does not have them itself.
 
     Raises:
         CheckpointError: it could not be written (disk full, ...); earlier checkpoints are intact.
     """
     step = state["step"]
     with _aside(directory / f"{_STEP}{step:06d}") as path:
-        _save_model(model, tokenizer, path / "model")
+        _save_model(model, tokenizer, path / "model", weights)
         tensors = {k: v.contiguous() for k, v in optimizer.state_tensors().items()}
         save_file(tensors, path / "optimizer.safetensors")
         (path / "trainer_state.json").write_text(json.dumps(state))
@@ -68,15 +72,21 @@ def save(
     return directory / f"{_STEP}{step:06d}"
 
 
-def save_best(directory: Path, step: int, model: Any, tokenizer: Any) -> Path:
-    """Write the model of a step, then remove the best one before it.
+def save_best(
+    directory: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    weights: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write the model of a step, then remove the best one before it; `weights` as in `save`.
 
     Raises:
         CheckpointError: it could not be written; the best one so far is intact.
     """
     target = directory / f"{_BEST}{step:06d}"
     with _aside(target) as path:
-        _save_model(model, tokenizer, path)
+        _save_model(model, tokenizer, path, weights)
     for path in _all(directory, _BEST):
         if path != target:
             shutil.rmtree(path, ignore_errors=True)
@@ -133,11 +143,13 @@ def load(path: Path, model: Any, optimizer: Optimizer) -> dict[str, Any]:
     return state
 
 
-def _save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+def _save_model(
+    model: Any, tokenizer: Any, directory: Path, weights: dict[str, Tensor] | None
+) -> None:
     if adapters.is_adapted(model):
-        adapters.save_adapter(model, directory)
+        adapters.save_adapter(model, directory, weights)
     else:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
 
 

@@ -1,7 +1,8 @@
 """The command line.
 
     esr-train train    CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
-    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--dry-run]
+    esr-train compare  CONFIG.yaml [key=value ...] [--out DIR] [--steps N] [--jobs N] [--tune]
+                       [--dry-run]
     esr-train diagnose CONFIG.yaml [key=value ...] [--out DIR] [--dry-run]
     esr-train evaluate CONFIG.yaml [key=value ...] [--model DIR] [--dry-run]
     esr-train export   RUN_DIR --out DIR [--merge] [--best] [--arm NAME] [--seed N]
@@ -47,6 +48,7 @@ from esr_train.evaluate import Evaluator
 from esr_train.experiment import Experiment, load_experiment
 from esr_train.export import export
 from esr_train.fetch import FetchError, fetch_smollm2
+from esr_train.launch import launched, start
 from esr_train.models import ModelError
 from esr_train.progress import progress_bar, progress_text
 from esr_train.report import summary_table, write_report
@@ -54,8 +56,9 @@ from esr_train.rollout import ContextError, RolloutBatch
 from esr_train.run_dir import check_continues, write_run_files
 from esr_train.sample import sample_text
 from esr_train.train import Trainer, TrainingError
+from esr_train.tune import tune
 from esr_train.worker import ArmError
-from esr_train.world import World, WorldError, launched, start
+from esr_train.world import World, WorldError
 
 ERRORS = (
     AdapterError,
@@ -142,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         if run is _compare:
             command.add_argument("--steps", type=_positive, help="limit of the steps of each arm")
             command.add_argument(
+                "--tune",
+                action="store_true",
+                help="first choose each arm's learning rate from tune.rates, on tune.seeds",
+            )
+            command.add_argument(
                 "--jobs",
                 type=_positive,
                 help="runs at a time; above 1, each in a process with one thread; default: as many "
@@ -204,7 +212,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         check_continues(run_dir, config)
         return _print_plan(config, options.on)
-    with start() as world:
+    with start(config) as world:
         world.from_main(lambda: check_continues(run_dir, config))
         _train_on(world, config, run_dir, seed)
 
@@ -237,7 +245,7 @@ def _train_on(world: World, config: Config, run_dir: Path, seed: int) -> None:
         try:
             trainer.run()
         except KeyboardInterrupt as error:
-            step = trainer.state["step"]
+            step = max(0, trainer.saved_step)
             raise Interrupted(
                 f"interrupted: step {step} of {config.steps} is saved in {trainer.directory}; "
                 "the same command resumes from there"
@@ -256,6 +264,8 @@ def _compare(options: argparse.Namespace) -> None:
         return _print_plan(cap_steps(config, options.steps), options.on)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out = options.out or Path("runs") / f"{options.config.stem}-{stamp}"
+    if options.tune:
+        config = tune(config, out, options.steps, options.jobs)
     compare(config, out, options.steps, options.jobs)
 
 
@@ -283,7 +293,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         config = with_overrides(config, {"student": {"model": options.model}})
     if options.dry_run:
         return _print_plan(config, options.on)
-    with start() as world:
+    with start(config) as world:
         experiment = load_experiment(config, world)
         evaluator = experiment.evaluator or Evaluator(
             config,

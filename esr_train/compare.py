@@ -9,6 +9,7 @@ they are, the others resume from their newest checkpoint (`checkpoint.every`) or
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from esr_train.config import Config, ConfigError, with_overrides
 from esr_train.models import device
 from esr_train.progress import duration, estimate, progress_bar, progress_text
 from esr_train.report import summary_table, write_report
+from esr_train.report.tuning import FILE, read_tuning
 from esr_train.run_dir import check_comparison, clear_comparison, write_run_files
 from esr_train.worker import run_side_by_side
 
@@ -63,6 +65,7 @@ def compare(
     order = run_order(list(arms.configs), config.seeds)
     if anew:
         clear_comparison(run_dir)
+    _copy_choice(config, run_dir)
     finished = [run for run in order if arms.finished(run_dir, *run)]
     waiting = [run for run in order if run not in finished]
     if waiting:
@@ -83,6 +86,17 @@ def compare(
     say(summary_table(run_dir))
     say(str(report))
     return report
+
+
+def _copy_choice(config: Config, run_dir: Path) -> None:
+    """Keep what the arms' learning rates were chosen from, for the report to check and to show."""
+    source = config.tune.chosen_in
+    if source is None:
+        return
+    if read_tuning(Path(source)) is None:
+        raise ConfigError(f"tune.chosen_in: got {source!r}, which has no {FILE}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(source) / FILE, run_dir / FILE)
 
 
 def _train(

@@ -38,7 +38,8 @@ class Ranks(World):
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        if not dist.is_initialized():
+            dist.init_process_group(backend, timeout=_TIMEOUT)
         # For what is on the CPU: responses, and what the main process has read.
         self._host = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -116,8 +117,10 @@ class Ranks(World):
         """The main process reads the checkpoint, and sends it to the others, which need not see its
         disk. Without one it sends the initial weights."""
         state = self.from_main(lambda: checkpoint.resume(directory, model, optimizer))
-        for parameter in optimizer.parameters.values():
+        for name, parameter in optimizer.parameters.items():
             dist.broadcast(parameter.data, src=0)
+            if optimizer.masters[name] is not parameter:
+                dist.broadcast(optimizer.masters[name], src=0)
         if state is None:
             return None
         own = optimizer.state_tensors()

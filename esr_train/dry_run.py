@@ -25,6 +25,7 @@ from esr_train.estimate import (
     step_seconds,
     trained_tokens,
 )
+from esr_train.evaluate import heldout_problems
 from esr_train.grading import load_grader
 from esr_train.loss import check_divergence
 from esr_train.models import DTYPES, ModelError, decoder, load_tokenizer, max_positions, meta_pair
@@ -151,9 +152,10 @@ def _longest_prompt(config: Config, tokenizers: list[Any], vocabulary: Vocabular
         if data.grader:
             load_grader(data.grader, data.allow_code)
         return None
-    tokenized = TokenizedTask(
-        load_task(data), tokenizers[0], data, tokenizers[1], vocabulary.same_tokens
-    )
+    task = load_task(data)
+    if config.eval.every:
+        heldout_problems(task, config.eval)
+    tokenized = TokenizedTask(task, tokenizers[0], data, tokenizers[1], vocabulary.same_tokens)
     longest = 0
     rollout = config.rollout
     stream = PromptStream(tokenized, rollout.prompts, config.seeds[0], rollout.pool)

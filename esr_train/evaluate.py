@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from esr_train.alignment import Alignment
-from esr_train.config import EVAL_PROBLEMS, Config, ConfigError, LossConfig
+from esr_train.config import EVAL_PROBLEMS, Config, ConfigError, EvalConfig, LossConfig
 from esr_train.data import TokenizedTask
 from esr_train.loss import divergence_from_hidden
 from esr_train.models import head
 from esr_train.rollout import PrefixRollout, RolloutBatch
+from esr_train.tasks import Problem, Task
 from esr_train.teacher import Sequences, Teacher, hidden_rows
 from esr_train.world import ONE, World
 
@@ -40,6 +41,33 @@ _TOKENS = 4096  # of texts in a forward pass, padding included
 Evaluation = tuple[dict[str, float], list[dict[str, Any]]]  # metrics, decoded answers
 # A text as the student reads it, and the teacher's hidden states [T, D] at its rows.
 _Scored = tuple[Sequences, Tensor]
+
+
+def heldout_problems(task: Task, config: EvalConfig) -> list[Problem]:
+    """The problems of evaluations: those of a test, or others of the held-out split to choose a
+    learning rate on (`eval.validation`).
+
+    Raises:
+        ConfigError: the task has not so many, or no others.
+    """
+    there = task.count("heldout")
+    count = config.problems or min(EVAL_PROBLEMS, there or EVAL_PROBLEMS)
+    try:
+        test = task.problems("heldout", count, SEED)
+        if not config.validation:
+            return test
+        known = {problem.prompt for problem in test}
+        more = min(2 * count, there or 2 * count)
+        others = task.problems("heldout", more, SEED if there else SEED + 1)
+    except ValueError as error:
+        raise ConfigError(f"eval.problems: {error}") from error
+    others = [problem for problem in others if problem.prompt not in known][:count]
+    if not others:
+        raise ConfigError(
+            f"eval.problems: got {count}, all of the held-out ones that {task.name!r} has; with "
+            "fewer, there are others to choose a learning rate on"
+        )
+    return others
 
 
 class Evaluator:
@@ -58,12 +86,7 @@ class Evaluator:
         self.config, self.student, self.teacher = config, student, teacher
         self.task, self.tokenizer = tokenized.task, tokenized.tokenizer
         self.alignment = alignment
-        there = self.task.count("heldout")
-        count = config.eval.problems or min(EVAL_PROBLEMS, there or EVAL_PROBLEMS)
-        try:
-            self.problems = self.task.problems("heldout", count, SEED)
-        except ValueError as error:
-            raise ConfigError(f"eval.problems: {error}") from error
+        self.problems = heldout_problems(self.task, config.eval)
         self.prompts = [tokenized.ids(problem) for problem in self.problems]
         self.scored = self.problems[0].answer is not None
         own = [tokenized.teacher_ids(problem) for problem in self.problems]
@@ -84,6 +107,10 @@ class Evaluator:
 
         If the task has no checkable answers, only those are sampled that are decoded or measured.
         """
+        with self.world.whole(self.student.model):
+            return self._evaluate()
+
+    def _evaluate(self) -> Evaluation:
         greedy, sampled = self._answers()
         metrics: dict[str, float] = {}
         if self.scored:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,30 +78,32 @@ class Objective:
         config = self.config
         comparable = self.alignment.comparable(batch)
         weights = token_weights(batch, config.loss, (seed, "window", step), comparable)
-        student = head(self.student)
-        student = replace(student, weight_grad=self.optimizer.weight_grad(student.weight))
         rank, ranks = self.world.rank, self.world.size
         torch.manual_seed(seed_from(seed, "dropout", step, *([rank] if rank else [])))
         names = "trained_tokens", "loss", *(PER_TOKEN if self.distils else _OF_TOKENS)
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         # Of other tokenizers: what they share, summed over micro-batches, and their number.
         masses = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for part in micro_batches(batch, teacher_prompts, config.optim, rank, ranks):
+        lockstep = self.world.lockstep
+        for part in micro_batches(batch, teacher_prompts, config.optim, rank, ranks, lockstep):
+            if len(part) == 0:  # the others have one more: row 0, with nothing to train on
+                part, weights = torch.tensor([0]), torch.zeros_like(weights)
             prompts = None if teacher_prompts is None else [teacher_prompts[r] for r in part]
             some = batch.select(part)
             laid_out, read = self.alignment.pair(some, weights[part], prompts, self.device)
-            if len(laid_out.rows) == 0:
+            if len(laid_out.rows) == 0 and not lockstep:
                 continue
             if self.distils:
                 with spans("teacher"):
                     teacher_hidden = self.teacher.hidden_rows(read)
             with spans("student"), training_mode(self.student):
-                hidden = hidden_rows(self.student, laid_out, self.forward)
                 if self.distils:
-                    loss, rows, mass = self._divergence(hidden, student, teacher_hidden, laid_out)
-                    masses += masses.new_tensor(mass)
+                    loss_of = partial(self._divergence, laid_out, teacher_hidden)
                 else:
-                    loss, rows = self._cross_entropy(hidden, student, laid_out)
+                    loss_of = partial(self._cross_entropy, laid_out)
+                loss, rows, mass = self.world.forward(loss_of)
+                loss.backward()
+            masses += masses.new_tensor(mass)
             of_part = [loss.double(), *(row.double().sum() for row in rows)]
             of_part.insert(0, sums.new_tensor(len(rows[0])))
             sums += torch.stack(of_part).detach()
@@ -108,16 +111,25 @@ class Objective:
             self.world.sum_gradients(self.optimizer.masters.values())
             *totals, own, teachers, parts = self.world.total(torch.cat([sums, masses])).tolist()
         found = dict(zip(names, totals, strict=True))
+        if not found["trained_tokens"]:  # AdamW leaves what has no gradient; zeros would move it
+            self.optimizer.zero_grad()
         if comparable is not None and parts:
             shares = own / parts, teachers / parts
             found["aligned_share"] = int(comparable.sum()) / int(batch.lengths.sum())
             found |= dict(zip(SHARED, shares, strict=True))
         return found
 
+    def _student(self, laid_out: Sequences) -> tuple[Tensor, Head]:
+        """Hidden states [T, D] at the rows, and the head with the memory of its gradient."""
+        hidden = hidden_rows(self.student, laid_out, self.forward)
+        student = head(self.student)
+        return hidden, replace(student, weight_grad=self.optimizer.weight_grad(student.weight))
+
     def _divergence(
-        self, hidden: Tensor, student: Head, teacher_hidden: Tensor, laid_out: Sequences
+        self, laid_out: Sequences, teacher_hidden: Tensor
     ) -> tuple[Tensor, list[Tensor], tuple[float, float, int]]:
         """Loss, PER_TOKEN of the trained rows, and where tokenizers differ the shared masses, 1."""
+        hidden, student = self._student(laid_out)
         loss, teacher, weights = self.config.loss, self.teacher.head, laid_out.weights
         if loss.select_by:
             with torch.no_grad():
@@ -130,9 +142,8 @@ class Objective:
         out = divergence_from_hidden(
             hidden, student, teacher_hidden, teacher, weights, self.classes, loss
         )
-        out.loss.backward()
         mass = 0.0, 0.0, 0
-        if not self.classes.same_tokens:
+        if not self.classes.same_tokens and len(hidden):
             both = ((hidden, student, out.student_lse), (teacher_hidden, teacher, out.teacher_lse))
             own, teachers = (shared_mass(*of_model, loss) for of_model in both)
             mass = own, teachers, 1
@@ -140,12 +151,12 @@ class Objective:
         return out.loss, rows, mass
 
     def _cross_entropy(
-        self, hidden: Tensor, student: Head, laid_out: Sequences
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Loss and _OF_TOKENS of the rows."""
+        self, laid_out: Sequences
+    ) -> tuple[Tensor, list[Tensor], tuple[float, float, int]]:
+        """Loss, _OF_TOKENS of the rows, and no shared masses."""
+        hidden, student = self._student(laid_out)
         # The token that row t predicts is the next one of its sequence.
         tokens = laid_out.ids.flatten()[laid_out.rows + 1]
         out = cross_entropy(hidden, student, tokens, self.classes.classes, self.config.loss)
         loss = -(out.logprob * laid_out.weights).sum()
-        loss.backward()
-        return loss, [-out.logprob, out.entropy]
+        return loss, [-out.logprob, out.entropy], (0.0, 0.0, 0)

@@ -19,7 +19,7 @@ from esr_train.config import OptimConfig
 from esr_train.models import ModelError
 
 GRAD_CLIP = 1.0  # L2 norm of the whole gradient
-_MASTER, _STATE = "master/", "adamw/"
+MASTER, _STATE = "master/", "adamw/"
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -43,6 +43,10 @@ class Optimizer:
     """
 
     def __init__(self, model: Any) -> None:
+        self.restart(model)
+
+    def restart(self, model: Any) -> None:
+        """Begin anew, with the parameters that a model has now."""
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ModelError(
@@ -95,7 +99,8 @@ class Optimizer:
 
     def clip(self) -> Tensor:
         """Scale the gradient down to norm GRAD_CLIP; returns the norm before, a 0-d tensor."""
-        return torch.nn.utils.clip_grad_norm_(self.masters.values(), GRAD_CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), GRAD_CLIP)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded ones
 
     def zero_grad(self) -> None:
         for master in self.masters.values():
@@ -108,14 +113,14 @@ class Optimizer:
             for key, value in self.adamw.state.get(master, {}).items():
                 tensors[f"{_STATE}{key}/{name}"] = value
             if master is not self.parameters[name]:
-                tensors[_MASTER + name] = master
+                tensors[MASTER + name] = master
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore the result of `state_tensors`, for parameters of the same names."""
         for full_name, tensor in tensors.items():
-            if full_name.startswith(_MASTER):
-                self.masters[full_name.removeprefix(_MASTER)].data.copy_(tensor)
+            if full_name.startswith(MASTER):
+                self.masters[full_name.removeprefix(MASTER)].data.copy_(tensor)
                 continue
             key, name = full_name.removeprefix(_STATE).split("/", 1)
             master = self.masters[name]

@@ -16,6 +16,7 @@ import torch
 
 from esr_train.config import Config, ConfigError, arm_config, load_config, to_yaml
 from esr_train.metrics import cpu_name
+from esr_train.report.tuning import FILE
 
 _PACKAGES = "torch triton transformers tokenizers safetensors flash-attn liger-kernel".split()
 # Settings that may differ between a run and its continuation.
@@ -88,7 +89,8 @@ def _config_in(directory: Path, what: str) -> Path | None:
         return path
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"--out: {directory} is not a directory")
-    if directory.is_dir() and any(directory.iterdir()):
+    # A comparison that is tuned begins with its grid.
+    if directory.is_dir() and {path.name for path in directory.iterdir()} - {"tuning", FILE}:
         raise ConfigError(f"--out: {directory} is not empty and holds no earlier {what}")
     return None
 

@@ -124,7 +124,9 @@ class Trainer:
         except BaseException:
             # The weights are those of state["step"]. If the last update made them infinite or NaN,
             # the older checkpoint is kept.
-            if all(bool(p.isfinite().all()) for p in self.optimizer.parameters.values()):
+            if self.world.saves_alone and all(
+                bool(p.isfinite().all()) for p in self.optimizer.parameters.values()
+            ):
                 self._save()
             raise
 
@@ -142,7 +144,8 @@ class Trainer:
         gap = {}
         if step % _GAP_EVERY == 1 and not self.source.frozen:
             temperature = config.rollout.temperature
-            gap["logprob_gap"] = logprob_gap(self.rollout, batch, temperature, self.forward)
+            with self.world.whole(self.student):
+                gap["logprob_gap"] = logprob_gap(self.rollout, batch, temperature, self.forward)
         sums = self._gradient(step, batch, spans)
         with spans("student"):
             norm = float(self.optimizer.clip())
@@ -222,8 +225,8 @@ class Trainer:
         self.state, self.saved_step = state, state["step"]
 
     def _save(self) -> None:
-        if self.save and self.world.main and self.saved_step != self.state["step"]:
-            checkpoint.save(
+        if self.save and self.saved_step != self.state["step"]:
+            self.world.save(
                 self.directory / "checkpoints",
                 self.state,
                 self.student,
@@ -244,6 +247,5 @@ class Trainer:
         best = self.state["best"]
         if best is None or sign * value > sign * best[0]:
             self.state["best"] = [value, step]
-            if self.world.main:
-                directory = self.directory / "checkpoints"
-                checkpoint.save_best(directory, step, self.student, self.tokenizer)
+            directory = self.directory / "checkpoints"
+            self.world.save_best(directory, step, self.student, self.tokenizer)

@@ -1,12 +1,12 @@
 """The processes of a run: this one alone, or several under torchrun or `accelerate launch`.
 
-`World` is for one process: its methods do nothing but the work. `esr_train.distributed` has those
-of several, and is imported only by `start` and only there.
+`World` is for one process: its methods do nothing but the work. `distributed.py` and `fsdp.py` have
+those of several; `launch.py` chooses.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,10 @@ class World:
     """One process; as a context, what it is for ends with it."""
 
     rank, size = 0, 1
+    # Whether all processes must make the same number of passes through the student.
+    lockstep = False
+    # Whether the main process can save at any moment, without the others.
+    saves_alone = True
 
     @property
     def main(self) -> bool:
@@ -47,6 +51,15 @@ class World:
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Make each gradient its sum over all processes."""
 
+    def whole(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        """Inside, this process has all weights of a model, to run any part of it without gradients;
+        entered by all processes."""
+        return contextlib.nullcontext()
+
+    def forward(self, function: Callable[[], _T]) -> _T:
+        """`function()`, a pass through the student with its loss; the backward comes after."""
+        return function()
+
     def from_main(self, make: Callable[[], _T]) -> _T:
         """What `make` returns in the main process, which alone calls it."""
         return make()
@@ -54,6 +67,24 @@ class World:
     def resume(self, directory: Path, model: Any, optimizer: Optimizer) -> dict[str, Any] | None:
         """`checkpoint.resume`, the same in every process."""
         return checkpoint.resume(directory, model, optimizer)
+
+    def save(
+        self,
+        directory: Path,
+        state: dict[str, Any],
+        model: Any,
+        tokenizer: Any,
+        optimizer: Optimizer,
+        keep: int,
+    ) -> None:
+        """`checkpoint.save` in the main process."""
+        if self.main:
+            checkpoint.save(directory, state, model, tokenizer, optimizer, keep)
+
+    def save_best(self, directory: Path, step: int, model: Any, tokenizer: Any) -> None:
+        """`checkpoint.save_best` in the main process."""
+        if self.main:
+            checkpoint.save_best(directory, step, model, tokenizer)
 
     def log(self, path: Path, step: int) -> JsonLines:
         """A log of rows up to `step`, which the main process writes."""
@@ -67,17 +98,3 @@ class World:
 
 
 ONE = World()
-
-
-def launched() -> int:
-    """How many processes a launcher has started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def start() -> World:
-    """This process's world, after it has found the others of its launcher."""
-    if launched() == 1:
-        return ONE
-    from esr_train.distributed import Ranks  # Imports torch.distributed and opens connections.
-
-    return Ranks()

@@ -91,6 +91,24 @@ def test_an_arm_learns_what_is_in_its_window_and_nothing_else(
     assert sums["trained_tokens"] == int(budget.sum())
 
 
+@LORA
+def test_truncation_and_the_mask_only_arm_take_the_same_steps(
+    make_config: MakeConfig, tmp_path: Path, lora: Any
+) -> None:
+    """What comes after the window costs time and changes nothing."""
+    weights, tokens = [], []
+    for arm in ("truncated", "mask-only", "full"):
+        changes = {"rollout__max_new_tokens": 8, **ARMS[arm], "student__lora": lora}
+        trainer = build(make_config(eval__every=0, optim__lr=0.01, **changes), tmp_path / arm)
+        trainer.run()
+        trained = [p.detach().flatten() for p in trainer.student.parameters() if p.requires_grad]
+        weights.append(torch.cat(trained))
+        tokens.append(trainer.state["tokens"])
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-3)
+    assert (weights[2] - weights[0]).abs().max() > 0.01
+    assert tokens[0] < tokens[1]
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(
     same: MakeConfig, tmp_path: Path, arm: str

@@ -104,6 +104,7 @@ def test_the_chat_template_takes_a_system_message_and_keywords() -> None:
         (ROWS, {**COLUMNS, "grader": "nowhere:f"}, "data.grader: got 'nowhere:f': No module"),
         (ROWS, {**COLUMNS, "grader": "python"}, "set data.allow_code=true"),
         (ROWS, {**COLUMNS, "heldout": "no.jsonl"}, "data.heldout: 'no.jsonl' is not a file"),
+        (ROWS, {**COLUMNS, "heldout": "test"}, "data.heldout: got 'test', must be a .jsonl, .json"),
         (ROWS, {**COLUMNS, "subset": "main"}, "data.subset: .*must be null for a file"),
         (ROWS[:5], COLUMNS, "data.heldout: got None, but .* has 5 distinct prompts"),
         ([], COLUMNS, "data.task: .* has no rows"),
@@ -125,7 +126,9 @@ def test_bad_data_names_the_key(tmp_path: Path, rows: Any, keys: Any, message: s
 
 def test_bad_files_and_names(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "1"}\n{"prompt": ')
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n' * 20)
     for name, message in (
+        (str(tmp_path / "latin.jsonl"), "data.task: .*latin.jsonl' is not UTF-8 text .*0xe9"),
         (str(tmp_path / "broken.jsonl"), "data.task: .*could not be read"),
         ("missing.jsonl", "'missing.jsonl' is not a file"),
         ("reasoning_gym:nothing", "reasoning-gym has no dataset 'nothing'"),
@@ -133,6 +136,8 @@ def test_bad_files_and_names(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             load_task(DataConfig(task=name))
+    with pytest.raises(ConfigError, match="data.task: got 'a.csv', allowed are"):
+        load_task(DataConfig(task="a.csv", answer="answer", grader="exact"))
     with pytest.raises(ConfigError, match="data.grader: got 'exact', but data.task 'sums' has"):
         load_task(DataConfig(grader="exact"))
 

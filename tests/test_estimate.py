@@ -158,6 +158,7 @@ def test_data_of_the_hub_is_not_read(make_config: MakeConfig, tmp_path: Path) ->
         ({"tracking__trackers": ["wandb"]}, ConfigError, "pip install wandb"),
         ({"data__task": "sumz"}, ConfigError, "data.task: "),
         ({"data__task": "a/b", "data__grader": "mth"}, ConfigError, "data.grader: got 'mth'"),
+        ({"data__task": "prompts", "eval__problems": 999}, ConfigError, "eval.problems: .*got 999"),
         ({"data__task": "nowhere.jsonl"}, ConfigError, "is not a file"),
     ],
 )

@@ -45,6 +45,11 @@ def _falls(text: str, pattern: str, to: float) -> bool:
     return len(values) >= 3 and 0 < values[-1] < to * values[0]
 
 
+def _list_falls(text: str, before: str) -> bool:
+    values = _numbers(re.findall(rf"{before} \[(.*)\]", text)[0], r"[\d.]+")
+    return len(values) == 4 and 0 < values[-1] < 0.9 * values[0]
+
+
 # What a script prints when it has done its work.
 SANE = {
     "bare_loop": lambda text: _falls(text, r"reverse KL ([\d.]+)", 0.5),
@@ -53,6 +58,10 @@ SANE = {
     "custom_task": lambda text: (
         _falls(text, r"divergence ([\d.]+)", 0.8)
         and _numbers(text, r"'greedy_accuracy': ([\d.]+)")[-1] > 0.7
+    ),
+    "hf_trainer": lambda text: _list_falls(text, "forward KL:"),
+    "trl_distillation": lambda text: (
+        _list_falls(text, "reverse KL, TRL patched:") and _list_falls(text, "reverse KL, subclass:")
     ),
     "sampling": lambda text: (
         "draws the same: True" in text

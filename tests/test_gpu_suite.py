@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu_suite
+from bench import gpu_kernels, gpu_suite
+from bench.gpu_timing import Clocks
+from esr_kernels.common.calibration import read
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,9 +23,11 @@ def test_a_dry_run_checks_and_times_every_op(tmp_path):
     """In a process of its own: on PyTorch's path, which takes a second for all of it."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "gpu.jsonl"
+    rates = tmp_path / "rates.json"
     command = [sys.executable, "-m", "bench.gpu_suite", "--dry-run", "--out", str(out)]
+    command += ["--calibration", str(rates)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
@@ -34,10 +39,26 @@ def test_a_dry_run_checks_and_times_every_op(tmp_path):
         "linear_topk_divergence",
         "sample_from_hidden",
         "shared_prefix_attention",
+        "stash, T=150, several chunks",
+        "stash, T=150, teacher_in_gradient",
     ):
         assert any(r["name"].startswith(op) for r in checked), op
+    large = {r["name"].split(", ")[2].split()[0]: r for r in checked if r["name"][:5] == "stash"}
+    assert large["several"]["chunks"] > 1 and large["teacher_in_gradient"]["teacher in gradient"]
     timed = [r for r in records if r["section"] == "time"]
     assert not [r for r in timed if "error" in r]
+    for name in (
+        "statistics, T=8",
+        "draw, B=2 D=16: fused",
+        "attention, 4 x 2 rows",
+        "rates of plans",
+        "step, D=32 teacher D=48, 2 x 2 responses of 3 tokens: TRL's loss",
+        "step, D=32 teacher D=48, 2 x 2 responses of 6 tokens: ours",
+        "rollout, D=48, 2 x 2 of 3 tokens: ours, without graphs",
+        "rollout, D=32, 2 x 2 of 3 tokens: transformers generate",
+    ):
+        assert any(r["name"].startswith(name) for r in timed), name
+    assert list(read(rates)) == ["none"]
     ours = next(r for r in timed if r["name"].endswith("ours, stash"))
     assert 0 < ours["ms p10"] <= ours["ms"] <= ours["ms p90"] and ours["runs"] >= 3
     assert {"gpu", "driver", "torch", "triton", "commit", "date"} <= set(ours)
@@ -64,23 +85,95 @@ def test_a_failing_check_is_recorded_the_rest_goes_on_and_the_status_is_1(
     def slow_peer():
         raise ImportError("no such package")
 
-    parts = [("check", ("a", wrong)), ("check", ("b", fine)), ("time", ("c", slow_peer))]
-    monkeypatch.setattr(gpu_suite, "parts", lambda dry: iter(parts))
+    _measure(
+        monkeypatch, [("check", ("a", wrong)), ("check", ("b", fine)), ("time", ("c", slow_peer))]
+    )
     out = tmp_path / "gpu.jsonl"
     assert gpu_suite.main(["--dry-run", "--out", str(out)]) == 1
     first, second, third = (json.loads(line) for line in out.read_text().splitlines())
     assert second["ok"] and third["not installed"] == "no such package"
     assert first.get("error") == ("RuntimeError: out of memory" if broken == "raises" else None)
-    parts = [("check", ("b", fine)), ("time", ("c", slow_peer))]
-    monkeypatch.setattr(gpu_suite, "parts", lambda dry: iter(parts))
+    _measure(monkeypatch, [("check", ("b", fine)), ("time", ("c", slow_peer))])
     assert gpu_suite.main(["--dry-run"]) == 0
 
 
+def _measure(monkeypatch, *groups, seconds=100.0):
+    made = [gpu_suite.Group(f"group {k}", seconds, parts) for k, parts in enumerate(groups)]
+    monkeypatch.setattr(gpu_suite, "groups", lambda dry, calibration: made)
+
+
+FINE = ("check", ("a", lambda: {"ok": True}))
+
+
 def test_what_no_longer_fits_the_time_is_recorded_as_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "_DEADLINE_SECONDS", -1)
-    monkeypatch.setattr(
-        gpu_suite, "parts", lambda dry: iter([("check", ("a", lambda: {"ok": True}))])
-    )
+    _measure(monkeypatch, [FINE], [FINE], seconds=-1.0)
     out = tmp_path / "gpu.jsonl"
     assert gpu_suite.main(["--dry-run", "--out", str(out)]) == 1, "nothing was shown to be right"
-    assert "out of time" in json.loads(out.read_text())["error"]
+    assert [json.loads(line)["error"] for line in out.read_text().splitlines()] == [
+        "out of time",
+        "out of time",
+    ]
+
+
+def test_a_group_may_use_the_time_that_those_before_it_leave(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(gpu_suite.time, "perf_counter", lambda: now[0])
+
+    def part(name, took):
+        def run():
+            now[0] += took
+
+        return "time", (name, run)
+
+    long = [part("b", 12.0), part("c", 4.0), part("d", 1.0)]
+    groups = [gpu_suite.Group("first", 10, [part("a", 3.0)]), gpu_suite.Group("second", 8, long)]
+    names = []
+    for _, name, run in gpu_suite.started([*groups, gpu_suite.Group("third", 5, [part("e", 1.0)])]):
+        names.append(name)
+        if run is not None:
+            run()
+    assert names == ["a", "b", "c", "second: what is left of it", "e"]
+
+
+def test_operands_that_do_not_fit_end_their_group_alone(tmp_path, monkeypatch):
+    def parts():
+        yield FINE
+        raise torch.OutOfMemoryError("no room")
+
+    _measure(monkeypatch, parts(), [FINE])
+    out = tmp_path / "gpu.jsonl"
+    assert gpu_suite.main(["--dry-run", "--out", str(out)]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["name"] for r in records] == ["a", "group 0: operands", "a"]
+    assert records[1]["error"] == "OutOfMemoryError: no room"
+
+
+def test_clocks_and_power_come_from_nvidia_smi(tmp_path, monkeypatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        "#!/bin/sh\nfor i in 1 2 3; do echo '1980, 2619, 650.5'; done\necho '[N/A]'\nsleep 9\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with Clocks() as clocks:
+        for _ in range(100):
+            read_so_far = clocks.during(0.0, time.perf_counter())
+            if read_so_far:
+                break
+            time.sleep(0.05)
+    assert read_so_far == {"SM MHz": 1980.0, "memory MHz": 2619.0, "W": 650.5}
+    assert clocks.during(-2.0, -1.0) == {}
+
+
+def test_without_nvidia_smi_no_clocks_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with Clocks() as clocks:
+        assert clocks.during(0.0, time.perf_counter()) == {}
+
+
+def test_the_rates_of_the_fused_kernel_solve_its_two_times():
+    rate, epilogue, per_byte, pairs = 0.4, 5.0, 200.0, 1e6
+    times = [(f, f / (rate * per_byte) + epilogue * pairs) for f in (1e10, 3e10)]
+    assert gpu_kernels._fused_rates(times, per_byte, pairs) == pytest.approx((rate, epilogue))
+    noise = [(1e10, 1e8), (3e10, 4e8)]  # a negative epilogue
+    assert gpu_kernels._fused_rates(noise, per_byte, pairs) == pytest.approx((4e10 / 5e8 / 200, 0))

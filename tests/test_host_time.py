@@ -63,7 +63,7 @@ def _run(script: str, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -30,8 +30,12 @@ PUBLIC_OPS = {
 
 
 def _imports(path: Path) -> set[str]:
+    return _imports_of(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def _imports_of(tree: ast.AST) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -53,6 +57,21 @@ def test_no_triton_file_imports_the_cpu_room():
     files = [path for path in SOURCES if path.stem.endswith("_triton")]
     assert len(files) > 5
     assert [path.name for path in files if _of(_imports(path), "esr_kernels.cpu")] == []
+
+
+def test_one_process_imports_nothing_for_several():
+    """These are slow to import, and are imported in the functions that need them."""
+    ours = ["esr_kernels.common.sharded", "esr_kernels.divergence.sharded"]
+    ours += ["esr_train.distributed", "esr_train.fsdp"]
+    several = ["torch.distributed.tensor", "torch.distributed.fsdp", *ours]
+    own = {name.replace(".", "/") + ".py" for name in ours}
+    importers = [path for path in SOURCES if any(_of(_imports(path), name) for name in several)]
+    assert len(importers) > 4, "the search finds nothing"
+    for path in importers:
+        if not str(path).endswith(tuple(own)):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree.body = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+            assert not any(_of(_imports_of(tree), name) for name in several), path
 
 
 def test_no_file_is_longer_than_400_lines():

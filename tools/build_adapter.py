@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer, model = load_tokenizer(spec, runtime), load_model(spec, runtime)
     before = accuracy(model, tokenizer, options.problems)
     print(f"without adapter: greedy accuracy {before:.3f} of {options.problems}", flush=True)
-    model = add_lora(model, LoraConfig(r=recipe.r, alpha=recipe.alpha)).eval()
+    model = add_lora(model, LoraConfig(r=recipe.r, alpha=recipe.alpha, dropout=0.0)).eval()
     started = time.perf_counter()
     learn(model, tokenizer, recipe)
     seconds = time.perf_counter() - started

@@ -108,7 +108,7 @@ def check_tensor(
 
 def is_dtensor(*tensors: object) -> bool:
     """Whether one of them is a DTensor; imports nothing."""
-    return any(hasattr(tensor, "full_tensor") for tensor in tensors)
+    return any(isinstance(x, Tensor) and hasattr(x, "full_tensor") for x in tensors)
 
 
 class Head(NamedTuple):

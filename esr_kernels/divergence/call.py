@@ -252,7 +252,7 @@ def key_of(
         return None
     try:
         place = operands[0].device  # type: ignore[union-attr]
-        if torch.is_autocast_enabled(place.type):
+        if place.type == "meta" or torch.is_autocast_enabled(place.type):
             return None
         for x in per_token:
             if x is not None and (x.device != place or place.type in _VALUES_ARE_READ_ON):

@@ -181,34 +181,6 @@ def linear_divergence(
         >>> out = linear_divergence(hidden, lm_head.weight, teacher_hidden, teacher_head.weight)
         >>> out.loss.backward()
     """
-    per_token = token_weights, labels
-    student_tensors = student_hidden, student_weight, student_bias
-    teacher_tensors = teacher_hidden, teacher_weight, teacher_bias
-    ids = student_ids, teacher_ids, merge_student_ids, merge_teacher_ids
-    key = key_of(
-        student_tensors + teacher_tensors,
-        per_token,
-        (*ids, weight_grad, group, compact or None),
-        (
-            divergence,
-            temperature,
-            teacher_temperature,
-            student_softcap,
-            teacher_softcap,
-            student_logit_scale,
-            teacher_logit_scale,
-            num_classes,
-            label_weight,
-            reduction,
-            plan,
-            memory_budget,
-            impl,
-        ),
-    )
-    call = seen(key)
-    if call is not None:
-        x, row_weight = repeated_inputs(student_tensors, teacher_tensors, *per_token)
-        return _run(call, None, row_weight, None, x)
     shardable = (
         student_hidden,
         student_weight,
@@ -239,6 +211,34 @@ def linear_divergence(
             weight_grad,
             group,
         ) = sharded.as_plain(sharded.Shardable(*shardable), mapped)
+    per_token = token_weights, labels
+    student_tensors = student_hidden, student_weight, student_bias
+    teacher_tensors = teacher_hidden, teacher_weight, teacher_bias
+    ids = student_ids, teacher_ids, merge_student_ids, merge_teacher_ids
+    key = key_of(
+        student_tensors + teacher_tensors,
+        per_token,
+        (*ids, weight_grad, group, compact or None),
+        (
+            divergence,
+            temperature,
+            teacher_temperature,
+            student_softcap,
+            teacher_softcap,
+            student_logit_scale,
+            teacher_logit_scale,
+            num_classes,
+            label_weight,
+            reduction,
+            plan,
+            memory_budget,
+            impl,
+        ),
+    )
+    call = seen(key)
+    if call is not None:
+        x, row_weight = repeated_inputs(student_tensors, teacher_tensors, *per_token)
+        return _run(call, None, row_weight, None, x)
     resolved = resolve_divergence(divergence)
     options = Options(
         token_weights,

@@ -37,6 +37,8 @@ def masked_divergence(
 
 
 def _plain(weight: Tensor, hidden: Tensor) -> Tensor:
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError("DeepSpeed ZeRO-3 shards the output head, which is not supported here")
     # A sharded head that is trained is refused by the op: a gather out here would leave its
     # gradient unreduced.
     if hasattr(weight, "full_tensor") and not weight.requires_grad:

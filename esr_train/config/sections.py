@@ -62,8 +62,16 @@ class RuntimeConfig(_Strict):
     attention: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa or eager
     gradient_checkpointing: bool = False  # keep a layer's inputs alone, and run it again backward
     compile: bool = False  # torch.compile forward passes over whole sequences; not the sampling
+    # Of several processes each keeps a part of the student and of its optimizer state (FSDP2)
+    fsdp: bool = False
     liger: bool = False  # norm, rotary embedding and MLP of liger-kernel; needs CUDA
     trust_remote_code: bool = False  # run model code that comes with a hub repository
+
+    @model_validator(mode="after")
+    def _check_fsdp(self) -> RuntimeConfig:
+        if self.fsdp and self.compile:
+            raise ConfigError("runtime.fsdp: got True, must be false where runtime.compile is true")
+        return self
 
 
 class DataConfig(_Strict):

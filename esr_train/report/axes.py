@@ -17,10 +17,13 @@ from esr_train.report.results import Arm, Run, Seed, known, number, shorten
 
 Curve = tuple[np.ndarray, np.ndarray]
 
-# Okabe-Ito, distinguishable with any colour vision; the baseline is black.
+# Okabe-Ito, distinguishable with any colour vision; the baseline is black. In grey print, line
+# style and marker tell arms apart.
 _ARM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BASELINE_COLOUR = "#222222"
-_LINE_STYLES = ("-", "--", ":", "-.")
+_LINE_STYLES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MOST_MARKERS = 9  # on a line
 # One hue in three lightnesses: distinct in grey print, and not mistaken for an arm.
 PHASE_COLOURS = {"rollout": "#3B4A6B", "teacher": "#7F93B8", "student": "#C6D0E3"}
 QUIET = "#6B6B6B"
@@ -72,11 +75,17 @@ def curve(rows: list[dict[str, Any]], x: tuple[str, ...], y: tuple[str, ...]) ->
     return np.array(xs, dtype=float), np.array(ys, dtype=float)
 
 
-def _colour(run: Run, arm: Arm) -> tuple[str, str]:
+def _look(run: Run, arm: Arm) -> dict[str, Any]:
+    """Colour, line style and marker of an arm; 42 arms before two look the same."""
     if arm.name == run.baseline:
-        return _BASELINE_COLOUR, "-"
-    style, colour = divmod(run.arms.index(arm), len(_ARM_COLOURS))
-    return _ARM_COLOURS[colour], _LINE_STYLES[style % len(_LINE_STYLES)]
+        return {"color": _BASELINE_COLOUR, "linestyle": "-", "marker": None}
+    place = run.arms.index(arm)
+    return {
+        "color": _ARM_COLOURS[place % len(_ARM_COLOURS)],
+        "linestyle": _LINE_STYLES[place % len(_LINE_STYLES)],
+        "marker": _MARKERS[place % len(_MARKERS)],
+        "markersize": 4.5,
+    }
 
 
 def new_figure(width: int, height: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -94,7 +103,7 @@ def save(figure: Figure, path: Path) -> Path:
 def legend(figure: Figure, handles: dict[str, Any]) -> None:
     """Legend above the axes, in the given order, in as many columns as fit."""
     names = [shorten(name, 40) for name in handles]
-    entry = 45 + 7 * max(len(name) for name in names)  # CSS pixels: line, gap, letters
+    entry = 60 + 7 * max(len(name) for name in names)  # CSS pixels: line, gap, letters
     columns = max(1, int(figure.get_figwidth() * _CSS_DPI / entry))
     figure.set_figheight(figure.get_figheight() + 0.18 * ((len(names) - 1) // columns))
     figure.legend(
@@ -103,7 +112,7 @@ def legend(figure: Figure, handles: dict[str, Any]) -> None:
         loc="outside upper left",
         ncols=columns,
         columnspacing=1.4,
-        handlelength=1.8,
+        handlelength=3.0,
     )
 
 
@@ -119,11 +128,13 @@ def draw_arms(
         if not pairs:
             continue
         grid, middle, low, high = band([curve for curve, _ in pairs], [done for _, done in pairs])
-        colour, style = _colour(run, arm)
-        marker = "o" if len(grid) < 4 else None  # one point alone makes no line
-        (line,) = axis.plot(grid, middle, color=colour, linestyle=style, marker=marker)
+        look = _look(run, arm)
+        if len(grid) == 1:  # one point alone makes no line
+            look["marker"] = look["marker"] or "o"
+        every = max(1, -(-len(grid) // _MOST_MARKERS))
+        (line,) = axis.plot(grid, middle, **look, markevery=every)
         if len(pairs) > 1:
-            axis.fill_between(grid, low, high, color=colour, alpha=0.16, linewidth=0)
+            axis.fill_between(grid, low, high, color=look["color"], alpha=0.16, linewidth=0)
         lines[arm.name] = line
         seen.extend(grid.tolist())
     return lines, seen

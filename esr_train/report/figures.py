@@ -127,7 +127,9 @@ def _draw_metric(run: Run, against: str, folder: Path) -> Picture | None:
     axis.set_ylabel(label(run.report.metric))
     legend(figure, lines)
     path = save(figure, folder / f"metric_{against}.png")
-    caption = f"Line: mean over seeds; band: lowest to highest seed. {_GRID_NOTE[against]}"
+    seeds = max(len(arm.seeds) for arm in run.arms)
+    caption = f"Line: mean over {seeds} seed{'s' * (seeds > 1)}; "
+    caption += f"band: lowest to highest. {_GRID_NOTE[against]}"
     if logarithmic:
         caption += " The evaluation before training, at 0 tokens, has no place on a log axis."
     title = _title(f"{label(run.report.metric)} against {_AXES[against][1]}")

@@ -26,6 +26,7 @@ from esr_train.report.headline import headline, verdicts
 from esr_train.report.results import Arm, Row, Run, number, read_run
 from esr_train.report.summary import ArmSummary, summarise
 from esr_train.report.tables import WIDTH, as_columns, as_markdown, table_note, tables
+from esr_train.report.tuning import not_tuned, read_tuning
 
 _SAMPLES = 2  # shown of an evaluation
 
@@ -61,7 +62,7 @@ def summary_table(run_dir: Path) -> str:
         textwrap.fill(content["headline"], WIDTH),
         *(f"{title[:WIDTH]}\n\n{as_columns(table)}" for title, table in content["tables"]),
         textwrap.fill(content["table_note"], WIDTH),
-        *(textwrap.fill(f"Note: {note}", WIDTH) for note in run.notes),
+        *(textwrap.fill(f"Note: {note}", WIDTH) for note in content["notes"]),
     ]
     return printable("\n\n".join(blocks))
 
@@ -85,7 +86,7 @@ def _content(run: Run, summaries: list[ArmSummary]) -> dict[str, Any]:
     return {
         "title": _title(run),
         "headline": headline(run, summaries),
-        "notes": run.notes,
+        "notes": _notes(run),
         "verdicts": verdicts(run, summaries),
         "tables": tables(run, summaries),
         "table_note": table_note(run),
@@ -101,6 +102,16 @@ def _title(run: Run) -> str:
     name = run.path.resolve().name
     others = ", ".join(arm.name for arm in run.arms if arm.name != run.baseline)
     return f"{name}: {others} against {run.baseline}" if run.baseline else name
+
+
+def _notes(run: Run) -> list[str]:
+    """What is missing, and what is to be said of the rates that were chosen."""
+    arms = (read_tuning(run.path) or {"arms": {}})["arms"]
+    return run.notes + [
+        f"{name}: the chosen learning rate, {arm['chosen']:g}: {arm['note']}."
+        for name, arm in arms.items()
+        if arm["note"]
+    ]
 
 
 def _reading(run: Run) -> list[str]:
@@ -119,9 +130,9 @@ def _reading(run: Run) -> list[str]:
         )
     text += [
         "Training time is the sum of the timed phases (rollout, teacher, student); evaluation, "
-        "loading and saving are outside of it. The cost of reaching the threshold is read off the "
-        "first evaluation at or past it, without interpolation, so it is no finer than the "
-        "spacing of evaluations.",
+        "loading and saving are outside of it. The cost of reaching the threshold is interpolated "
+        "between two evaluations, as if the metric rose evenly between them: what is certain is "
+        "the bracket, no finer than the spacing of evaluations.",
         "Peak memory on a GPU is device memory. On a CPU it is the resident high-water mark of the "
         "whole process, with weights, optimizer and libraries in it, so its ratios understate "
         "what a shorter rollout saves on activations.",
@@ -208,7 +219,8 @@ def _summary_json(run: Run, summaries: list[ArmSummary]) -> str:
         "threshold": run.report.threshold,
         "higher_is_better": run.report.higher_is_better,
         "baseline": run.baseline,
-        "notes": run.notes,
+        "notes": _notes(run),
+        "not_tuned": not_tuned(run),
         "arms": [dataclasses.asdict(item) for item in summaries],
     }
     return json.dumps(_strict(facts), indent=2, allow_nan=False) + "\n"
@@ -218,7 +230,7 @@ def _strict(value: Any) -> Any:
     """JSON has neither NaN nor infinity: unknown is null, never reached is "not reached"."""
     if isinstance(value, dict):
         return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "not reached"

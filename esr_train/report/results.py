@@ -38,9 +38,16 @@ class Seed:
 @dataclass(frozen=True)
 class Arm:
     name: str
-    max_new_tokens: int
-    steps: int
+    config: Config  # its own, resolved
     seeds: list[Seed]
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.config.rollout.max_new_tokens
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps
 
     def finished(self, seed: Seed) -> bool:
         """Whether a seed finished all its steps."""
@@ -131,7 +138,7 @@ def _read_arm(run_dir: Path, name: str, config: Config, notes: list[str]) -> Arm
             seeds.append(Seed(int(digits), metrics, evals, samples))
     seeds.sort(key=lambda seed: seed.number)
 
-    arm = Arm(name, config.rollout.max_new_tokens, config.steps, seeds)
+    arm = Arm(name, config, seeds)
     if not any(seed.metrics or seed.evals for seed in seeds):
         notes.append(f"{name}: no results.")
         return arm

@@ -81,6 +81,13 @@ def load_task(config: DataConfig) -> Task:
     name = config.task
     if is_dataset(name):
         return DatasetTask(config)
+    if name not in ("sums", "prompts") and ":" not in name:
+        raise ConfigError(
+            f"data.task: got {name!r}, allowed are 'sums', 'prompts', 'prompts:PATH.txt', "
+            "'reasoning_gym:NAME', a .jsonl, .json or .parquet file, a dataset of the Hugging Face "
+            "hub such as 'openai/gsm8k', and the import path of a task of yours, "
+            "'package.module:name'"
+        )
     _check_no_columns(config)
     try:
         if name == "sums":
@@ -91,15 +98,9 @@ def load_task(config: DataConfig) -> Task:
             return PromptsTask(Path(name.removeprefix("prompts:")))
         if name.startswith("reasoning_gym:"):
             return GymTask(name.removeprefix("reasoning_gym:"))
-        if ":" in name:
-            return _own_task(name)
+        return _own_task(name)
     except ValueError as error:
         raise ConfigError(f"data.task: {error}") from error
-    raise ConfigError(
-        f"data.task: got {name!r}, allowed are 'sums', 'prompts', 'prompts:PATH.txt', "
-        "'reasoning_gym:NAME', a .jsonl, .json or .parquet file, a dataset of the Hugging Face hub "
-        "such as 'openai/gsm8k', and the import path of a task of yours, 'package.module:name'"
-    )
 
 
 def _own_task(path: str) -> Task:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class DatasetTask:
             heldout = train[_HELDOUT_EVERY - 1 :: _HELDOUT_EVERY]
         elif Path(config.heldout).suffix in _READERS:
             heldout = self._read("heldout", config.heldout, "train")
+        elif Path(config.task).suffix in _READERS:
+            raise ConfigError(
+                f"data.heldout: got {config.heldout!r}, must be a .jsonl, .json or .parquet file, "
+                "or null, where data.task is a file"
+            )
         else:
             heldout = self._read("heldout", config.task, config.heldout)
         if not heldout:
@@ -95,7 +101,8 @@ class DatasetTask:
                     + ", ".join(map(repr, rows.column_names))
                 )
         found: dict[Prompt, Problem] = {}
-        for number, row in enumerate(rows.select_columns(list(columns.values())), start=1):
+        rows = _decoded(rows.select_columns(list(columns.values())), f"data.{key}: {source!r}")
+        for number, row in enumerate(rows, start=1):
             where = f"row {number} of {source!r}"
             prompt = self._prompt(row[config.prompt], f"data.prompt: {where}")
             own = None
@@ -136,6 +143,13 @@ def _message(message: Any, where: str) -> Message:
     raise ConfigError(
         f"{where}: got the message {message!r}, must be a role and a content, both text"
     )
+
+
+def _decoded(rows: Any, where: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:  # files are read as bytes
+        raise ConfigError(f"{where} is not UTF-8 text ({error})") from error
 
 
 def _plain(answer: Any) -> str:

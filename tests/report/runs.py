@@ -14,6 +14,7 @@ import yaml
 from esr_train.report.headline import headline
 from esr_train.report.results import Run, read_run
 from esr_train.report.summary import ArmSummary, summarise
+from esr_train.report.tuning import settings_of
 
 MIB = 2**20
 
@@ -95,16 +96,43 @@ def write_arms(folder: Path, evals: dict[str, list[tuple[Any, ...]]], **how: Any
     return read_run(folder)
 
 
-def by_hand(folder: Path) -> Run:
-    """Three seeds of two arms, small enough to do in one's head (see the tests)."""
-    write_config(folder, {"full": 100, "esr-10": 10}, seeds=3)
+def by_hand(folder: Path, **changes: Any) -> Run:
+    """Three seeds of two arms of a language model, small enough to do in one's head."""
+    known = {"data": {"task": "prompts"}, **changes}
+    write_config(folder, {"full": 100, "esr-10": 10}, seeds=3, **known)
     for seed, late in enumerate([40.0, 60.0, 80.0]):
-        evals = [(0, 0, 0, 0.1), (10, late / 2, 1000, 0.8), (20, late, 2000, 0.9 + seed / 100)]
+        evals = [(0, 0, 0, 0.1), (10, late / 2, 1000, 0.8), (20, late, 2000, 0.9 + seed / 10)]
         write_seed(folder, "full", seed, evals, step_seconds=2.0, peak=300 * MIB, tokens=100)
     for seed, late in enumerate([10.0, 20.0, 16.0]):
-        evals = [(0, 0, 0, 0.1), (10, late / 2, 100, 0.95 if seed == 2 else 0.5)]
-        evals.append((20, late, 200, 0.92 if seed < 2 else 0.88))
+        evals = [(0, 0, 0, 0.1), (10, late / 2, 100, 0.9 if seed == 2 else 0.5)]
+        evals.append((20, late, 200, 0.9 if seed < 2 else 0.85))
         write_seed(folder, "esr-10", seed, evals, step_seconds=0.5, peak=200 * MIB, tokens=10)
+    return read_run(folder)
+
+
+def with_mask_only(folder: Path) -> Run:
+    """The run of `by_hand` with a third arm: full rollouts, the loss on the first 10 tokens."""
+    arms = [{"name": "full"}, {"name": "esr-10", "max_new_tokens": 10}]
+    arms.append({"name": "mask-10", "loss.window_tokens": 10})
+    report = {"metric": "greedy_accuracy", "threshold": 0.9, "baseline": "full"}
+    run = by_hand(folder, arms=arms, report=report)
+    for seed in range(3):
+        write_seed(folder, "mask-10", seed, [(0, 0, 0, 0.1), (10, 80, 1000, 0.9)])
+    return run
+
+
+def tune_as_it_is(folder: Path, seeds: tuple[int, ...] = (1000, 1001)) -> Run:
+    """Write a tuning.json that chooses the rates that the arms of a run have."""
+    arms = {}
+    for arm in read_run(folder).arms:
+        rate, settings = arm.config.optim.lr, settings_of(arm.config)
+        each = {"rate": rate, "ends": [0.8, 0.9], "end": 0.85, "mean": 0.5, "gain": 0.8}
+        other = {**each, "rate": 3 * rate, "kept": None, "unstable": "ends below its start"}
+        rates = [{**each, "kept": 1.0, "unstable": None}, other]
+        note = "the lowest rate of the grid: others may be better"
+        arms[arm.name] = {"chosen": rate, "note": note, "rates": rates, "settings": settings}
+    text = json.dumps({"rule": "the best", "seeds": seeds, "arms": arms})
+    (folder / "tuning.json").write_text(text, encoding="utf-8")
     return read_run(folder)
 
 

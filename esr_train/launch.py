@@ -1,0 +1,44 @@
+"""What a launcher has started: this process alone, or several (torchrun, `accelerate launch`)."""
+
+from __future__ import annotations
+
+import os
+
+from esr_train.config import Config, ConfigError
+from esr_train.world import ONE, World
+
+
+def launched() -> int:
+    """How many processes a launcher has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def start(config: Config) -> World:
+    """This process's world, after it has found the others of its launcher.
+
+    Raises:
+        ConfigError: `runtime.fsdp` without other processes, or options of `accelerate launch` that
+            would have no effect.
+    """
+    for engine in ("FSDP", "DEEPSPEED"):
+        ignored = engine != "FSDP" or not config.runtime.fsdp
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true" and ignored:
+            raise ConfigError(
+                f"accelerate launch --use_{engine.lower()} has no effect here: leave it out; "
+                "runtime.fsdp=true shards the student"
+            )
+    if launched() == 1:
+        if config.runtime.fsdp:
+            raise ConfigError(
+                "runtime.fsdp: shards the student over several processes, and this is one; start "
+                "them by torchrun or accelerate launch"
+            )
+        return ONE
+    # Imported here: they import much of torch.distributed.
+    if config.runtime.fsdp:
+        from esr_train.fsdp import ShardedRanks
+
+        return ShardedRanks()
+    from esr_train.distributed import Ranks
+
+    return Ranks()
