@@ -241,15 +241,13 @@ class DiagnoseConfig(_Strict):
 
     problems: PositiveInt = 64  # as many as there are, if fewer
     prefixes: list[PositiveInt] = [8, 32, 64, 128]  # tokens after which a teacher goes on
-    # Numbers of first tokens; null = lengths of truncated arms, or of training, or a quarter
-    windows: list[PositiveInt] | None = None
     arms: list[str] | None = None  # trained and compared with the start; null = first and last
     run: str | None = None  # a run directory whose final models are taken; null = train them
 
-    @field_validator("prefixes", "windows")
+    @field_validator("prefixes")
     @classmethod
-    def _check_increasing(cls, sizes: list[int] | None) -> list[int] | None:
-        if sizes is not None and sizes != sorted(set(sizes)):
+    def _check_increasing(cls, sizes: list[int]) -> list[int]:
+        if sizes != sorted(set(sizes)):
             raise ValueError("must be increasing")
         return sizes
 

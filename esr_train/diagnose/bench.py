@@ -274,10 +274,9 @@ def problem_count(config: Config, task: Any) -> int:
 
 
 def windows(config: Config) -> list[int]:
-    """Numbers of first tokens that shares and selections are about."""
+    """Numbers of first tokens that shares and selections are about: the lengths of truncated arms,
+    or without any that of rollouts, but at most a quarter of an answer."""
     limit = config.eval.max_new_tokens
-    if config.diagnose.windows is not None:
-        return [size for size in config.diagnose.windows if size < limit]
     changed = [arm.get("max_new_tokens", arm.get("rollout.max_new_tokens")) for arm in config.arms]
     sizes = {size for size in changed if size is not None and size < limit}
     return sorted(sizes) or [min(config.rollout.max_new_tokens, max(1, limit // 4))]
