@@ -236,24 +236,18 @@ class CheckpointConfig(_Strict):
 
 
 class DiagnoseConfig(_Strict):
-    """What `diagnose` measures, on held-out problems."""
+    """What `diagnose` measures, on held-out problems; answers are those of `eval` in number and
+    length, and training those of `arms` and `seeds`."""
 
     problems: PositiveInt = 64  # as many as there are, if fewer
-    samples: PositiveInt = 1  # answers a problem of each model
-    max_new_tokens: PositiveInt | None = None  # longest answer; null = eval.max_new_tokens
     prefixes: list[PositiveInt] = [8, 32, 64, 128]  # tokens after which a teacher goes on
-    # Numbers of first tokens; null = lengths of truncated arms, or of training, or a quarter
-    windows: list[PositiveInt] | None = None
-    opening_tokens: PositiveInt = 4  # answers that begin by the same ones open alike
     arms: list[str] | None = None  # trained and compared with the start; null = first and last
-    seeds: PositiveInt = 2  # how many of `seeds` each arm is trained with
-    steps: PositiveInt | None = None  # at most so many; null = the arm's own number
     run: str | None = None  # a run directory whose final models are taken; null = train them
 
-    @field_validator("prefixes", "windows")
+    @field_validator("prefixes")
     @classmethod
-    def _check_increasing(cls, sizes: list[int] | None) -> list[int] | None:
-        if sizes is not None and sizes != sorted(set(sizes)):
+    def _check_increasing(cls, sizes: list[int]) -> list[int]:
+        if sizes != sorted(set(sizes)):
             raise ValueError("must be increasing")
         return sizes
 

@@ -17,7 +17,6 @@ import numpy as np
 from esr_train.adapters import CONFIG as ADAPTER_FILE
 from esr_train.adapters import load_adapter
 from esr_train.arms import Arms
-from esr_train.compare import cap_steps
 from esr_train.config import Config, ConfigError, LossConfig, ModelConfig, with_overrides
 from esr_train.diagnose.intervals import position_edges
 from esr_train.diagnose.measure import TokenValues, token_values
@@ -73,7 +72,7 @@ class Bench:
             self.problems = self.task.problems("heldout", problem_count(config, self.task), SEED)
         except ValueError as error:
             raise ConfigError(f"diagnose.problems: {error}") from error
-        self.samples, self.limit = self.keys.samples, answer_limit(config)
+        self.samples, self.limit = config.eval.samples, config.eval.max_new_tokens
         self.rows = [problem for problem in self.problems for _ in range(self.samples)]
         self.prompts = [tokenized.ids(problem) for problem in self.rows]
         own = [tokenized.teacher_ids(problem) for problem in self.rows]
@@ -129,7 +128,7 @@ class Bench:
         return [
             self._trained(arm, seed, *before[:2])
             for arm in arm_names(self.config)
-            for seed in training_seeds(self.config)
+            for seed in self.config.seeds
         ]
 
     def write(
@@ -246,13 +245,12 @@ def training_config(config: Config) -> Config:
         arms = [{"name": "train", "max_new_tokens": config.rollout.max_new_tokens}]
     changes = {
         "arms": arms,
-        "seeds": training_seeds(config),
         "report.baseline": None,
         "eval.every": 0,
         "checkpoint.keep_models": True,
         "checkpoint.resume": "auto",
     }
-    return cap_steps(with_overrides(config, changes), config.diagnose.steps)
+    return with_overrides(config, changes)
 
 
 def trained_window(config: Config, limit: int) -> int:
@@ -270,25 +268,15 @@ def arm_names(config: Config) -> list[str]:
     return names if len(names) < 3 else [names[0], names[-1]]
 
 
-def training_seeds(config: Config) -> list[int]:
-    return config.seeds[: config.diagnose.seeds]
-
-
-def answer_limit(config: Config) -> int:
-    """Tokens of the longest answer."""
-    return config.diagnose.max_new_tokens or config.eval.max_new_tokens
-
-
 def problem_count(config: Config, task: Any) -> int:
     there = task.count("heldout")
     return config.diagnose.problems if there is None else min(config.diagnose.problems, there)
 
 
 def windows(config: Config) -> list[int]:
-    """Numbers of first tokens that shares and selections are about."""
-    limit = answer_limit(config)
-    if config.diagnose.windows is not None:
-        return [size for size in config.diagnose.windows if size < limit]
+    """Numbers of first tokens that shares and selections are about: the lengths of truncated arms,
+    or without any that of rollouts, but at most a quarter of an answer."""
+    limit = config.eval.max_new_tokens
     changed = [arm.get("max_new_tokens", arm.get("rollout.max_new_tokens")) for arm in config.arms]
     sizes = {size for size in changed if size is not None and size < limit}
     return sorted(sizes) or [min(config.rollout.max_new_tokens, max(1, limit // 4))]

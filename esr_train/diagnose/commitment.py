@@ -2,7 +2,7 @@
 
 For the teacher, the untrained student and every trained one, on their own sampled answers:
 
-openings    clusters of answers with the same first n tokens: shares, number, entropy, and the
+openings    clusters of answers with the same first OPENING tokens: shares, number, entropy, and the
             probability that answers to two different problems open alike
 habits      shares of what the task's own `habit(response)` says, where it has one
 first token its rank under the teacher
@@ -32,6 +32,7 @@ from esr_train.diagnose.section import Result, Section, Shown
 from esr_train.report.axes import bar_axis
 from esr_train.rollout import RolloutBatch
 
+OPENING = 4  # tokens
 _SHOWN = 6  # openings of each writer
 _FORKS = 0.1  # share of an answer's tokens that count as forks
 _RANKS = {"1": (1, 1), "2 to 5": (2, 5), "above 5": (6, None)}
@@ -46,7 +47,7 @@ def measure(bench: Bench) -> Result:
         ranks = np.where(forks(values.reverse_kl), values.top_rank, np.nan)
         writers[name]["fork_rank"] = _ranks(ranks, bench.samples)
     return {
-        "opening_tokens": bench.keys.opening_tokens,
+        "opening_tokens": OPENING,
         "limit": bench.limit,
         "writers": writers,
     }
@@ -56,7 +57,7 @@ def _writer(bench: Bench, answers: RolloutBatch, values: TokenValues) -> Result:
     samples, count = bench.samples, len(answers.prompts)
     tokens = [answers.response(row) for row in range(count)]
     found: Result = {"answers": count}
-    found |= openings([tuple(ids[: bench.keys.opening_tokens]) for ids in tokens], samples)
+    found |= openings([tuple(ids[:OPENING]) for ids in tokens], samples)
     for opening in found["openings"]:
         opening["text"] = bench.text(opening.pop("tokens"))
     habit = getattr(bench.task, "habit", None)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from esr_train.config import Config
 from esr_train.diagnose.bench import (
-    answer_limit,
     arm_names,
     check_keys,
     problem_count,
     training_config,
-    training_seeds,
     windows,
 )
 from esr_train.diagnose.teacher_decay import prefixes
@@ -27,11 +25,8 @@ def describe_diagnosis(config: Config, on: str | None = None) -> str:
             for, as far as configs, tokenizers and local data can tell.
     """
     check_keys(config)
-    plan, limit, keys = (
-        make_plan(training_config(config), on),
-        answer_limit(config),
-        config.diagnose,
-    )
+    plan, keys = make_plan(training_config(config), on), config.diagnose
+    limit, samples = config.eval.max_new_tokens, config.eval.samples
     for who, model in (("student", plan.student), ("teacher", plan.teacher)):
         room = max_positions(model)
         if room is not None and plan.prompt + limit > room:
@@ -42,8 +37,8 @@ def describe_diagnosis(config: Config, on: str | None = None) -> str:
     problems = keys.problems
     if plan.prompt_known:  # else the data is on the hub, and is not read
         problems = problem_count(config, load_task(config.data))
-    rows = problems * keys.samples
-    arms, seeds = arm_names(config), training_seeds(config)
+    rows = problems * samples
+    arms, seeds = arm_names(config), config.seeds
     students = len(arms) * len(seeds)
     continued = prefixes(keys.prefixes, limit)
     left = sum(limit - k for k in continued)
@@ -52,8 +47,8 @@ def describe_diagnosis(config: Config, on: str | None = None) -> str:
     texts = 2 + 3 * students  # and, with merged terminators, two more
     training = "models of " + keys.run if keys.run else "trained here"
     lines = [
-        f"diagnose: {problems} problems, {keys.samples} sampled for each by every model, of at "
-        f"most {limit} tokens; windows of {', '.join(map(str, windows(config)))} first tokens",
+        f"diagnose: {problems} problems, {samples} sampled for each by every model, of at most "
+        f"{limit} tokens; windows of {', '.join(map(str, windows(config)))} first tokens",
         f"  students after training: {', '.join(arms)}, seeds {', '.join(map(str, seeds))} "
         f"({training})",
         f"  the teacher goes on after {', '.join(map(str, continued)) or 'no'} tokens",

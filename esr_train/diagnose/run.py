@@ -21,7 +21,7 @@ from typing import Any
 
 from esr_train.config import Config, ConfigError
 from esr_train.diagnose import cascade, commitment, signals, teacher_decay, where
-from esr_train.diagnose.bench import Bench, arm_names, training_config, training_seeds
+from esr_train.diagnose.bench import Bench, arm_names, training_config
 from esr_train.diagnose.page import write_page
 from esr_train.diagnose.progress import Progress
 from esr_train.diagnose.section import Result
@@ -80,7 +80,7 @@ def _measure(bench: Bench, out: Path, todo: list[str]) -> None:
             "problems": len(bench.problems),
             "samples": bench.samples,
             "temperature": bench.config.rollout.temperature or 1.0,
-            "training_seeds": training_seeds(bench.config),
+            "training_seeds": bench.config.seeds,
             "seconds": round(time.perf_counter() - start, 1),
         }
         _write(_path(out, name), {**result, "facts": facts})
@@ -118,7 +118,7 @@ def _check_run(config: Config, run_dir: Path) -> None:
                 f"diagnose.run: {run_dir} was made with another {key}: {was}, not {now}"
             )
     for arm in arm_names(config):
-        for seed in training_seeds(config):
+        for seed in config.seeds:
             if not (run_dir / "arms" / arm / f"seed{seed}").is_dir():
                 raise ConfigError(
                     f"diagnose.run: {run_dir} has no arm {arm!r} with seed {seed}; set "

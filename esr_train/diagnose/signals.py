@@ -97,7 +97,7 @@ def _kl_share(kl: np.ndarray, chosen: np.ndarray, long: np.ndarray) -> np.ndarra
 def show(result: Result, folder: Path) -> Shown:
     windows = [x for x in result["windows"] if x["answers"]]
     if not windows:
-        return Shown(["Not measured: no answer is longer than a window of diagnose.windows."])
+        return Shown(["Not measured: no answer is longer than a window."])
     tables, findings = [], []
     for window in windows:
         table = [["signal", "overlap", "minus chance", "share of the KL", "mean position"]]

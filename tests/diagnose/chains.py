@@ -107,7 +107,7 @@ def chain_config(root: Path, student: Table, teacher: Table, **diagnose: Any) ->
             "rollout": {"prompts": 4, "max_new_tokens": 3},
             "optim": {"lr": 1e-3},
             "eval": {"max_new_tokens": 12},
-            "diagnose": {"prefixes": [1, 2, 4], "steps": 1, "seeds": 1, "problems": 10} | diagnose,
+            "diagnose": {"prefixes": [1, 2, 4], "problems": 10} | diagnose,
             "steps": 1,
         }
     )

@@ -96,7 +96,7 @@ def test_a_student_that_is_its_teacher_does_not_change(tmp_path: Path) -> None:
 
 def test_training_on_the_fork_lowers_it_and_leaves_the_student_as_it_was(tmp_path: Path) -> None:
     tables = [path("abc") | {"c": r, "d": {"f": 1.0}, "e": {"f": 1.0}} | path("f") for r in FORK]
-    config = chain_config(tmp_path, *tables, steps=30)
+    config = chain_config(tmp_path, *tables)
     config = with_overrides(config, {"optim.lr": 0.003, "rollout.prompts": 16, "steps": 30})
     bench = open_bench(config, tmp_path)
     weights = {k: v.clone() for k, v in bench.student.model.state_dict().items()}

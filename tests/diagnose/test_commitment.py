@@ -48,12 +48,12 @@ def test_a_student_of_two_modes_is_told_from_a_teacher_of_one(tmp_path: Path) ->
     """The student opens with "b" or "m", the teacher with "b" alone, and its third is "n"."""
     student = path("abcd") | path("mn") | {"a": {"b": 0.3, "m": 0.7}}
     teacher = path("abcd") | path("mn") | {"a": {"b": 0.9, "n": 0.08, "m": 0.02}}
-    config = chain_config(tmp_path, student, teacher, problems=40, opening_tokens=1, steps=1)
+    config = chain_config(tmp_path, student, teacher, problems=40)
     result = commitment.measure(open_bench(config, tmp_path))
     of = result["writers"]
     assert list(of) == ["teacher", "student", "train, seed 0"]
-    assert {o["text"] for o in of["student"]["openings"]} == {"b", "m"}
-    assert of["student"]["openings"][0]["text"] == "m"
+    assert {o["text"] for o in of["student"]["openings"]} == {"bcd", "mn"}
+    assert of["student"]["openings"][0]["text"] == "mn"
     top = of["student"]["top"]
     assert top["low"] <= 0.7 <= top["high"]
     rank = of["student"]["first_token_rank"]

@@ -31,7 +31,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     tables = [path("abc") | {"c": r, "d": {"f": 1.0}, "e": {"f": 1.0}} | path("f") for r in FORK]
-    return chain_config(tmp_path_factory.mktemp("run"), *tables, windows=[2, 3])
+    return chain_config(tmp_path_factory.mktemp("run"), *tables)
 
 
 @pytest.fixture(scope="module")
@@ -144,4 +144,4 @@ def test_a_dry_run_counts_what_is_sampled(config: Config) -> None:
     text = describe_diagnosis(config)
     # 10 answers of 12: by 2 models twice, by 1 trained student, and 3 after 1, 2 and 4 tokens
     assert f"at most {10 * (12 * 5 + 3 * (11 + 10 + 8)):,} tokens sampled" in text
-    assert "windows of 2, 3 first tokens" in text and "train, seeds 0" in text
+    assert "windows of 3 first tokens" in text and "train, seeds 0" in text
