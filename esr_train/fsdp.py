@@ -119,9 +119,12 @@ class ShardedRanks(Ranks):
         if not adapters.is_adapted(model) and self._stored_dtype != torch.float32:
             policy = MixedPrecisionPolicy(self._stored_dtype, reduce_dtype=torch.float32)
         below: Any = decoder(model)
-        for layer in below.layers:
-            fully_shard(layer, mp_policy=policy)
+        layers = [fully_shard(layer, mp_policy=policy) for layer in below.layers]
         self._root = fully_shard(_Root(model), mp_policy=policy)
+        # FSDP would gather ahead in the backward what ran before a layer: for the first one the end
+        # of this process's rollout, which others may not have had, and wait for them for ever.
+        for module, before in zip([*layers, self._root], [self._root, *layers], strict=True):
+            module.set_modules_to_backward_prefetch([before])
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other

@@ -127,7 +127,8 @@ class Trainer:
             if self.world.saves_alone and all(
                 bool(p.isfinite().all()) for p in self.optimizer.parameters.values()
             ):
-                self._save()
+                with interrupt.hold():  # a launcher that stops all may send a signal, too
+                    self._save()
             raise
 
     def step(self, step: int, interrupt: checkpoint.Interrupt) -> dict[str, Any]:

@@ -233,4 +233,5 @@ def test_a_process_that_dies_ends_the_run_within_a_minute(
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "SIGKILL" in said or "exitcode  : -9" in said, said
-    assert "another process has ended" in said, said
+    # What the other one learns of first: the connection, or the launcher's signal.
+    assert "another process has ended" in said or "rank 0: interrupted: step" in said, said
