@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_dir", type=Path)
     summary = "download, verify and cache the weights of a model"
     command = commands.add_parser("fetch", help=summary, description=summary)
-    command.set_defaults(run=_fetch)
+    command.set_defaults(run=lambda _: print(fetch_smollm2()))
     command.add_argument("model", choices=["smollm2"])
     return parser
 
@@ -348,10 +348,6 @@ def _export(options: argparse.Namespace) -> None:
             merge=options.merge,
         )
     )
-
-
-def _fetch(options: argparse.Namespace) -> None:
-    print(fetch_smollm2())
 
 
 def _print_plan(config: Config, on: str | None) -> None:
