@@ -20,6 +20,7 @@ from esr_train.config.sections import (
     ReportConfig,
     RolloutConfig,
     RuntimeConfig,
+    TeacherConfig,
     TrackingConfig,
     TuneConfig,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "ReportConfig",
     "RolloutConfig",
     "RuntimeConfig",
+    "TeacherConfig",
     "TrackingConfig",
     "TuneConfig",
     "arm_config",
