@@ -35,13 +35,7 @@ from esr_train.adapters import AdapterError
 from esr_train.alarms import Announcer
 from esr_train.checkpoint import CheckpointError, Interrupt
 from esr_train.compare import Interrupted, cap_steps, compare
-from esr_train.config import (
-    Config,
-    ConfigError,
-    load_config,
-    to_yaml,
-    with_overrides,
-)
+from esr_train.config import Config, ConfigError, load_config, to_yaml, with_overrides
 from esr_train.dry_run import describe
 from esr_train.estimate import HARDWARE
 from esr_train.evaluate import Evaluator
