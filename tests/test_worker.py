@@ -42,12 +42,18 @@ def without_timings(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def children(process: int) -> list[int]:
-    """Ids of the processes that a process has started and that have not ended."""
-    return [
-        int(child)
-        for path in Path(f"/proc/{process}/task").glob("*/children")
-        for child in path.read_text().split()
-    ]
+    """Ids of the processes that a process has started and that have not ended, without the tracker
+    of shared memory that multiprocessing leaves behind in other tests."""
+    found = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in path.read_text().split():
+            try:
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended just now
+            if b"multiprocessing.resource_tracker" not in command:
+                found.append(int(child))
+    return found
 
 
 def test_runs_side_by_side_have_the_metrics_of_runs_in_turn(
