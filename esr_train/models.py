@@ -281,7 +281,7 @@ def check_head(model: Any) -> None:
                 "logits from hidden states do not include; remove the head from target_modules"
             )
     ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
-    with torch.no_grad():
+    with torch.no_grad(), _own_forward(model):
         own = model(input_ids=ids).logits.float()
         below = decoder(model)(input_ids=ids)
         if not hasattr(below, "last_hidden_state"):
@@ -303,6 +303,21 @@ def check_head(model: Any) -> None:
             f"over its decoder ({how}), so sampling and loss from hidden states would be of "
             "another distribution; this architecture, hook or kind of adapter is not supported"
         )
+
+
+@contextlib.contextmanager
+def _own_forward(model: Any) -> Iterator[None]:
+    """Inside, the model computes in the dtype of its weights, as its decoder does when it samples:
+    Accelerate's mixed precision has put an autocast around `forward`."""
+    wrapped, own = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if wrapped is None or own is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def drop_layers(model: Any, layers: list[int]) -> None:

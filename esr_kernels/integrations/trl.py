@@ -78,7 +78,7 @@ class DistillationTrainer(trl.DistillationTrainer):  # type: ignore[misc]
             if args.teacher_model_revision is not None:
                 options.setdefault("revision", args.teacher_model_revision)
             teacher = create_model_from_path(teacher, **options)
-        elif teacher is None or args.teacher_model_init_kwargs is not None:
+        elif not hasattr(teacher, "config") or args.teacher_model_init_kwargs is not None:
             raise ValueError(
                 "teacher_model must be a model, or a name, which args.teacher_model_init_kwargs is "
                 f"for; got {type(teacher).__name__}"

@@ -8,7 +8,10 @@ from typing import Any
 
 def stop_at(trainer: Any, tokens: Iterable[int]) -> None:
     """Have `tokens` end a completion beside the ends that TRL has found."""
-    new = [int(token) for token in tokens if int(token) not in trainer.eos_token_ids]
+    ids = [getattr(token, "item", lambda token=token: token)() for token in tokens]
+    if not all(type(token) is int for token in ids):
+        raise TypeError(f"merge_student_ids must be token ids, ints, got {ids}")
+    new = [token for token in ids if token not in trainer.eos_token_ids]
     if new and trainer.use_vllm:
         raise ValueError(
             "merge_student_ids: with use_vllm, name all ends in the model's generation_config "
@@ -41,10 +44,16 @@ class Engine:
 
     def __init__(self, trainer: Any, make: Callable[..., Any], classes: int) -> None:
         args = trainer.args
+        if not callable(make):
+            raise TypeError(
+                "rollout must make an engine when it is called, as the class PrefixRollout does; "
+                f"got {make!r}"
+            )
         for name, clash in (
             ("args.use_vllm", trainer.use_vllm),
             ("args.repetition_penalty", trainer.repetition_penalty != 1.0),
             ("args.generation_kwargs", bool(args.generation_kwargs)),
+            ("args.cache_implementation", args.cache_implementation is not None),
             ("an image processor", trainer._is_vlm),
             ("FSDP", trainer.is_fsdp_enabled),
             ("DeepSpeed", trainer.is_deepspeed_enabled),

@@ -186,6 +186,38 @@ def test_the_engine_is_refused_where_it_would_sample_another_law(tmp_path):
         trainer(tmp_path, DistillationTrainer, loss_options={"reduction": "none"})
 
 
+def test_the_engine_samples_where_trl_trains_under_autocast(tmp_path):
+    """TRL's default, bf16=True, has Accelerate put an autocast around the student's forward."""
+    settings = {"bf16": True, "max_steps": 2}
+    ours = trainer(tmp_path, DistillationTrainer, settings=settings, rollout=PrefixRollout)
+    student = ours.model
+    found = losses(ours)
+    assert len(found) == 2 and min(found) > 0.1
+    assert "_original_forward" in vars(student), "no autocast: the test shows nothing"
+    assert student.forward != student._original_forward
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"rollout": "PrefixRollout"}, "rollout must make an engine .* got 'PrefixRollout'"),
+        ({"merge_student_ids": ["<eos>"], "merge_teacher_ids": [0]}, "must be token ids, ints"),
+        ({"teacher_model": torch.nn.Linear(2, 2)}, "teacher_model must be a model.* got Linear"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(tmp_path, wrong, message):
+    given = {"teacher_model": tiny_llama(1, num_hidden_layers=1), **wrong}
+    with pytest.raises((TypeError, ValueError), match=message):
+        DistillationTrainer(
+            tiny_llama(0, num_hidden_layers=1),
+            args=trl.DistillationConfig(str(tmp_path), **SETTINGS),
+            train_dataset=Dataset.from_dict({"prompt": ["1+1="]}),
+            processing_class=tokenizer(),
+            **given,
+        )
+
+
 def test_evaluation_and_lora(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
