@@ -31,6 +31,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/rollouts.md": {"decode": _decode, "rollout": _rollout},
         "docs/sampling.md": {"sampling": _sampling},
         "docs/from-trl.md": {"train_step": _train_step},
+        "docs/gpu.md": {"host_time": _host_time},
     }
 
 
@@ -163,6 +164,19 @@ def _sampling() -> str:
     note = (
         f"B={sizes}, fp32; times relative to the head's product in the same run, medians of "
         f"{record['rounds']} rounds, {_machine(record)}. By `make bench`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _host_time() -> str:
+    """What the host pays for a small call, of the newest record."""
+    [record] = _newest("host_time_cpu").values()
+    lines = ["| | times plain PyTorch | aim |", "| --- | ---: | ---: |"]
+    for name, row in record["table"].items():
+        lines.append(f"| {name} | {row['ratio']:.2f} | {row['aim'] or ''} |")
+    note = (
+        f"Medians of {record['rounds']} rounds of the thread's own time, {_machine(record)}, "
+        "shared with other work. By `python -m bench.host_time`; no GPU took part."
     )
     return "\n".join([*lines, "", note])
 
