@@ -50,3 +50,26 @@ def test_the_committed_page_holds_the_rows_of_the_record(
 def test_a_page_without_its_block_is_an_error() -> None:
     with pytest.raises(ValueError, match=re.escape("must have one block 'steps', found 0")):
         scaling.filled("", [])
+
+
+def test_what_the_page_says_in_words_is_what_the_record_has() -> None:
+    record = json.loads((scaling.ROOT / "bench/results/scaling.json").read_text())
+    rows = {(row.student, row.gpus, row.arm): row for row in (scaling.Row(**x) for x in record)}
+    fits = [key for key, row in rows.items() if row.fits and key[2] == "ESR"]
+    shorter = {
+        key[:2]: rows[(*key[:2], "full")].seconds / rows[key].seconds
+        for key in fits
+        if rows[(*key[:2], "full")].fits
+    }
+    assert sorted(round(x) for (_, gpus), x in shorter.items() if gpus == 1) == [10, 14]
+    many = [round(x) for (_, gpus), x in shorter.items() if gpus == 64]
+    assert (min(many), max(many)) == (9, 12)
+    shares = [rows[key].exposed / rows[key].seconds for key in fits if key[1] == 64]
+    assert 0.09 < min(shares) < 0.11 and 0.45 < max(shares) < 0.5  # a tenth to a half
+    shares = [round(100 * rows[pair[0], 1, "full"].loss_share) for pair in scaling.PAIRS[:2]]
+    assert shares == [12, 5]
+    larger = [row for (student, _, _), row in rows.items() if "8B" in student and row.fits]
+    assert all(0.004 < row.loss_share < 0.025 for row in larger)  # at most 2 % from 8B on
+    for (student, gpus, arm), row in rows.items():
+        if gpus == 8 and arm == "full" and student != scaling.PAIRS[0][0]:
+            assert row.peak - row.loss_bytes + row.logits > 80e9, "whole logits would fit"
