@@ -57,11 +57,8 @@ class Optimizer:
             name: p if p.dtype == torch.float32 else p.detach().float()
             for name, p in self.parameters.items()
         }
-        on_cuda = next(iter(self.masters.values())).is_cuda
-        # The fused kernel is the fast one on a GPU; on the CPU the plain one is as fast.
-        self.adamw = torch.optim.AdamW(
-            self.masters.values(), weight_decay=0.0, fused=on_cuda, foreach=None
-        )
+        # Fused: one pass over memory for each parameter, where the plain one takes ten.
+        self.adamw = torch.optim.AdamW(self.masters.values(), weight_decay=0.0, fused=True)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(_adds_to(self.masters[name]))
             for name, parameter in self.parameters.items()
