@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,14 @@ def _remember(variant: tuple[Any, ...], compiled: Any) -> None:
     kernel, _, by_keyword, *arguments = variant
     positional = len(arguments) - len(by_keyword)
     _kernels[variant] = compiled, tuple(kernel.arg_names[positional:])
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """SMs or CUs of a GPU; an H100's where there is none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def split_columns(rows: int, columns: int, block: int) -> tuple[int, int]:
