@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.common.launch import launch, processors
+from esr_kernels.common.launch import ceil_div, launch, processors
 from esr_kernels.common.logits_triton import online_softmax, transform_logits
 from esr_kernels.common.projection_triton import check_fused, current_arch, operand_kind, project
 from esr_kernels.divergence.call import Operands
@@ -185,16 +185,16 @@ def _fused_statistics_kernel(
 def _split_classes(rows: int, classes: int, blocks: Blocks, processors: int) -> tuple[int, int]:
     """(splits, classes in each), whole tiles: enough programs for the machine, and of the numbers
     that are enough the smallest with which the busiest processor has the fewest tiles."""
-    tiles = triton.cdiv(classes, blocks.classes)
-    programs = max(triton.cdiv(rows, blocks.tokens), 1)
+    tiles = ceil_div(classes, blocks.classes)
+    programs = max(ceil_div(rows, blocks.tokens), 1)
     fewest = min(tiles, max(1, _WANTED_PROGRAMS // programs))
 
     def tiles_of_busiest(each: int) -> int:
-        return each * triton.cdiv(programs * triton.cdiv(tiles, each), processors)
+        return each * ceil_div(programs * ceil_div(tiles, each), processors)
 
-    most_each, least_each = (triton.cdiv(tiles, n) for n in (fewest, _MOST_TIMES * fewest))
+    most_each, least_each = (ceil_div(tiles, n) for n in (fewest, _MOST_TIMES * fewest))
     each = min(range(most_each, least_each - 1, -1), key=tiles_of_busiest) * blocks.classes
-    return triton.cdiv(classes, each), each
+    return ceil_div(classes, each), each
 
 
 def _kernel_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
@@ -249,7 +249,7 @@ def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Ten
     )
     if not tokens:
         return parts
-    programs = triton.cdiv(tokens, blocks.tokens) * splits
+    programs = ceil_div(tokens, blocks.tokens) * splits
     launch(_fused_statistics_kernel, (programs,), x.student_hidden)(
         _kernel_operands(x.student_hidden, x.student_weight, x.student_bias),
         _kernel_operands(x.teacher_hidden, x.teacher_weight, x.teacher_bias),

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.common.launch import launch, split_columns
+from esr_kernels.common.launch import ceil_div, launch, split_columns
 from esr_kernels.common.logits_triton import lane_max, load_logits, merge_lanes, online_softmax
 from esr_kernels.common.projection_triton import threads_of_a_warp
 from esr_kernels.divergence.losses import Divergence, KernelForm, kernel_form
@@ -325,7 +325,7 @@ def tile_gradient_(
     form = _form(spec.divergence)
     block, warps = GRADIENT_BLOCK
     if n:
-        launch(_gradient_kernel, (n, triton.cdiv(classes, block)), tile.s)(
+        launch(_gradient_kernel, (n, ceil_div(classes, block)), tile.s)(
             *_logits(tile),
             dz,
             dz.stride(0),
