@@ -124,3 +124,8 @@ def test_the_gradient_of_a_bf16_model_is_rounded_once(
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ModelError, match="no trainable weights"):
         Optimizer(bf16_linear().requires_grad_(False))
+
+
+def test_betas_of_the_configuration_reach_adamw(make_config: MakeConfig, tmp_path: Path) -> None:
+    trainer = build(make_config(optim__betas=[0.8, 0.95]), tmp_path / "run")
+    assert [group["betas"] for group in trainer.optimizer.adamw.param_groups] == [(0.8, 0.95)]
