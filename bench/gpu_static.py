@@ -202,9 +202,9 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
             raise RuntimeError(f"the assembly has no .{name}")
         return int(found.group(1))
 
-    # Scalar registers spill into lanes of vector registers, which costs no memory.
-    spilled = max(field("private_segment_fixed_size"), 4 * field("vgpr_spill_count"))
-    return field("vgpr_count"), spilled
+    # Scalar registers spill into lanes of vector registers, and those into accumulation registers,
+    # which costs no memory: what does has a private segment.
+    return field("vgpr_count"), field("private_segment_fixed_size")
 
 
 def _flat(types: Iterable[Any]) -> Iterator[str]:
