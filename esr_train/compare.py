@@ -131,7 +131,7 @@ def _train(
 def default_jobs(arms: Arms) -> int:
     """As many runs at a time as PyTorch has threads, if the models are small and on the CPU."""
     models = arms.experiment.student.model, arms.experiment.teacher.model
-    parameters = sum(p.numel() for model in models for p in model.parameters())
+    parameters = sum(p.numel() for model in models for p in model.parameters())  # not a server's
     small = device().type == "cpu" and parameters <= SMALL_PARAMETERS
     return torch.get_num_threads() if small else 1
 
