@@ -298,3 +298,35 @@ def test_a_process_that_dies_ends_the_run_within_a_minute(
     assert "SIGKILL" in said or "exitcode  : -9" in said, said
     # What the other one learns of first: the connection, or the launcher's signal.
     assert "another process has ended" in said or "rank 0: interrupted: step" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_sharded_run_that_is_killed_repeats_bit_for_bit(
+    name: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    changes = {**{"full": FULL, "lora": LORA}[name], "steps": 40, "eval__every": 0}
+    config = make_config(**changes, runtime__fsdp=True, checkpoint__every=3)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    arm = Path("arms/train/seed0")
+    killed = launch(TORCHRUN, tmp_path / "config.yaml", tmp_path / "killed")
+    while len(read_rows(tmp_path / "killed" / arm / "metrics.jsonl")) < 8:
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.02)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    assert len(children) == 2
+    for process in [*map(int, children), killed.pid]:
+        os.kill(process, signal.SIGKILL)
+    killed.communicate()
+    done = len(read_rows(tmp_path / "killed" / arm / "metrics.jsonl"))
+    assert 8 <= done < 40
+    for run in ("killed", "whole"):
+        said, _ = (
+            process := launch(TORCHRUN, tmp_path / "config.yaml", tmp_path / run)
+        ).communicate()
+        assert process.returncode == 0, said
+    assert curve(tmp_path / "killed" / arm) == curve(tmp_path / "whole" / arm)
+    a, b = (
+        tensors(tmp_path / run / arm / "checkpoints/step_000040") for run in ("killed", "whole")
+    )
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
