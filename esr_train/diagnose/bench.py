@@ -230,7 +230,12 @@ def _load(config: Config, directory: Path) -> Any:
 
 
 def check_keys(config: Config) -> None:
-    """Raise ConfigError for arms that the configuration does not have."""
+    """Raise ConfigError for what cannot be diagnosed: a teacher elsewhere, arms that are none."""
+    if config.teacher.url:
+        raise ConfigError(
+            f"teacher.url: got {config.teacher.url!r}, must be null for diagnose, which reads the "
+            "teacher's hidden states"
+        )
     known = [arm["name"] for arm in config.arms] or ["train"]
     for name in config.diagnose.arms or []:
         if name not in known:
