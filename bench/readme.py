@@ -3,7 +3,8 @@
     python -m bench.readme            rewrite the pages
     python -m bench.readme --check    exit 1 where one is out of date
 
-Sources: docs/demo and docs/smollm2 (report.md of `esr-train compare`), bench/results.
+Sources: docs/demo, docs/smollm2 and docs/tally (report.md of `esr-train compare`), the card of
+configs/tally/adapter, bench/results.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/sampling.md": {"sampling": _sampling},
         "docs/from-trl.md": {"train_step": _train_step},
         "docs/gpu.md": {"host_time": _host_time, "fused_variants": _fused_variants},
+        "docs/tally.md": {"adapter": _adapter, "tally": lambda: _report("tally")},
         "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
     }
 
@@ -71,6 +73,17 @@ def _report(name: str) -> str:
     machine = _machine(environment)
     where = f"{name}/report.md"
     return f"{tables}\n\nMeasured on {machine}. Figures and samples: [{where}]({where})."
+
+
+def _adapter() -> str:
+    """What the committed adapter was measured to do."""
+    card = json.loads((ROOT / "configs" / "tally" / "adapter" / "card.json").read_text())
+    found = card["greedy_accuracy"]
+    return (
+        f"| greedy accuracy, {found['problems']} held-out problems | |\n| --- | ---: |\n"
+        f"| SmolLM2-135M-Instruct | {found['without_adapter']:.3f} |\n"
+        f"| with the adapter (the teacher) | {found['with_adapter']:.3f} |"
+    )
 
 
 def _machine(record: dict) -> str:
