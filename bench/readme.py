@@ -12,8 +12,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from bench import curve_figures
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +35,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/sampling.md": {"sampling": _sampling},
         "docs/from-trl.md": {"train_step": _train_step},
         "docs/gpu.md": {"host_time": _host_time, "fused_variants": _fused_variants},
+        "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
     }
 
 

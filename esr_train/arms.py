@@ -21,6 +21,7 @@ from esr_train.config import Config, arm_config
 from esr_train.evaluate import Evaluation
 from esr_train.experiment import check_context, load_experiment
 from esr_train.train import Trainer, TrainingError
+from esr_train.world import ONE, World
 
 _FINISHED = "finished"
 
@@ -28,10 +29,11 @@ _FINISHED = "finished"
 class Arms:
     """Every arm of a config; `run` starts each from the same weights."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, world: World = ONE) -> None:
+        self._config = config
         self.configs = {arm["name"]: arm_config(config, arm) for arm in config.arms}
         self.first_seed = config.seeds[0]
-        self.experiment = load_experiment(config)
+        self.experiment = load_experiment(config, world)
         student = self.experiment.student.model
         # What training changes; below adapters that is little.
         self._weights = {
@@ -47,7 +49,11 @@ class Arms:
             check_context(config, self.experiment, self.first_seed)
 
     def restore(self) -> None:
-        """Give the student its initial weights again."""
+        """Give the student its initial weights again; one that is in parts is loaded anew."""
+        world = self.experiment.world.renewed()
+        if world is not self.experiment.world:
+            self.experiment = load_experiment(self._config, world)
+            return
         parameters = dict(self.experiment.student.model.named_parameters())
         with torch.no_grad():
             for key, weight in self._weights.items():
@@ -58,7 +64,7 @@ class Arms:
         run_dir: Path,
         name: str,
         seed: int,
-        on_step: Callable[[dict[str, Any], dict[str, float]], None],
+        on_step: Callable[[dict[str, Any], dict[str, float]], None] | None,
     ) -> None:
         """Train one arm with one seed, from its newest checkpoint if there is one."""
         self.restore()
@@ -74,7 +80,10 @@ class Arms:
             if not config.eval.validation:
                 raise
         self._initial = trainer.initial
-        (directory / _FINISHED).touch()
+        self.experiment.world.from_main(lambda: self._finish(run_dir, name, seed))
+
+    def _finish(self, run_dir: Path, name: str, seed: int) -> None:
+        (_directory(run_dir, name, seed) / _FINISHED).touch()
         self.finished(run_dir, name, seed)
 
     def finished(self, run_dir: Path, name: str, seed: int) -> bool:

@@ -10,7 +10,8 @@
     esr-train report   RUN_DIR
     esr-train fetch    smollm2
 
-`train` and `evaluate` also run under torchrun and `accelerate launch`, on several processes.
+`train`, `compare` and `evaluate` also run under torchrun and `accelerate launch`, on several
+processes.
 
 Exit codes: 0 done, 2 an error that is reported in one line, 130 stopped by Ctrl-C or SIGTERM.
 """
@@ -74,8 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()  # only our own bar is shown
     who = f"esr-train: rank {os.environ['RANK']}" if launched() > 1 else "esr-train"
     try:
-        if launched() > 1 and options.run not in (_train, _evaluate):
-            raise ConfigError("only train and evaluate run on several processes")
+        if launched() > 1 and options.run not in (_train, _evaluate, _compare):
+            name = options.run.__name__[1:]
+            raise ConfigError(
+                f"{name} is for one process; train, compare and evaluate take several"
+            )
         with Interrupt():
             options.run(options)
     except ERRORS as error:
@@ -256,11 +260,13 @@ def _compare(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if options.dry_run:
         return _print_plan(cap_steps(config, options.steps), options.on)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    out = options.out or Path("runs") / f"{options.config.stem}-{stamp}"
-    if options.tune:
-        config = tune(config, out, options.steps, options.jobs)
-    compare(config, out, options.steps, options.jobs)
+    how = {"max_steps": options.steps, "jobs": options.jobs}
+    with start(config) as how["world"]:
+        stamp = how["world"].from_main(lambda: time.strftime("%Y%m%d-%H%M%S"))
+        out = options.out or Path("runs") / f"{options.config.stem}-{stamp}"
+        if options.tune:
+            config = tune(config, out, **how)
+        compare(config, out, **how)
 
 
 def _diagnose(options: argparse.Namespace) -> None:

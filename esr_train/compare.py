@@ -26,6 +26,7 @@ from esr_train.report import summary_table, write_report
 from esr_train.report.tuning import FILE, read_tuning
 from esr_train.run_dir import check_comparison, clear_comparison, write_run_files
 from esr_train.worker import run_side_by_side
+from esr_train.world import ONE, World
 
 # Of student and teacher together. Up to this size a second thread speeds up a step by a third or
 # less, so one process per core finishes sooner.
@@ -42,13 +43,16 @@ def compare(
     max_steps: int | None = None,
     jobs: int | None = 1,
     say: Callable[[str], None] = print,
+    world: World = ONE,
 ) -> Path:
     """Train every arm with every seed, write the report, return the path of report.html.
+
+    Of several processes all call it, and share the work of each run.
 
     Args:
         max_steps: cap on the steps of every arm.
         jobs: runs at a time. Above 1, each is in a worker process with one thread; 1 trains in this
-            process with the threads that it has; None is `default_jobs`.
+            process with the threads that it has; None is `default_jobs`. 1 on several processes.
 
     Raises:
         ArmError: a run failed in its worker.
@@ -58,21 +62,23 @@ def compare(
     config = cap_steps(config, max_steps)
     if not config.arms:
         raise ConfigError("arms: compare needs a list of {name, max_new_tokens}")
+    if world.size > 1 and jobs is not None and jobs > 1:
+        raise ConfigError(
+            f"--jobs: got {jobs}, must be 1 on several processes, which share each run"
+        )
     anew = config.checkpoint.resume == "never"
-    check_comparison(run_dir, config, anew)
-    arms = Arms(config)
+    world.from_main(lambda: check_comparison(run_dir, config, anew))
+    arms = Arms(config, world)
     arms.check()
     order = run_order(list(arms.configs), config.seeds)
-    if anew:
-        clear_comparison(run_dir)
-    _copy_choice(config, run_dir)
-    finished = [run for run in order if arms.finished(run_dir, *run)]
+    finished = world.from_main(lambda: _prepare(config, arms, run_dir, order))
     waiting = [run for run in order if run not in finished]
     if waiting:
         jobs = min(len(waiting), default_jobs(arms) if jobs is None else jobs)
-        write_run_files(run_dir, config, jobs)
-        say(arms.experiment.notes)
-        say(_announcement(arms, waiting, jobs))
+        if world.main:
+            write_run_files(run_dir, config, jobs)
+            say(arms.experiment.notes)
+            say(_announcement(arms, waiting, jobs))
         try:
             _train(arms, run_dir, waiting, jobs, finished.append)
         except KeyboardInterrupt as error:
@@ -82,10 +88,21 @@ def compare(
                 f"{run_dir}. The same command with --out {run_dir} goes on from there, and "
                 f"`esr-train report {run_dir}` makes a report of what there is"
             ) from error
-    report = write_report(run_dir)
-    say(summary_table(run_dir))
-    say(str(report))
+    report = world.from_main(lambda: write_report(run_dir))
+    if world.main:
+        say(summary_table(run_dir))
+        say(str(report))
     return report
+
+
+def _prepare(
+    config: Config, arms: Arms, run_dir: Path, order: list[tuple[str, int]]
+) -> list[tuple[str, int]]:
+    """Lay out the directory; returns the runs that an earlier call has finished."""
+    if config.checkpoint.resume == "never":
+        clear_comparison(run_dir)
+    _copy_choice(config, run_dir)
+    return [run for run in order if arms.finished(run_dir, *run)]
 
 
 def _copy_choice(config: Config, run_dir: Path) -> None:
@@ -109,7 +126,8 @@ def _train(
     """Train `runs`, with a progress bar over their steps."""
     metric = next(iter(arms.configs.values())).report.metric
     at = dict.fromkeys(runs, 0)
-    with progress_bar(sum(arms.configs[name].steps for name, _ in runs)) as bar:
+    steps, main = sum(arms.configs[name].steps for name, _ in runs), arms.experiment.world.main
+    with progress_bar(steps, shown=main) as bar:
         announce = Announcer(bar.write)
 
         def on_step(name: str, seed: int, row: dict[str, Any], metrics: dict) -> None:
@@ -124,14 +142,16 @@ def _train(
             run_side_by_side(run_dir, runs, jobs, on_step, on_finished)
             return
         for name, seed in runs:
-            arms.run(run_dir, name, seed, partial(on_step, name, seed))
+            arms.run(run_dir, name, seed, partial(on_step, name, seed) if main else None)
             on_finished((name, seed))
 
 
 def default_jobs(arms: Arms) -> int:
     """As many runs at a time as PyTorch has threads, if the models are small and on the CPU."""
+    if arms.experiment.world.size > 1:
+        return 1
     models = arms.experiment.student.model, arms.experiment.teacher.model
-    parameters = sum(p.numel() for model in models for p in model.parameters())
+    parameters = sum(p.numel() for model in models for p in model.parameters())  # not a server's
     small = device().type == "cpu" and parameters <= SMALL_PARAMETERS
     return torch.get_num_threads() if small else 1
 
@@ -148,7 +168,10 @@ def cap_steps(config: Config, max_steps: int | None) -> Config:
 
 
 def _announcement(arms: Arms, order: list[tuple[str, int]], jobs: int) -> str:
-    """The number of runs, how they run, and an estimate of the time."""
+    """The number of runs, how they run, and in one process an estimate of the time."""
+    processes = arms.experiment.world.size
+    if processes > 1:
+        return f"{len(order)} runs, one after another on {processes} processes"
     threads = torch.get_num_threads()
     if jobs > 1:
         torch.set_num_threads(1)

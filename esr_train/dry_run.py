@@ -59,6 +59,8 @@ def describe(config: Config, on: str | None = None) -> str:
         what = f"{count:,} parameters"
         if who == "student":
             what += f", {trained:,} trained" + (" (LoRA)" if config.student.lora else "")
+        elif config.teacher.url:
+            what = f"at {config.teacher.url}, which is not asked now: its time is not in these"
         elif plan.shared:
             what += ", of which the student's are shared"
         lines.append(f"{who}: {type(decoder(model)).__name__}, {what}")
@@ -106,6 +108,8 @@ def _arm(name: str, config: Config, plan: Plan, seeds: int) -> list[str]:
 def _first_line(config: Config, plan: Plan) -> str:
     if config.loss.impl == "reference":
         return "plain PyTorch, all logits at once"
+    if config.teacher.url:
+        return f"of {config.teacher.logprobs} log-probs a token, from teacher.url"
     return str(loss_plan(config, plan)).splitlines()[0]
 
 

@@ -134,7 +134,9 @@ def memory(config: Config, plan: Plan) -> Memory:
     student, teacher = (list(m.parameters()) for m in (plan.student, plan.teacher))
     trained = [p for p in student if p.requires_grad]
     weights = sum(p.nbytes for p in student)
-    if plan.shared:
+    if config.teacher.url:
+        teacher = []
+    elif plan.shared:
         teacher = [p for n, p in plan.teacher.named_parameters() if "lora_" in n]
     weights += sum(p.nbytes for p in teacher)
     masters = sum(4 * p.numel() for p in trained if p.dtype != torch.float32)
@@ -226,10 +228,12 @@ def step_seconds(config: Config, plan: Plan) -> dict[str, float]:
     backward = 2 if config.student.lora else 4
     head_passes = 6 if plan.heads()[0].requires_grad else 4
     student = (2 + backward + again) * bodies[0] * rows + head_passes * heads[0] * trained
+    of_teacher = 0 if config.teacher.url else 2 * heads[1] * trained
     return {
         "rollout": prefill + length * step,
-        "teacher": 2 * bodies[1] * rows / flops,
-        "student": (student + 2 * heads[1] * trained) / flops + 28 * count / bandwidth,
+        # Of a teacher on a server nothing is known but that it takes none of this machine's time.
+        "teacher": 0.0 if config.teacher.url else 2 * bodies[1] * rows / flops,
+        "student": (student + of_teacher) / flops + 28 * count / bandwidth,
     }
 
 

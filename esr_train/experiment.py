@@ -24,7 +24,7 @@ class Experiment:
     """A student and a teacher, what their vocabularies share, and the task that they work on."""
 
     student: PrefixRollout  # samples from the model that is trained
-    teacher: Teacher
+    teacher: Any  # a Teacher, or a RemoteTeacher where teacher.url is set
     teacher_tokenizer: Any
     tokenized: TokenizedTask  # the task's prompts, for both models
     alignment: Alignment  # what of a text is compared
@@ -54,6 +54,7 @@ def load_experiment(config: Config, world: World = ONE) -> Experiment:
 
     Raises:
         AdapterError, ConfigError, ContextError, FetchError, ModelError: a part that cannot be used.
+        ServerError: the teacher's server does not answer.
     """
     check_divergence(config.loss)
     task = load_task(config.data)
@@ -74,8 +75,13 @@ def load_experiment(config: Config, world: World = ONE) -> Experiment:
     # With other tokenizers each model samples from all of its own tokens.
     limit = vocabulary.classes if vocabulary.same_tokens else None
     student = PrefixRollout(models[0], tokenizer, limit, stop_ids=stops[0])
-    teacher_rollout = PrefixRollout(models[1], teacher_tokenizer, limit, stop_ids=stops[1])
-    teacher = Teacher(teacher_rollout, compiled(models[1], config.runtime))
+    if config.teacher.url:
+        from esr_train.remote.teacher import remote_teacher  # nothing of it without a server
+
+        teacher: Any = remote_teacher(config, vocabulary, list(stops[1]))
+    else:
+        teacher_rollout = PrefixRollout(models[1], teacher_tokenizer, limit, stop_ids=stops[1])
+        teacher = Teacher(teacher_rollout, compiled(models[1], config.runtime))
     tokenized = TokenizedTask(
         task, tokenizer, config.data, teacher_tokenizer, vocabulary.same_tokens
     )

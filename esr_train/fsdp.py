@@ -39,6 +39,9 @@ class ShardedRanks(Ranks):
         self._whole = False
         self._stored_dtype = torch.float32
 
+    def renewed(self) -> ShardedRanks:
+        return self if self._root is None else ShardedRanks()
+
     @property
     def _modules(self) -> list[FSDPModule]:
         assert self._root is not None

@@ -19,8 +19,11 @@ from esr_train.rollout import RolloutBatch
 
 # Averages over the trained tokens of a step.
 PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
+# The same of a teacher that is known by its most probable tokens: both models' probability of them.
+TOP_MASS = ("student_top_mass", "teacher_top_mass")
 # With other tokenizers: the share of each model's probability that is on tokens of both.
 SHARED = ("student_shared_mass", "teacher_shared_mass")
+_OF_TOKENS = (*PER_TOKEN, *TOP_MASS, "cross_entropy")
 _GRAM = 4  # tokens in a run that counts as repeated
 
 
@@ -29,21 +32,21 @@ def step_row(
     sums: dict[str, float],
     batch: RolloutBatch,
     generated: int,
-    update: dict[str, float],
+    update: dict[str, Any],
     spans: Spans,
 ) -> dict[str, Any]:
     """A row of metrics.jsonl.
 
-    `sums` is over the trained tokens: loss, trained_tokens, PER_TOKEN (without a teacher,
-    cross_entropy and student_entropy) and, with other tokenizers, aligned_share and SHARED.
+    `sums` is over the trained tokens: loss, trained_tokens, the names of the criterion and, with
+    other tokenizers, aligned_share and SHARED.
     `generated` is how many tokens were sampled for the step, `update` what there is to say of the
-    optimizer's step.
+    optimizer's step and of the engine.
     """
     trained, tokens = max(1, int(sums["trained_tokens"])), int(batch.lengths.sum())
     return {
         "step": step,
         "loss": sums["loss"],
-        **{key: sums[key] / trained for key in (*PER_TOKEN, "cross_entropy") if key in sums},
+        **{key: sums[key] / trained for key in _OF_TOKENS if key in sums},
         **{key: sums[key] for key in ("aligned_share", *SHARED) if key in sums},
         "response_length": tokens / len(batch.prompts),
         "eos_rate": float(batch.finished_by_eos.double().mean()),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from esr_train.adapters import add_lora, base_of, load_adapter
@@ -86,7 +86,8 @@ def stored_dtype(spec: ModelConfig) -> torch.dtype:
 
 
 def load_pair(config: Config) -> tuple[Any, Any]:
-    """The student, with a fresh LoRA if `student.lora` asks for one, and the teacher.
+    """The student, with a fresh LoRA if `student.lora` asks for one, and the teacher; of one that a
+    server has its configs alone, as a model on the meta device.
 
     With LoRA nothing changes the student's own weights. A teacher that is made of the same ones,
     with layers dropped or an adapter or neither, shares their memory.
@@ -95,7 +96,9 @@ def load_pair(config: Config) -> tuple[Any, Any]:
     if spec.lora and base_of(_source(spec.model)):
         raise ModelError(f"student.lora: {spec.model!r} is an adapter itself; merge it by export")
     student = _base(spec, runtime)
-    if spec.lora and _source(config.teacher.model) == _source(spec.model):
+    if config.teacher.url:
+        teacher = _on_meta(config.teacher, runtime, torch.float32)
+    elif spec.lora and _source(config.teacher.model) == _source(spec.model):
         # Before the student is changed.
         teacher = _completed(share_weights(student), config.teacher)
     else:
@@ -164,9 +167,12 @@ def _on_meta(spec: ModelConfig, runtime: RuntimeConfig, dtype: torch.dtype) -> A
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **_where(source))
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust, attn_implementation=attention
             ).eval()
+        with contextlib.suppress(OSError):  # some have none
+            model.generation_config = GenerationConfig.from_pretrained(source, **_where(source))
+        return model
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_not_loaded(spec.model, source, "config", error)) from error
 

@@ -14,24 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esr_train.config import Config, ConfigError
+from esr_train.config import Config
+from esr_train.criteria import criterion
 from esr_train.data import seed_from
 from esr_train.experiment import Experiment
-from esr_train.loss import (
-    cross_entropy,
-    divergence_from_hidden,
-    select,
-    shared_mass,
-    token_weights,
-)
-from esr_train.metrics import PER_TOKEN, SHARED, Spans
+from esr_train.loss import token_weights
+from esr_train.metrics import SHARED, Spans
 from esr_train.micro_batches import micro_batches
-from esr_train.models import Head, head, training_mode
+from esr_train.models import head, training_mode
 from esr_train.optim import Optimizer
 from esr_train.rollout import RolloutBatch
 from esr_train.teacher import Sequences, hidden_rows
-
-_OF_TOKENS = ("cross_entropy", "student_entropy")  # what PER_TOKEN is without a teacher
 
 
 class Objective:
@@ -52,14 +45,8 @@ class Objective:
         self.student: Any = experiment.student.model
         self.teacher, self.alignment = experiment.teacher, experiment.alignment
         self.world = experiment.world
-        self.classes = experiment.classes(config.loss)
+        self.criterion = criterion(config, experiment)
         self.device = head(self.student).weight.device
-        self.distils = config.loss.divergence != "cross_entropy"
-        if not self.distils and not self.alignment.vocabulary.same_tokens:
-            raise ConfigError(
-                "loss.divergence: got 'cross_entropy', must be a divergence where student and "
-                "teacher have other tokenizers"
-            )
 
     def backward(
         self,
@@ -80,7 +67,7 @@ class Objective:
         weights = token_weights(batch, config.loss, (seed, "window", step), comparable)
         rank, ranks = self.world.rank, self.world.size
         torch.manual_seed(seed_from(seed, "dropout", step, *([rank] if rank else [])))
-        names = "trained_tokens", "loss", *(PER_TOKEN if self.distils else _OF_TOKENS)
+        names = "trained_tokens", "loss", *self.criterion.names
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         # Of other tokenizers: what they share, summed over micro-batches, and their number.
         masses = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -93,15 +80,12 @@ class Objective:
             laid_out, read = self.alignment.pair(some, weights[part], prompts, self.device)
             if len(laid_out.rows) == 0 and not lockstep:
                 continue
-            if self.distils:
+            of_teacher = None
+            if self.criterion.reads is not None:
                 with spans("teacher"):
-                    teacher_hidden = self.teacher.hidden_rows(read)
+                    of_teacher = self.criterion.reads(read)
             with spans("student"), training_mode(self.student):
-                if self.distils:
-                    loss_of = partial(self._divergence, laid_out, teacher_hidden)
-                else:
-                    loss_of = partial(self._cross_entropy, laid_out)
-                loss, rows, mass = self.world.forward(loss_of)
+                loss, rows, mass = self.world.forward(partial(self._loss, laid_out, of_teacher))
                 loss.backward()
             masses += masses.new_tensor(mass)
             of_part = [loss.double(), *(row.double().sum() for row in rows)]
@@ -119,44 +103,12 @@ class Objective:
             found |= dict(zip(SHARED, shares, strict=True))
         return found
 
-    def _student(self, laid_out: Sequences) -> tuple[Tensor, Head]:
-        """Hidden states [T, D] at the rows, and the head with the memory of its gradient."""
+    def _loss(
+        self, laid_out: Sequences, of_teacher: Any
+    ) -> tuple[Tensor, list[Tensor], tuple[float, float, int]]:
+        """What the criterion says of the student's hidden states [T, D] at the rows, and of its
+        head with the memory of its gradient."""
         hidden = hidden_rows(self.student, laid_out, self.forward)
         student = head(self.student)
-        return hidden, replace(student, weight_grad=self.optimizer.weight_grad(student.weight))
-
-    def _divergence(
-        self, laid_out: Sequences, teacher_hidden: Tensor
-    ) -> tuple[Tensor, list[Tensor], tuple[float, float, int]]:
-        """Loss, PER_TOKEN of the trained rows, and where tokenizers differ the shared masses, 1."""
-        hidden, student = self._student(laid_out)
-        loss, teacher, weights = self.config.loss, self.teacher.head, laid_out.weights
-        if loss.select_by:
-            with torch.no_grad():
-                plain = replace(student, weight_grad=None)
-                signals = divergence_from_hidden(
-                    hidden, plain, teacher_hidden, teacher, None, self.classes, loss
-                )
-            kept = select(signals, laid_out.rows // laid_out.ids.shape[1], loss)
-            hidden, teacher_hidden, weights = hidden[kept], teacher_hidden[kept], weights[kept]
-        out = divergence_from_hidden(
-            hidden, student, teacher_hidden, teacher, weights, self.classes, loss
-        )
-        mass = 0.0, 0.0, 0
-        if not self.classes.same_tokens and len(hidden):
-            both = ((hidden, student, out.student_lse), (teacher_hidden, teacher, out.teacher_lse))
-            own, teachers = (shared_mass(*of_model, loss) for of_model in both)
-            mass = own, teachers, 1
-        rows = [out.per_token, out.student_entropy, out.teacher_entropy, out.agreement]
-        return out.loss, rows, mass
-
-    def _cross_entropy(
-        self, laid_out: Sequences
-    ) -> tuple[Tensor, list[Tensor], tuple[float, float, int]]:
-        """Loss, _OF_TOKENS of the rows, and no shared masses."""
-        hidden, student = self._student(laid_out)
-        # The token that row t predicts is the next one of its sequence.
-        tokens = laid_out.ids.flatten()[laid_out.rows + 1]
-        out = cross_entropy(hidden, student, tokens, self.classes.classes, self.config.loss)
-        loss = -(out.logprob * laid_out.weights).sum()
-        return loss, [-out.logprob, out.entropy], (0.0, 0.0, 0)
+        student = replace(student, weight_grad=self.optimizer.weight_grad(student.weight))
+        return self.criterion.loss(hidden, student, laid_out, of_teacher)

@@ -120,8 +120,21 @@ def _check_same(
 
 
 def _differing(before: Config, now: Config, may_change: set[str]) -> list[str]:
+    both = [_without_addresses(config) for config in (before, now)]
     keys = [key for key in Config.model_fields if key not in may_change]
-    return [key for key in keys if getattr(before, key) != getattr(now, key)]
+    return [key for key in keys if getattr(both[0], key) != getattr(both[1], key)]
+
+
+def _without_addresses(config: Config) -> Config:
+    """A server may start again elsewhere, and be asked in another way; that it is one stays."""
+    sections = {
+        name: getattr(config, name).model_copy(update={"url": getattr(config, name).url and "any"})
+        for name in ("teacher", "rollout")
+    }
+    usual = {"requests": 1, "request_seconds": 1.0}
+    return config.model_copy(
+        update={**sections, "runtime": config.runtime.model_copy(update=usual)}
+    )
 
 
 def _plain(config: Config, key: str) -> Any:

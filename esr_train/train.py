@@ -70,7 +70,7 @@ class Trainer:
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed, pool)
         answers = directory / "checkpoints" / "answers.safetensors"
         self.source = Source(config, experiment, self.prompts, answers, seed)
-        self.optimizer = Optimizer(self.student)
+        self.optimizer = Optimizer(self.student, config.optim.betas)
         self.forward = compiled(self.student, config.runtime)
         self.objective = Objective(config, experiment, self.optimizer, self.forward)
         # Progress, as it is saved in checkpoints; `best` is the best evaluation, (value, step).
@@ -143,7 +143,7 @@ class Trainer:
             self.on_first_rollout(batch, batch.prompts[0] if own is None else own[0])
             self.on_first_rollout = None
         gap = {}
-        if step % _GAP_EVERY == 1 and not self.source.frozen:
+        if step % _GAP_EVERY == 1 and self.source.sampled_by(step):
             temperature = config.rollout.temperature
             with self.world.whole(self.student):
                 gap["logprob_gap"] = logprob_gap(self.rollout, batch, temperature, self.forward)
@@ -160,7 +160,7 @@ class Trainer:
         with interrupt.hold():
             with spans("student"):
                 self.optimizer.step(rate)
-            update = {"lr": rate, "grad_norm": norm, **gap}
+            update = {"lr": rate, "grad_norm": norm, **gap, **answers.engine}
             row = step_row(step, sums, batch, answers.tokens, update, spans)
             row["alarms"] = self.alarms.of_step(row)
             self.state["step"] = step

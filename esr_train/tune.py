@@ -22,6 +22,7 @@ from esr_train.config import Config, ConfigError, arm_config, with_overrides
 from esr_train.report.results import read_run
 from esr_train.report.tuning import FILE, chosen, grid_name
 from esr_train.run_dir import check_comparison
+from esr_train.world import ONE, World
 
 
 def tune(
@@ -30,6 +31,7 @@ def tune(
     max_steps: int | None = None,
     jobs: int | None = 1,
     say: Callable[[str], None] = print,
+    world: World = ONE,
 ) -> Config:
     """Train the grid, write tuning.json, return `config` with the rates that were chosen.
 
@@ -41,21 +43,28 @@ def tune(
     """
     config = cap_steps(config, max_steps)
     grid = _grid(config)
-    check_comparison(run_dir, config, anew=True)  # nothing else may be there
+    # Nothing else may be there.
+    world.from_main(lambda: check_comparison(run_dir, config, anew=True))
     try:
-        compare(grid, run_dir / "tuning", jobs=jobs, say=say)
+        compare(grid, run_dir / "tuning", jobs=jobs, say=say, world=world)
     except Interrupted as error:
         raise Interrupted(
             f"interrupted while the grid was trained; the same command with --out {run_dir} goes "
             "on from there"
         ) from error
+    rates = world.from_main(lambda: _choose(config, run_dir))
+    if world.main:
+        say("chosen: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
+    arms = [{**arm, "optim.lr": rates[arm["name"]]} for arm in config.arms]
+    return with_overrides(config, {"arms": arms, "tune.chosen_in": None})
+
+
+def _choose(config: Config, run_dir: Path) -> dict[str, float]:
+    """Write tuning.json; returns the rate of each arm."""
     tuning = chosen(read_run(run_dir / "tuning"), config)
     text = json.dumps(_strict(tuning), indent=1, allow_nan=False)
     (run_dir / FILE).write_text(text + "\n", encoding="utf-8")
-    rates = {name: arm["chosen"] for name, arm in tuning["arms"].items()}
-    say("chosen: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
-    arms = [{**arm, "optim.lr": rates[arm["name"]]} for arm in config.arms]
-    return with_overrides(config, {"arms": arms, "tune.chosen_in": None})
+    return {name: arm["chosen"] for name, arm in tuning["arms"].items()}
 
 
 def _grid(config: Config) -> Config:

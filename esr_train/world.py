@@ -90,6 +90,11 @@ class World:
         """A log of rows up to `step`, which the main process writes."""
         return JsonLines(path, step)
 
+    def renewed(self) -> World:
+        """The same processes for another run: this world, unless its run has left a student in
+        parts, who cannot start again."""
+        return self
+
     def __enter__(self) -> World:
         return self
 

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from esr_train.config import Config, ConfigError, load_config, to_yaml
+from esr_train.cli import main
+from esr_train.compare import compare
+from esr_train.config import Config, ConfigError, load_config, to_yaml, with_overrides
 from esr_train.experiment import load_experiment
 from esr_train.launch import start
 from esr_train.metrics import read_rows
@@ -39,6 +41,8 @@ THREE |= {"loss__window": "random", "loss__window_tokens": 2, "loss__denominator
 ONE = {"rollout__prompts": 1, "rollout__samples": 3, "steps": 2, "eval__every": 0}
 ONE |= {"loss__train_on_eos": False, "optim__micro_batch": 1}
 TEACHER = {"rollout__source": "teacher", "rollout__pool": 6, "steps": 3, "eval__every": 0}
+ARMS = [{"name": "short", "max_new_tokens": 3}]
+ARMS.append({"name": "teacher", "rollout.source": "teacher", "rollout.pool": 8})
 RUNS: dict[str, dict[str, Any]] = {
     "full": FULL,
     "lora": LORA,
@@ -56,6 +60,20 @@ RESUMED: dict[str, dict[str, Any]] = {
     "fsdp lora": RUNS["fsdp lora"],
     "fsdp bf16": {**RUNS["fsdp"], "runtime__dtype": "bfloat16", "eval__every": 0},
 }
+
+# In two calls: the second finds the first arm finished.
+COMPARED: dict[str, dict[str, Any]] = {
+    "comparison": {**LORA, "eval__every": 2, "eval__teacher_text": 0, "steps": 2, "arms": ARMS},
+    "fsdp comparison": {"runtime__fsdp": True, "steps": 2, "seeds": [0, 1], "arms": ARMS[:1]},
+}
+
+
+def compare_on(world: World, config: Config, directory: Path) -> None:
+    """A comparison without its last arm, then the whole."""
+    say = [].append
+    first = config.model_copy(update={"arms": config.arms[:1]})
+    for part in (first, config):
+        compare(part, directory, say=say, world=world)
 
 
 def trained(config: Config, directory: Path, world: World, save: bool = True) -> Trainer:
@@ -81,10 +99,11 @@ def _rank(rank: int, directory: Path, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    configs = {n: load_config(directory / f"{n}.yaml") for n in {**RUNS, **RESUMED}}
+    configs = {n: load_config(directory / f"{n}.yaml") for n in {**RUNS, **RESUMED, **COMPARED}}
     with start(configs["full"]) as world:
         assert (world.rank, world.size) == (rank, 2)
-        for name, config in configs.items():
+        for name in {**RUNS, **RESUMED}:
+            config = configs[name]
             trainer = trained(config, directory / name, start(config))
             weights = {k: whole(p) for k, p in trainer.optimizer.parameters.items()}
             torch.save(weights, directory / f"{name}-{rank}.pt")
@@ -94,6 +113,8 @@ def _rank(rank: int, directory: Path, port: int) -> None:
             if world.main:
                 shutil.copytree(parts, directory / f"{name}, elsewhere")
             trained(config, parts, start(config))
+        for name in COMPARED:
+            compare_on(start(configs[name]), configs[name], directory / name)
         try:
             world.from_main(lambda: fail())
         except (ValueError, WorldError) as error:
@@ -114,7 +135,7 @@ def runs(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> P
     """A directory with the runs of two processes."""
     directory = tmp_path_factory.mktemp("ranks")
     base = make_config().student.model
-    for name, changes in {**RUNS, **RESUMED}.items():
+    for name, changes in {**RUNS, **RESUMED, **COMPARED}.items():
         if "teacher__drop_layers" in changes:
             changes = {**changes, "teacher__model": base}
         (directory / f"{name}.yaml").write_text(to_yaml(make_config(**changes)))
@@ -176,6 +197,48 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(name: str, runs: Path) -> 
     }
 
 
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_comparison_on_two_processes_is_that_of_one(
+    name: str, runs: Path, tmp_path: Path
+) -> None:
+    config = load_config(runs / f"{name}.yaml")
+    alone = with_overrides(config, {"runtime.fsdp": False})
+    compare(alone, tmp_path / "alone", say=lambda text: None)
+    pairs = [(arm["name"], seed) for arm in config.arms for seed in config.seeds]
+    assert len(pairs) == 2
+    for arm, seed in pairs:
+        at = Path("arms") / arm / f"seed{seed}"
+        for log in ("metrics.jsonl", "evals.jsonl"):
+            assert_same_rows(curve(runs / name / at, log), curve(tmp_path / "alone" / at, log))
+        a, b = (tensors(d / at) for d in (runs / name, tmp_path / "alone"))
+        assert a.keys() == b.keys()
+    assert (runs / name / "report.html").is_file()
+
+
+def test_several_jobs_on_several_processes_are_refused(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    two = World()
+    two.size = 2
+    with pytest.raises(ConfigError, match="--jobs: got 2, must be 1 on several processes"):
+        compare(make_config(arms=ARMS), tmp_path, jobs=2, world=two)
+
+
+@pytest.mark.parametrize("command", ["diagnose", "sample", "report", "export"])
+def test_other_commands_say_that_they_are_for_one_process(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    more = {"sample": ["--prompt", "x"], "export": ["--out", "y"]}.get(command, [])
+    assert main([command, str(tmp_path / "config.yaml"), *more]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"esr-train: rank 1: error: {command} is for one process; train, compare and evaluate take "
+        "several\n"
+    )
+
+
 def test_what_fails_in_the_main_process_fails_in_all(runs: Path) -> None:
     said = [(runs / f"failure-{rank}").read_text() for rank in (0, 1)]
     assert said == ["ValueError: no such thing", "WorldError: rank 0: no such thing"]
@@ -235,3 +298,35 @@ def test_a_process_that_dies_ends_the_run_within_a_minute(
     assert "SIGKILL" in said or "exitcode  : -9" in said, said
     # What the other one learns of first: the connection, or the launcher's signal.
     assert "another process has ended" in said or "rank 0: interrupted: step" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_sharded_run_that_is_killed_repeats_bit_for_bit(
+    name: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    changes = {**{"full": FULL, "lora": LORA}[name], "steps": 40, "eval__every": 0}
+    config = make_config(**changes, runtime__fsdp=True, checkpoint__every=3)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    arm = Path("arms/train/seed0")
+    killed = launch(TORCHRUN, tmp_path / "config.yaml", tmp_path / "killed")
+    while len(read_rows(tmp_path / "killed" / arm / "metrics.jsonl")) < 8:
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.02)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    assert len(children) == 2
+    for process in [*map(int, children), killed.pid]:
+        os.kill(process, signal.SIGKILL)
+    killed.communicate()
+    done = len(read_rows(tmp_path / "killed" / arm / "metrics.jsonl"))
+    assert 8 <= done < 40
+    for run in ("killed", "whole"):
+        said, _ = (
+            process := launch(TORCHRUN, tmp_path / "config.yaml", tmp_path / run)
+        ).communicate()
+        assert process.returncode == 0, said
+    assert curve(tmp_path / "killed" / arm) == curve(tmp_path / "whole" / arm)
+    a, b = (
+        tensors(tmp_path / run / arm / "checkpoints/step_000040") for run in ("killed", "whole")
+    )
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

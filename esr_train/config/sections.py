@@ -53,8 +53,25 @@ class StudentConfig(ModelConfig):
     lora: LoraConfig | None = None  # train adapters (peft) and freeze the rest; null = all weights
 
 
+# Of a server that speaks OpenAI's completions API, as vLLM and SGLang do: http://host:8000
+_Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")]
+
+
 class TeacherConfig(ModelConfig):
     adapter: str | None = None  # directory or hub id of a peft adapter that the teacher has
+    # Server of the teacher; `model` then gives tokenizer and config alone. null = this process
+    url: _Url | None = None
+    logprobs: PositiveInt = 20  # of the most probable tokens, that a server is asked for a position
+
+    @model_validator(mode="after")
+    def _check_url(self) -> TeacherConfig:
+        for key in ("adapter", "drop_layers") if self.url else ():
+            if getattr(self, key):
+                raise ConfigError(
+                    f"teacher.{key}: got {getattr(self, key)!r}, must be left out where "
+                    "teacher.url is set: the server has the teacher as it serves it"
+                )
+        return self
 
 
 class RuntimeConfig(_Strict):
@@ -66,6 +83,8 @@ class RuntimeConfig(_Strict):
     fsdp: bool = False
     liger: bool = False  # norm, rotary embedding and MLP of liger-kernel; needs CUDA
     trust_remote_code: bool = False  # run model code that comes with a hub repository
+    requests: PositiveInt = 32  # that a process has waiting at a server (teacher.url, rollout.url)
+    request_seconds: PositiveFloat = 600.0  # without a byte, after which a request is sent again
 
     @model_validator(mode="after")
     def _check_fsdp(self) -> RuntimeConfig:
@@ -106,6 +125,8 @@ class RolloutConfig(_Strict):
     # Whose answers are trained on: the student's of every step; the initial student's, frozen; the
     # teacher's. Frozen ones and the teacher's are sampled once a prompt.
     source: Literal["student", "initial_student", "teacher"] = "student"
+    # Server that samples the answers of a frozen source; it has the same model. null = this process
+    url: _Url | None = None
     pool: PositiveInt | None = None  # different prompts that a run sees; null = all of the task
     # N of the first step, from where it grows linearly to max_new_tokens at the last; null = fixed
     grow_from: PositiveInt | None = None
@@ -128,6 +149,16 @@ class RolloutConfig(_Strict):
         if value != 0 and value < 1e-6:
             raise ValueError("must be 0 (greedy) or a finite number of at least 1e-6")
         return value
+
+    @model_validator(mode="after")
+    def _check_url(self) -> RolloutConfig:
+        if self.url and self.source == "student":
+            raise ConfigError(
+                f"rollout.url: got {self.url!r}, must be null where rollout.source is 'student': a "
+                "server does not get the weights of each step. It samples for initial_student and "
+                "teacher"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_growth(self) -> RolloutConfig:
@@ -197,8 +228,13 @@ class LossConfig(_Strict):
         return self
 
 
+_Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+
+
 class OptimConfig(_Strict):
     lr: PositiveFloat = 1e-5  # AdamW, peak learning rate
+    # Decay of the means of gradients and of their squares; [0.9, 0.95] forgets the first steps soon
+    betas: _Betas = [0.9, 0.999]
     warmup_steps: NonNegativeInt = 0  # linear, from lr / warmup_steps
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
     micro_batch: PositiveInt | None = None  # responses per forward and backward; null = all at once
@@ -312,6 +348,28 @@ class Config(_Strict):
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError("must be different integers, at least one")
         return seeds
+
+    @model_validator(mode="after")
+    def _check_served_teacher(self) -> Config:
+        """A server gives the log-probs of some tokens at temperature 1, and no hidden states."""
+        if self.teacher.url is None:
+            return self
+        loss, evaluation = self.loss, self.eval
+        known = ("forward_kl", "reverse_kl", "cross_entropy")
+        for key, value, fits, allowed in (
+            ("loss.divergence", loss.divergence, loss.divergence in known, f"one of {known}"),
+            ("loss.temperature", loss.temperature, loss.temperature == 1, "1"),
+            ("loss.merge_terminators", True, not loss.merge_terminators, "false"),
+            ("loss.select_by", loss.select_by, not loss.select_by, "left out"),
+            ("eval.teacher_text", evaluation.teacher_text, not evaluation.teacher_text, "0"),
+            ("eval.student_text", evaluation.student_text, not evaluation.student_text, "0"),
+        ):
+            if not fits:
+                raise ConfigError(
+                    f"{key}: got {value!r}, must be {allowed} where teacher.url is set: a server "
+                    "gives log-probs of its most probable tokens only"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_sections_together(self) -> Config:

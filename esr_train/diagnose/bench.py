@@ -17,7 +17,14 @@ import numpy as np
 from esr_train.adapters import CONFIG as ADAPTER_FILE
 from esr_train.adapters import load_adapter
 from esr_train.arms import Arms
-from esr_train.config import Config, ConfigError, LossConfig, ModelConfig, with_overrides
+from esr_train.config import (
+    Config,
+    ConfigError,
+    LossConfig,
+    ModelConfig,
+    arm_config,
+    with_overrides,
+)
 from esr_train.diagnose.intervals import position_edges
 from esr_train.diagnose.measure import TokenValues, token_values
 from esr_train.diagnose.progress import Progress
@@ -230,7 +237,12 @@ def _load(config: Config, directory: Path) -> Any:
 
 
 def check_keys(config: Config) -> None:
-    """Raise ConfigError for arms that the configuration does not have."""
+    """Raise ConfigError for what cannot be diagnosed: a teacher elsewhere, arms that are none."""
+    if config.teacher.url:
+        raise ConfigError(
+            f"teacher.url: got {config.teacher.url!r}, must be null for diagnose, which reads the "
+            "teacher's hidden states"
+        )
     known = [arm["name"] for arm in config.arms] or ["train"]
     for name in config.diagnose.arms or []:
         if name not in known:
@@ -274,9 +286,10 @@ def problem_count(config: Config, task: Any) -> int:
 
 
 def windows(config: Config) -> list[int]:
-    """Numbers of first tokens that shares and selections are about: the lengths of truncated arms,
-    or without any that of rollouts, but at most a quarter of an answer."""
+    """Numbers of tokens that shares and selections are about: those that arms train on where it is
+    not the whole answer, or without any that of rollouts, but at most a quarter of an answer."""
     limit = config.eval.max_new_tokens
-    changed = [arm.get("max_new_tokens", arm.get("rollout.max_new_tokens")) for arm in config.arms]
-    sizes = {size for size in changed if size is not None and size < limit}
+    arms = [arm_config(config, arm) for arm in config.arms]
+    sizes = {min(arm.rollout.max_new_tokens, arm.loss.window_tokens or limit) for arm in arms}
+    sizes = {size for size in sizes if size < limit}
     return sorted(sizes) or [min(config.rollout.max_new_tokens, max(1, limit // 4))]

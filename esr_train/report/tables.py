@@ -32,6 +32,8 @@ def tables(run: Run, summaries: list[ArmSummary]) -> list[tuple[str, Table]]:
             found.append((f"At equal {words}", _equal_table(run, summaries, cost)))
     found.append(("How runs end", _stability_table(summaries)))
     found.append(("A step", _step_table(run, summaries)))
+    if any(arm.config.teacher.url or arm.config.rollout.url for arm in run.arms):
+        found.append(("Engines", _engine_table(run)))
     tuning = read_tuning(run.path)
     if tuning is not None:
         seeds = ", ".join(map(str, tuning["seeds"]))
@@ -194,6 +196,19 @@ def _step_table(run: Run, summaries: list[ArmSummary]) -> Table:
         row.append(plain(item.tokens_per_step))
         row.append(_with_ratio(run, item, _size(item.peak), item.memory_ratio))
         table.append(row)
+    return table
+
+
+def _engine_table(run: Run) -> Table:
+    """Where the answers of each arm were sampled, and where its teacher is."""
+    table = [["arm", "rollouts", "teacher"]]
+    for arm in run.arms:
+        source, teacher = arm.config.rollout.source, arm.config.teacher
+        whose = "student of each step" if source == "student" else source
+        engines = sorted({str(r["engine"]) for s in arm.seeds for r in s.metrics if "engine" in r})
+        where = f"server at {teacher.url}, {teacher.logprobs} log-probs" if teacher.url else ""
+        rollouts = " and ".join(engines or ["esr_train"])
+        table.append([arm.name, f"{rollouts}; {whose}", where or "in the run's process"])
     return table
 
 

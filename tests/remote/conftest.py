@@ -1,0 +1,28 @@
+"""A stub server, and a client that does not wait long before it tries again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from esr_train.remote import client
+from tests.remote.stub import Stub, serving
+from tests.tiny import tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "DELAY", 0.001)
+
+
+@pytest.fixture(params=["vllm", "sglang"])
+def stub(request: pytest.FixtureRequest) -> Iterator[Stub]:
+    with serving(tiny_llama(1), request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def vllm() -> Iterator[Stub]:
+    with serving(tiny_llama(1)) as found:
+        yield found

@@ -1,0 +1,301 @@
+"""Whole runs with a server: what they train, and how they end and go on when the server dies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from esr_train.cli import main
+from esr_train.config import Config, ConfigError, to_yaml
+from esr_train.experiment import load_experiment
+from esr_train.metrics import read_rows
+from tests.remote.stub import Stub, serving
+from tests.test_checkpoint import curve
+from tests.test_interruption import tensors
+from tests.test_train import build
+from tests.tiny import MakeConfig, save_pair, tiny_llama
+
+
+@pytest.fixture
+def same(tmp_path: Path) -> str:
+    """A teacher with the student's vocabulary; the stub's model is of the same seed."""
+    return save_pair(tmp_path / "teacher", seed=1)
+
+
+def served(make_config: MakeConfig, teacher: str, url: str | None, **changes: Any) -> Config:
+    loss = {"loss__divergence": "forward_kl", "optim__schedule": "constant"}
+    base = {
+        "teacher__model": teacher,
+        "teacher__url": url,
+        "eval__every": 0,
+        "eval__teacher_text": 0,
+    }
+    return make_config(**{**loss, **base, "teacher__logprobs": 32, **changes})
+
+
+LORA = {"student__lora": {"r": 4, "alpha": 8.0}}
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("how", ["full", "lora", "micro-batches"])
+def test_all_log_probs_train_as_the_teacher_here(
+    stub: Stub, make_config: MakeConfig, same: str, tmp_path: Path, divergence: str, how: str
+) -> None:
+    changes = {"full": {}, "lora": LORA, "micro-batches": {"optim__micro_batch": 3}}[how]
+    changes = {**changes, "loss__divergence": divergence, "loss__denominator": "trajectory"}
+    runs = []
+    for name, url in (("here", None), ("there", stub.url)):
+        trainer = build(served(make_config, same, url, **changes), tmp_path / name)
+        initial = {k: p.detach().clone() for k, p in trainer.optimizer.parameters.items()}
+        trainer.run()
+        runs.append(trainer)
+    here, there = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("here", "there"))
+    for a, b in zip(here, there, strict=True):
+        for key in ("loss", "divergence", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3), key
+        assert b["teacher_top_mass"] == pytest.approx(1) == b["student_top_mass"]
+        assert b["seconds"].keys() == a["seconds"].keys()
+    for key, parameter in runs[0].optimizer.parameters.items():
+        moved = float((parameter - initial[key]).detach().norm())
+        gap = float((parameter - runs[1].optimizer.parameters[key]).detach().norm())
+        assert moved > 0 and gap < 2e-2 * moved, key
+
+
+def test_few_log_probs_are_a_lower_bound_and_train(
+    vllm: Stub, make_config: MakeConfig, same: str, tmp_path: Path
+) -> None:
+    firsts = []
+    for count in (2, 8, 32):
+        config = served(make_config, same, vllm.url, teacher__logprobs=count, steps=1)
+        build(config, tmp_path / str(count)).run()
+        firsts.append(read_rows(tmp_path / str(count) / "metrics.jsonl")[0])
+    values = [row["divergence"] for row in firsts]
+    masses = [row["teacher_top_mass"] for row in firsts]
+    assert values == sorted(values) and masses == sorted(masses) and masses[0] < 0.9
+    more = {"steps": 12, "optim__lr": 0.03, "teacher__logprobs": 8}
+    build(served(make_config, same, vllm.url, **more), tmp_path / "trained").run()
+    rows = read_rows(tmp_path / "trained" / "metrics.jsonl")
+    assert rows[-1]["divergence"] < 0.75 * rows[0]["divergence"]
+
+
+def end_to_end(directory: Path, config: Config, *more: str) -> int:
+    path = directory / "config.yaml"
+    path.write_text(to_yaml(config))
+    return main(["train", str(path), "--out", str(directory / "run"), *more])
+
+
+def test_the_teachers_server_dies_and_the_run_goes_on_bit_for_bit(
+    make_config: MakeConfig, same: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for directory in (whole, killed):
+        directory.mkdir()
+    with serving(tiny_llama(1)) as stub:
+        assert end_to_end(whole, served(make_config, same, stub.url, steps=4)) == 0
+    with serving(tiny_llama(1)) as stub:
+        stub.dies_after = 1 + 2 * 8 + 3  # in the third step
+        config = served(make_config, same, stub.url, steps=4)
+        capsys.readouterr()
+        assert end_to_end(killed, config) == 2
+    said = capsys.readouterr().err
+    assert f"error: teacher.url: {stub.url}/v1/completions gave no answer" in said
+    assert "32 largest log-probs" in said and "give the same command" in said
+    arm = Path("run/arms/train/seed0")
+    assert len(curve(killed / arm)) == 2 and tensors(killed / arm / "checkpoints" / "step_000002")
+    with serving(tiny_llama(1)) as stub:  # elsewhere
+        assert end_to_end(killed, config, f"teacher.url={stub.url}") == 0
+    assert curve(killed / arm) == curve(whole / arm) and len(curve(whole / arm)) == 4
+    a, b = (tensors(d / arm / "checkpoints" / "step_000004") for d in (whole, killed))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def frozen(make_config: MakeConfig, student: str, url: str | None, **changes: Any) -> Config:
+    return make_config(
+        **{
+            "student__model": student,
+            "rollout__source": "initial_student",
+            "rollout__url": url,
+            "rollout__pool": 12,
+            "steps": 5,
+            "eval__every": 0,
+            "optim__schedule": "constant",
+            **changes,
+        }
+    )
+
+
+def test_a_servers_greedy_answers_train_as_those_of_the_engine_here(
+    vllm: Stub, make_config: MakeConfig, same: str, tmp_path: Path
+) -> None:
+    for name, url in (("here", None), ("there", vllm.url)):
+        config = frozen(make_config, same, url, rollout__temperature=0.0)
+        build(config, tmp_path / name, save=True).run()
+    here, there = curve(tmp_path / "here"), curve(tmp_path / "there")
+    assert there[0].pop("logprob_gap") < 1e-4  # of the weights that have sampled
+    assert "logprob_gap" not in there[1]
+    for row in there:
+        assert row.pop("engine") == f"vllm at {vllm.url}, model tiny"
+    assert here == there and sum(row["tokens"] for row in there) > 0
+
+
+def test_a_server_with_another_model_raises_the_alarm(
+    make_config: MakeConfig, same: str, tmp_path: Path
+) -> None:
+    with serving(tiny_llama(7)) as stub:
+        build(frozen(make_config, same, stub.url), tmp_path).run()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert "logprobs_apart" in rows[0]["alarms"] and rows[1]["alarms"] == []
+
+
+def test_the_samplers_server_dies_and_nothing_is_sampled_twice(
+    make_config: MakeConfig, same: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for directory in (whole, killed):
+        directory.mkdir()
+    arm = Path("run/arms/train/seed0")
+    with serving(tiny_llama(1)) as stub:
+        assert end_to_end(whole, frozen(make_config, same, stub.url)) == 0
+    with serving(tiny_llama(1)) as stub:
+        stub.dies_after = 1 + 8 + 8 + 3  # in the last third
+        config = frozen(make_config, same, stub.url)
+        capsys.readouterr()
+        assert end_to_end(killed, config) == 2
+        assert len(stub.asked) > 20
+    said = capsys.readouterr().err
+    assert f"rollout.url: {stub.url}/v1/completions gave no answer to a request for 6 tok" in said
+    assert (killed / arm / "checkpoints" / "answers.safetensors").is_file()
+    with serving(tiny_llama(1)) as stub:
+        assert end_to_end(killed, config, f"rollout.url={stub.url}") == 0
+        assert len(stub.asked) == 1 + 8  # the part that was not there
+    rows = [curve(directory / arm) for directory in (whole, killed)]
+    engines = [[row.pop("engine") for row in of_run] for of_run in rows]
+    assert rows[0] == rows[1] and engines[0] != engines[1]
+    a, b = (tensors(d / arm / "checkpoints" / "step_000005") for d in (whole, killed))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    # All answers are there: no server is asked any more.
+    assert end_to_end(killed, config, "steps=5", "rollout.url=http://127.0.0.1:9") == 0
+
+
+def test_a_served_teachers_answers_are_fine_tuned_on(
+    vllm: Stub, make_config: MakeConfig, same: str, tmp_path: Path
+) -> None:
+    config = served(
+        make_config,
+        same,
+        vllm.url,
+        loss__divergence="cross_entropy",
+        rollout__source="teacher",
+        rollout__pool=8,
+    )
+    build(config, tmp_path).run()
+    row = read_rows(tmp_path / "metrics.jsonl")[0]
+    assert row["cross_entropy"] > 0 and row["engine"].startswith("vllm at ")
+
+
+def test_the_report_names_the_engine_of_every_arm(
+    vllm: Stub, make_config: MakeConfig, same: str, tmp_path: Path
+) -> None:
+    arms = [
+        {"name": "own", "max_new_tokens": 3},
+        {"name": "elsewhere", "rollout.source": "initial_student", "rollout.url": vllm.url},
+    ]
+    config = served(
+        make_config, same, vllm.url, arms=arms, steps=2, eval__every=2, teacher__logprobs=4
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    out = tmp_path / "run"
+    assert main(["compare", str(tmp_path / "config.yaml"), "--out", str(out), "--jobs", "1"]) == 0
+    report = (out / "report.md").read_text()
+    teacher = f"server at {vllm.url}, 4 log-probs"
+    assert f"| own | esr_train; student of each step | {teacher} |" in report
+    assert f"| elsewhere | vllm at {vllm.url}, model tiny; initial_student | {teacher} |" in report
+    json.loads((out / "summary.json").read_text())
+
+
+def test_the_dry_run_leaves_the_teacher_out_and_asks_nobody(
+    make_config: MakeConfig, same: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    said = []
+    for url in (None, "http://127.0.0.1:9"):
+        assert end_to_end(tmp_path, served(make_config, same, url), "--dry-run") == 0
+        said.append(capsys.readouterr().out)
+    assert "teacher: LlamaModel, at http://127.0.0.1:9" in said[1]
+    assert "teacher 0, " in said[1] and "teacher 0, " not in said[0]
+    assert "of 32 log-probs a token, from teacher.url" in said[1]
+
+
+def test_diagnose_needs_the_teacher_here(
+    make_config: MakeConfig, same: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(served(make_config, same, "http://127.0.0.1:9")))
+    for more in ([], ["--dry-run"]):
+        assert main(["diagnose", str(path), "--out", str(tmp_path / "out"), *more]) == 2
+        assert "teacher.url: got 'http://127.0.0.1:9', must be null" in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_refused(vllm: Stub, make_config: MakeConfig, tmp_path: Path) -> None:
+    other = save_pair(tmp_path / "other", 1, alphabet="abcdefghij0123456789+= .")
+    with pytest.raises(ConfigError, match="teacher.url: .* another tokenizer"):
+        load_experiment(served(make_config, other, vllm.url))
+
+
+def test_weights_of_a_served_teacher_are_not_needed(
+    vllm: Stub, make_config: MakeConfig, same: str, tmp_path: Path
+) -> None:
+    (Path(same) / "model.safetensors").unlink()
+    build(served(make_config, same, vllm.url, steps=1), tmp_path).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout__url": "http://x"}, "rollout.url: got 'http://x', must be null where .*student"),
+        ({"teacher__url": "x:80"}, "teacher.url: got 'x:80'"),
+        ({"teacher__adapter": "a"}, "teacher.adapter: got 'a', must be left out where teacher.url"),
+        ({"teacher__drop_layers": [0]}, r"teacher.drop_layers: got \[0\]"),
+        ({"teacher__logprobs": 0}, "teacher.logprobs: got 0"),
+        ({"loss__divergence": "jsd"}, "loss.divergence: got 'jsd', must be one of .*teacher.url"),
+        ({"loss__temperature": 2.0}, "loss.temperature: got 2.0, must be 1"),
+        ({"loss__merge_terminators": True}, "loss.merge_terminators: got True, must be false"),
+        (
+            {
+                "loss__window": "selected",
+                "loss__window_tokens": 2,
+                "loss__select_by": ["divergence"],
+            },
+            "loss.select_by: .* must be left out",
+        ),
+        ({"eval__teacher_text": 4}, "eval.teacher_text: got 4, must be 0"),
+        ({"eval__student_text": 4}, "eval.student_text: got 4, must be 0"),
+        ({"runtime__requests": 0}, "runtime.requests: got 0"),
+        ({"runtime__request_seconds": 0.0}, "runtime.request_seconds: got 0.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_server_cannot_do_is_refused(
+    make_config: MakeConfig, same: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        served(make_config, same, "http://127.0.0.1:9", **changes)
+
+
+@pytest.mark.parametrize("section", ["teacher", "rollout"])
+def test_a_run_with_a_server_does_not_go_on_without(
+    vllm: Stub, make_config: MakeConfig, same: str, tmp_path: Path, section: str, capsys: Any
+) -> None:
+    if section == "teacher":
+        config = served(make_config, same, vllm.url, steps=1)
+    else:
+        config = frozen(make_config, same, vllm.url, steps=1)
+    assert end_to_end(tmp_path, config) == 0
+    assert end_to_end(tmp_path, config, f"{section}.url=null") == 2
+    assert f"another configuration: {section} was" in capsys.readouterr().err
+    more = "runtime.requests=2", "runtime.request_seconds=5.0", "steps=2"
+    if section == "teacher":
+        assert end_to_end(tmp_path, config, *more) == 0
