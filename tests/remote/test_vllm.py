@@ -181,7 +181,6 @@ def test_the_teacher_is_killed_and_the_run_goes_on(vllm: Process, tmp_path: Path
     # What a server computes depends in its rounding on what else it is asked at the time.
     for a, b in zip(*both, strict=True):
         assert b["divergence"] == pytest.approx(a["divergence"], rel=0.05)
-    assert both[0][-1]["divergence"] < both[0][0]["divergence"]
 
 
 def test_the_sampler_is_killed_and_keeps_what_it_sampled(vllm: Process, tmp_path: Path) -> None:
