@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Tests run on all cores, up to eight, and each on one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint sanitize gpu-exp fuzz static static-all predict smollm2 running-sums bench \
+.PHONY: demo test lint sanitize gpu-exp fuzz static static-all predict smollm2 tally bench \
 	gpu docs wheel-check clean
 
 demo: $(VENV)/.train
@@ -56,8 +56,8 @@ predict: $(VENV)/.train
 smollm2: $(VENV)/.train
 	$(BIN)/esr-train compare configs/smollm2.yaml --out runs/smollm2
 
-running-sums: $(VENV)/.train
-	$(BIN)/esr-train compare configs/running-sums.yaml --out runs/running-sums
+tally: $(VENV)/.train
+	$(BIN)/esr-train compare configs/tally.yaml --out runs/tally
 
 bench: $(VENV)/.train $(VENV)/.bench
 	$(BIN)/python -m pytest bench -q -s

@@ -3,8 +3,9 @@
     make bench        or   python -m pytest bench/bench_sampling.py -s
 
 A decoding step of 64 rows of SmolLM2-135M: hidden size 576, 49,152 classes, fp32. All contenders
-run in turn, round after round; ratios are medians over rounds. Written to bench/results/ as JSON
-lines.
+run in turn, round after round; ratios are medians over rounds. On processors so far a draw took a
+fifth of the time of transformers' fastest or less, and a third of its memory. Written to
+bench/results/ as JSON lines.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def test_a_draw_against_the_product(name):
         shown = "" if memory is None else f"{memory / MIB:.0f}"
         print(f"{contender:<32}{row['seconds'] * 1e3:>8.1f}{row['over_product']:>11.2f}{shown:>11}")
     record("sampling_cpu", title, ROUNDS, table)
-    mine = table["ours"]
-    assert mine["over_product"] < (0.25 if name == "unfiltered" else 0.6)
-    assert all(mine["seconds"] < table[other]["seconds"] for other in contenders if other != "ours")
+    for other in contenders:
+        if other != "ours":
+            assert median_ratio(seconds, "ours", other) < 0.5, other
+            mine, its = table["ours"]["extra_mib"], table[other]["extra_mib"]
+            assert mine is None or mine < 0.6 * its, other

@@ -39,7 +39,7 @@ TRAINERS = {
 }
 PROMPTS, PROMPT_LENGTH = 2, 32
 KINDS = {"ESR, 8 tokens": 8, "full, 32 tokens": 32}
-ROUNDS = int(os.environ.get("ESR_BENCH_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("ESR_BENCH_ROUNDS", "2"))
 # Changes of SmolLM2's shape, of the student and of the teacher.
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tiny pair, hidden 128 and 192, 2 layers": (
@@ -48,7 +48,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "SmolLM2-135M's widths, 12 layers, both": ({"num_hidden_layers": 12},) * 2,
 }
-_HEADS = {128: (4, 2), 192: (6, 2), 576: (9, 3)}
+_HEADS = {128: (4, 2), 192: (6, 2), 288: (9, 3), 576: (9, 3)}
 
 
 def _save(directory: Path, seed: int, changes: dict[str, Any]) -> None:
@@ -63,6 +63,15 @@ def _save(directory: Path, seed: int, changes: dict[str, Any]) -> None:
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**{**shape, **heads})).save_pretrained(directory)
     char_tokenizer().save_pretrained(directory)
+
+
+def save_pair(directory: Path, student: dict[str, Any], teacher: dict[str, Any]) -> None:
+    """What `bench.train_step` reads: two models, as changes of SmolLM2's shape, and prompts."""
+    _save(directory / "student", 0, student)
+    _save(directory / "teacher", 1, teacher)
+    letters = random.Random(0)
+    lines = ["".join(letters.choices(ALPHABET[:20], k=PROMPT_LENGTH)) for _ in range(PROMPTS)]
+    (directory / "prompts.txt").write_text("\n".join(lines))
 
 
 class Process:
@@ -126,12 +135,7 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_whole_step(pair: str, tmp_path: Path) -> None:
-    student, teacher = PAIRS[pair]
-    _save(tmp_path / "student", 0, student)
-    _save(tmp_path / "teacher", 1, teacher)
-    letters = random.Random(0)
-    lines = ["".join(letters.choices(ALPHABET[:20], k=PROMPT_LENGTH)) for _ in range(PROMPTS)]
-    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    save_pair(tmp_path, *PAIRS[pair])
     for kind, steps in _measured(tmp_path).items():
         table = {TRAINERS[name]: _row(rows, steps["trl"]) for name, rows in steps.items()}
         title = f"{pair}, {PROMPTS} prompts x {SAMPLES} answers, {kind}"
@@ -141,6 +145,9 @@ def test_a_whole_step(pair: str, tmp_path: Path) -> None:
             table["TRL as it is"]["loss"], rel=1e-4
         )
         assert table["esr_train"]["loss"] == pytest.approx(table["TRL as it is"]["loss"], rel=0.3)
+        # In the committed record 0.50 to 0.85 with full responses, 0.77 to 0.99 with short ones.
+        for name, row in table.items():
+            assert row["over_trl"] <= (1.0 if kind.startswith("full") else 1.1), (name, kind)
 
 
 def _row(steps: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, Any]:

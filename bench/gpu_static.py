@@ -6,10 +6,9 @@ matrix instructions. Needs no GPU.
 
 The launchers of `esr_kernels` run on tensors without data, and every launch is compiled instead of
 executed, with the specialisation that Triton's JIT gives it (alignment of pointers, divisibility of
-strides) and the committed blocks. Exit code 1: a kernel spills on sm_90 or gfx942, a fused kernel
-misses the matrix units or, on NVIDIA, copies nothing asynchronously in its loop, a row pass has no
-16-byte loads, or a kernel of the list below was never launched. `make static-all` does the same
-with the other Triton versions that are supported.
+strides) and the committed blocks. Exit code 1 for a fault of `Compiled.faults` that `EXCEPTIONS`
+does not name, an exception that nothing needs, or a kernel of the list that was never launched.
+`make static-all` does the same with the other Triton versions that are supported.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ from bench.machine_code import (
     is_async_copy,
     is_local,
     is_product,
+    is_warpgroup_product,
+    is_wide_copy,
     is_wide_load,
     nvidia_tool,
 )
@@ -43,8 +44,36 @@ MATRIX_INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 _MUST_NOT_SPILL = ("sm_90", "gfx942")
+# Kernels that multiply tiles in a loop, whose loads are copies to shared memory, several stages
+# ahead, and those of them with 64 rows of a tile and more, for which sm_90 has its widest products.
+_TILED = (
+    "fused_statistics_kernel",
+    "fused_tiles_kernel",
+    "prefix_attention_kernel",
+    "suffix_attention_kernel",
+)
+_WARPGROUP_ROWS = 64
 # Kernels whose time is that of reading logits.
-_STREAMS = ("row_statistics_kernel", "pull_sums_kernel", "gradient_kernel")
+_STREAMS = (
+    "row_statistics_kernel",
+    "pull_sums_kernel",
+    "gradient_kernel",
+    "unselected_statistics_kernel",
+    "unselected_gradient_kernel",
+    "tile_statistics_kernel",
+)
+# (what is missing, kernel, part of the variant's name) -> why it may be.
+EXCEPTIONS = {
+    ("16 bytes", "merge_kernel", "rows"): "a lane reads the numbers of its row, 40 bytes apart",
+    ("16 bytes", "draw_kernel", "sampling"): "one tile a row, which starts where a number says",
+    ("16 bytes", "candidates_kernel", "bf16"): "four logits a thread, 8 bytes",
+    ("16 bytes", "cutoff_kernel", "bf16"): "four logits a thread, 8 bytes",
+    ("16 bytes", "cross_entropy_kernel", "odd D"): "rows that do not start at 16 bytes",
+    ("16 bytes", "fused_statistics_kernel", "odd D"): "rows that do not start at 16 bytes",
+    ("16 bytes", "fused_tiles_kernel", "odd D"): "rows that do not start at 16 bytes",
+    ("asynchronously", "fused_statistics_kernel", "bf16, all, odd D"): "no copy has 2 bytes",
+    ("asynchronously", "fused_tiles_kernel", "bf16, all, odd D"): "no copy has 2 bytes",
+}
 _RESULTS = Path(__file__).parent / "results" / "gpu_static.json"
 
 
@@ -68,6 +97,40 @@ class Compiled:
     wide_loads: int  # of 16 bytes a lane, from global memory into registers
     async_copies_in_loops: int  # from global to shared memory, in the loop that has most
     local_accesses: int  # loads and stores of spilled registers
+    warpgroup_products: int  # of those products, Hopper's of a warpgroup
+    wide_copies: int  # of 16 bytes a lane, from global to shared memory
+
+    @property
+    def _missing(self) -> Iterator[str]:
+        """What the machine code must have and has not."""
+        nvidia = self.arch != "gfx942"
+        # No NVIDIA matrix unit multiplies full fp32.
+        multiplies = self.kernel in _TILED and (self.operand != "*fp32" or not nvidia)
+        if multiplies and not self.matrix_instructions + self.products:
+            yield f"has no {MATRIX_INSTRUCTION[self.arch]}"
+        if multiplies and not self.products:
+            yield "has no product in its machine code"
+        attends = "attention" in self.kernel
+        few_rows = attends and int(self.blocks.split("x")[0]) < _WARPGROUP_ROWS
+        if multiplies and self.arch == "sm_90" and not few_rows and not self.warpgroup_products:
+            yield "has no product of a warpgroup"
+        if self.kernel in _TILED and nvidia and not self.async_copies_in_loops:
+            yield "copies nothing asynchronously in a loop"
+        # On gfx942 a masked load is a branch, and narrow where the loop is short.
+        if nvidia or self.kernel in _STREAMS or self.kernel in _TILED:
+            if not self.wide_loads + self.wide_copies:
+                yield "loads no 16 bytes at once"
+
+    @property
+    def exceptions(self) -> list[tuple[str, str, str]]:
+        """The keys of `EXCEPTIONS` that this needs."""
+        return [
+            key
+            for key in EXCEPTIONS
+            if key[1] == self.kernel
+            and key[2] in self.variant
+            and any(key[0] in missing for missing in self._missing)
+        ]
 
     @property
     def faults(self) -> list[str]:
@@ -78,20 +141,10 @@ class Compiled:
             faults.append(f"{name} spills {self.spilled_bytes} bytes a thread")
         if self.local_accesses and self.arch in _MUST_NOT_SPILL:
             faults.append(f"{name} has {self.local_accesses} accesses to local memory")
-        on_nvidia = self.arch != "gfx942"
-        # No NVIDIA matrix unit multiplies full fp32.
-        multiplies = self.operand != "*fp32" or not on_nvidia
-        if "fused" in self.kernel and multiplies and not self.matrix_instructions:
-            faults.append(f"{name} has no {MATRIX_INSTRUCTION[self.arch]}")
-        if "fused" in self.kernel and multiplies and not self.products:
-            faults.append(f"{name} has no product in its machine code")
-        # Rows that do not start at 16 bytes arrive element by element.
-        if "fused" in self.kernel and on_nvidia and "odd D" not in self.variant:
-            if not self.async_copies_in_loops:
-                faults.append(f"{name} copies nothing asynchronously in a loop")
-        if self.kernel in _STREAMS and on_nvidia:
-            if not self.wide_loads + self.async_copies_in_loops:
-                faults.append(f"{name} loads no 16 bytes at once")
+        excepted = {key[0] for key in self.exceptions}
+        for missing in self._missing:
+            if not any(what in missing for what in excepted):
+                faults.append(f"{name} {missing}")
         return faults
 
 
@@ -149,9 +202,9 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
             raise RuntimeError(f"the assembly has no .{name}")
         return int(found.group(1))
 
-    # Scalar registers spill into lanes of vector registers, which costs no memory.
-    spilled = max(field("private_segment_fixed_size"), 4 * field("vgpr_spill_count"))
-    return field("vgpr_count"), spilled
+    # Scalar registers spill into lanes of vector registers, and those into accumulation registers,
+    # which costs no memory: what does has a private segment.
+    return field("vgpr_count"), field("private_segment_fixed_size")
 
 
 def _flat(types: Iterable[Any]) -> Iterator[str]:
@@ -195,6 +248,8 @@ def _measure(arch: str, variant: str, launched: Launched) -> Compiled:
             (code.count(is_async_copy, body) for body in in_loops), default=0
         ),
         local_accesses=code.count(is_local),
+        warpgroup_products=code.count(is_warpgroup_product),
+        wide_copies=code.count(is_wide_copy),
     )
 
 
@@ -260,6 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
         launched = {row.kernel for row in rows}
         faults += [f"{name} was never launched" for name in KERNELS if name not in launched]
         faults += [f"{name} is not in KERNELS" for name in launched if name not in KERNELS]
+        needed = {key for row in rows for key in row.exceptions}
+        faults += [f"no kernel needs the exception {key}" for key in EXCEPTIONS.keys() - needed]
     target = options.json or (_RESULTS if whole else None)
     if target is not None:
         target.write_text(json.dumps(_by_arch(rows), indent=1) + "\n")

@@ -51,6 +51,12 @@ is_product = _starts_with(_PRODUCTS)
 is_wide_load = _starts_with(_WIDE_LOADS)
 is_async_copy = _starts_with(_ASYNC)
 is_local = _starts_with(_LOCAL)
+is_warpgroup_product = _starts_with(("HGMMA",))
+
+
+def is_wide_copy(opcode: str) -> bool:
+    """An asynchronous copy of 16 bytes a lane, or of a whole tile."""
+    return is_async_copy(opcode) and (".128" in opcode or not opcode.startswith("LDGSTS"))
 
 
 def is_load(opcode: str) -> bool:

@@ -19,21 +19,26 @@ MIB = 1 << 20
 _RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each run, taken in turn round after round so that drift hits all alike.
 
-    The first, warming round is dropped.
+    A warming round comes first, and is dropped, unless `warm` is False: all have run before.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(rounds + 1):
+    for round_number in range(0 if warm else 1, rounds + 1):
         for name, run in runs.items():
             gc.collect()
             _synchronize()
-            start = time.perf_counter()
+            start = clock()
             run()
             _synchronize()
             if round_number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -65,8 +70,10 @@ def extra_bytes(run: Callable[[], object]) -> int | None:
     return (_status_kib("VmHWM") - before) * 1024
 
 
-def record(name: str, problem: str, rounds: int, table: Mapping[str, object]) -> None:
-    """Append a result, with where it was measured, to bench/results/NAME.jsonl."""
+def record(
+    name: str, problem: str, rounds: int, table: Mapping[str, object], **more: object
+) -> None:
+    """Append a result, with where it was measured and `more`, to bench/results/NAME.jsonl."""
     line = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "problem": problem,
@@ -74,6 +81,7 @@ def record(name: str, problem: str, rounds: int, table: Mapping[str, object]) ->
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
         "rounds": rounds,
+        **more,
         "table": table,
     }
     _RESULTS.mkdir(exist_ok=True)

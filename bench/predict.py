@@ -149,7 +149,7 @@ class Predicted:
 
 def predicted(call: Call, gpu: Gpu) -> Predicted:
     """Every launch of a call, priced and summed by kernel."""
-    launches = walk(gpu.arch, call.run)
+    launches = walk(gpu.arch, call.run, gpu.processors)
     # NVIDIA's model prices a head that is read once for few rows at a third above its bytes.
     source = SOURCE if call.sizes.tokens >= 128 else "stated rate"
     floor = sum(product_seconds(product, gpu, source) for product in call.floor)

@@ -12,8 +12,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from bench import curve_figures
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +34,8 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/rollouts.md": {"decode": _decode, "rollout": _rollout},
         "docs/sampling.md": {"sampling": _sampling},
         "docs/from-trl.md": {"train_step": _train_step},
-        "docs/gpu.md": {"host_time": _host_time},
+        "docs/gpu.md": {"host_time": _host_time, "fused_variants": _fused_variants},
+        "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
     }
 
 
@@ -177,6 +181,26 @@ def _host_time() -> str:
     note = (
         f"Medians of {record['rounds']} rounds of the thread's own time, {_machine(record)}, "
         "shared with other work. By `python -m bench.host_time`; no GPU took part."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _fused_variants() -> str:
+    """Other tiles of the fused statistics kernel, as compiled."""
+    record = json.loads((ROOT / "bench" / "results" / "fused_variants.json").read_text())
+    lines = [
+        "| the student's logits | tile | warps | registers | spilled bytes | instructions a pair "
+        "| from the cache, GB | times the products |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in record["table"].items():
+        cells = [name, row["tile"], row["warps"], row["registers"], row["spilled_bytes"]]
+        cells += [f"{row['instructions_a_pair']:.0f}", f"{row['cache_gb']:.0f}"]
+        cells += [f"{row['over_products']:.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    note = (
+        "T = 8,192, D = 1536/3584, bf16, H100. The last column is predicted, without the cost of "
+        f"spills. Triton {record['triton']}; by `python -m bench.fused_variants`."
     )
     return "\n".join([*lines, "", note])
 

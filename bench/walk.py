@@ -24,6 +24,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from bench.ahead_of_time import TARGETS, Launched, launches_compile
 from esr_kernels.common import matmul
+from esr_kernels.divergence import fused_triton
 
 _NO_LAUNCH = ("empty", "new_empty", "detach", "alias", "_unsafe_view", "set_", "lift_fresh")
 # What the first operand held is not read.
@@ -102,7 +103,7 @@ def _tensors(values) -> list[Tensor]:  # type: ignore[no-untyped-def]
     return found
 
 
-def walk(arch: str, call: Callable[[], object]) -> list[Launch]:
+def walk(arch: str, call: Callable[[], object], processors: int = 132) -> list[Launch]:
     """Every launch of `call`, which makes its own tensors on the meta device."""
     launches: list[Any] = []
 
@@ -116,6 +117,7 @@ def walk(arch: str, call: Callable[[], object]) -> list[Launch]:
             torch.Tensor, "is_meta", property(lambda tensor: False)
         ),  # which the boundary refuses
         mock.patch.object(torch, "is_autocast_enabled", lambda kind: False),
+        mock.patch.object(fused_triton, "processors", lambda device: processors),
         mock.patch.object(matmul, "_widens", lambda operand: operand.element_size() == 2),
         mock.patch.object(matmul, "plain_precision", lambda like: nullcontext()),
         _Recorder(launches),

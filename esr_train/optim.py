@@ -9,7 +9,7 @@ as a backward pass has computed it, and its 16-bit memory is freed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class Optimizer:
         ModelError: nothing in the model is trainable.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, betas: Sequence[float] = (0.9, 0.999)) -> None:
+        self.betas = (betas[0], betas[1])
         self.restart(model)
 
     def restart(self, model: Any) -> None:
@@ -57,10 +58,9 @@ class Optimizer:
             name: p if p.dtype == torch.float32 else p.detach().float()
             for name, p in self.parameters.items()
         }
-        on_cuda = next(iter(self.masters.values())).is_cuda
-        # The fused kernel is the fast one on a GPU; on the CPU the plain one is as fast.
+        # Fused: one pass over memory for each parameter, where the plain one takes ten.
         self.adamw = torch.optim.AdamW(
-            self.masters.values(), weight_decay=0.0, fused=on_cuda, foreach=None
+            self.masters.values(), betas=self.betas, weight_decay=0.0, fused=True
         )
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(_adds_to(self.masters[name]))

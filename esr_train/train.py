@@ -70,7 +70,7 @@ class Trainer:
         self.prompts = PromptStream(experiment.tokenized, config.rollout.prompts, seed, pool)
         answers = directory / "checkpoints" / "answers.safetensors"
         self.source = Source(config, experiment, self.prompts, answers, seed)
-        self.optimizer = Optimizer(self.student)
+        self.optimizer = Optimizer(self.student, config.optim.betas)
         self.forward = compiled(self.student, config.runtime)
         self.objective = Objective(config, experiment, self.optimizer, self.forward)
         # Progress, as it is saved in checkpoints; `best` is the best evaluation, (value, step).

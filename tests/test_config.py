@@ -59,6 +59,8 @@ def test_published_configs_load_and_survive_a_round_trip(config_path: Path, tmp_
         ("seeds=[0, x]", r"seeds\[1\]: got 'x'"),
         ("seeds=[1, 1]", r"seeds: got \[1, 1\], must be different"),
         ("steps=0", "steps: got 0, must be greater than 0"),
+        ("optim.betas=[0.9]", "optim.betas: .*at least 2 items"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas.1.: got 1.0, must be less than 1"),
         ("optim.lr=-1", "optim.lr: got -1, must be greater than 0"),
         ("optim.lr=.inf", "optim.lr: got inf, must be a finite number"),
         ("eval.every=-1", "eval.every: got -1, must be greater than or equal to 0"),

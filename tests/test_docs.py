@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shlex
 from pathlib import Path
@@ -117,18 +116,3 @@ def test_the_errors_of_a_docstring_are_named_as_the_site_reads_them(name: str) -
     section = first[: first.index("") if "" in first else None]
     entries = [line for line in section if re.match(r" {4}\S", line)]
     assert entries and all(re.match(r" {4}\w+Error(, \w+Error)*: ", line) for line in entries)
-
-
-def test_the_pilots_of_running_sums_are_as_their_records_say() -> None:
-    page = (ROOT / "docs/running-sums.md").read_text(encoding="utf-8")
-    runs = {"reverse KL, lr 2e-3": "reverse-2e-3", "forward KL, lr 1e-3": "forward-1e-3"}
-    rows = re.findall(
-        r"^\| (.+? KL, lr \S+?), .+? \| (\S+) \| (\d+) \| ([\d.]+) \| (\d.+) \|$", page, re.M
-    )
-    assert len(rows) == 4
-    for setting, arm, step, accuracy, bins in rows:
-        evals = ROOT / "docs/running-sums" / runs[setting] / "arms" / arm / "seed0/evals.jsonl"
-        found = {row["step"]: row["metrics"] for row in map(json.loads, evals.open())}[int(step)]
-        assert f"{found['greedy_accuracy']:.3f}" == accuracy
-        names = ("0_31", "32_63", "64_95", "96_end")
-        assert bins == ", ".join(f"{found['heldout_kl_' + name]:.2f}" for name in names)

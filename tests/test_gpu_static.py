@@ -36,6 +36,8 @@ GOOD = Compiled(
     wide_loads=0,
     async_copies_in_loops=8,
     local_accesses=0,
+    warpgroup_products=8,
+    wide_copies=8,
 )
 
 
@@ -88,22 +90,38 @@ def test_a_spill_is_a_fault():
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_a_fused_kernel_off_the_matrix_units_is_a_fault(arch):
-    idle = replace(GOOD, arch=arch, matrix_instructions=0)
+def test_a_tiled_kernel_off_the_matrix_units_is_a_fault(arch):
+    idle = replace(GOOD, arch=arch, matrix_instructions=0, products=0)
     assert "has no" in idle.faults[0]
     assert bool(replace(idle, operand="*fp32").faults) == (arch == "gfx942")
     assert not replace(idle, kernel="gradient_kernel", wide_loads=4).faults
+
+
+def test_products_of_warpgroups_on_hopper_alone_where_tiles_have_the_rows():
+    narrow = replace(GOOD, warpgroup_products=0)
+    assert "warpgroup" in narrow.faults[0] and not replace(narrow, arch="sm_80").faults
+    attention = replace(narrow, kernel="prefix_attention_kernel", blocks="64x64x128")
+    assert "warpgroup" in attention.faults[0]
+    assert not replace(attention, blocks="32x64x128").faults
 
 
 def test_what_the_machine_code_lacks_is_a_fault():
     assert "local memory" in replace(GOOD, local_accesses=2).faults[0]
     assert "no product" in replace(GOOD, products=0).faults[0]
     assert "asynchronously" in replace(GOOD, async_copies_in_loops=0).faults[0]
-    unaligned = replace(GOOD, async_copies_in_loops=0, variant="fused: bf16, all, odd D")
-    assert not unaligned.faults and not replace(GOOD, arch="gfx942", async_copies_in_loops=0).faults
-    row_pass = replace(GOOD, kernel="gradient_kernel", async_copies_in_loops=0)
-    assert "16 bytes" in row_pass.faults[0]
-    assert not replace(row_pass, wide_loads=4).faults
+    assert not replace(GOOD, arch="gfx942", async_copies_in_loops=0).faults
+    narrow = replace(GOOD, kernel="gradient_kernel", wide_copies=0)
+    assert "16 bytes" in narrow.faults[0]
+    assert not replace(narrow, wide_loads=4).faults
+
+
+def test_an_exception_excuses_what_it_names():
+    unaligned = replace(GOOD, async_copies_in_loops=0, wide_copies=0, variant="bf16, all, odd D")
+    assert not unaligned.faults and len(unaligned.exceptions) == 2
+    assert len(replace(unaligned, variant="bf16, all").faults) == 2
+    assert len(replace(unaligned, kernel="prefix_attention_kernel").faults) == 2
+    assert replace(unaligned, local_accesses=2).faults, "which none excuses"
+    assert not GOOD.exceptions
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,36 @@ def test_micro_batches_add_up_in_fp32() -> None:
     assert optimizer.masters["weight"].grad is None
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_updates_are_adamws_and_the_same_on_any_number_of_threads(threads) -> None:
+    start, *gradients = torch.randn(4, 257, 131, generator=torch.Generator().manual_seed(0))
+    results = []
+    for number in (1, 2):
+        threads(number)
+        model = torch.nn.Linear(131, 257, bias=False)
+        model.weight.data.copy_(start)
+        optimizer = Optimizer(model)
+        for gradient in gradients:
+            model.weight.grad = gradient.clone()
+            optimizer.step(1e-2)
+        results.append(model.weight.detach())
+    weight = start.double()
+    mean = square = torch.zeros_like(weight)
+    for step, gradient in enumerate(gradients, 1):
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient.double() ** 2
+        spread = (square / (1 - 0.999**step)).sqrt() + 1e-8
+        weight = weight - 1e-2 * mean / (1 - 0.9**step) / spread
+    torch.testing.assert_close(results[0].double(), weight, rtol=0, atol=1e-6)
+    assert torch.equal(*results)
+
+
 def test_a_closed_optimizer_takes_no_gradients() -> None:
     model = bf16_linear()
     first, second = Optimizer(model), Optimizer(model)
@@ -94,3 +124,8 @@ def test_the_gradient_of_a_bf16_model_is_rounded_once(
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ModelError, match="no trainable weights"):
         Optimizer(bf16_linear().requires_grad_(False))
+
+
+def test_betas_of_the_configuration_reach_adamw(make_config: MakeConfig, tmp_path: Path) -> None:
+    trainer = build(make_config(optim__betas=[0.8, 0.95]), tmp_path / "run")
+    assert [group["betas"] for group in trainer.optimizer.adamw.param_groups] == [(0.8, 0.95)]

@@ -1,8 +1,8 @@
-"""Trains the committed LoRA adapter that makes SmolLM2-135M-Instruct add up digits step by step.
+"""Trains the committed LoRA adapter that makes SmolLM2-135M-Instruct count the animals in a list.
 
-    python -m tools.build_adapter --out configs/running-sums/adapter
+    python -m tools.build_adapter --out configs/tally/adapter
 
-Plain cross-entropy on worked solutions (tools/running_sums.py), on problems made up for this and
+Plain cross-entropy on worked solutions (tools/tally.py), on problems made up for this and
 none of them held out. Writes peft's two files, weights in bf16, and a card with settings, time,
 machine, accuracies and SHA-256. The accuracies are those of the files as written. The same command
 on the same machine gives the same weights; other processors round otherwise.
@@ -36,7 +36,7 @@ from esr_train.metrics import cpu_name
 from esr_train.models import head, load_model, load_tokenizer
 from esr_train.rollout import PrefixRollout, RolloutBatch
 from esr_train.teacher import hidden_rows, sequences
-from tools.running_sums import SYSTEM, draws, heldout, question, worked
+from tools.tally import SYSTEM, answer, draws, heldout, question, worked
 
 CARD = "card.json"
 
@@ -45,7 +45,7 @@ CARD = "card.json"
 class Recipe:
     """How the adapter is trained."""
 
-    steps: int = 200
+    steps: int = 60
     batch: int = 8  # worked solutions a step
     lr: float = 2e-3  # AdamW; linear warm-up, then cosine to 0
     warmup_steps: int = 10
@@ -58,8 +58,8 @@ def learn(model: Any, tokenizer: Any, recipe: Recipe) -> None:
     """Train the adapter of `model` on worked solutions, the end token included."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, recipe.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    known = {question(digits) for digits in heldout()}
-    problems = (digits for digits in draws("adapter") if question(digits) not in known)
+    known = {question(words) for words in heldout()}
+    problems = (words for words in draws("adapter") if question(words) not in known)
     encode, started = _encoder(tokenizer), time.perf_counter()
     for step in range(1, recipe.steps + 1):
         warm = min(1.0, step / recipe.warmup_steps)
@@ -87,12 +87,11 @@ def learn(model: Any, tokenizer: Any, recipe: Recipe) -> None:
 def accuracy(model: Any, tokenizer: Any, count: int) -> float:
     """Share of the first held-out problems whose greedy answer the recipe's grader accepts."""
     problems, encode, grade = heldout()[:count], _encoder(tokenizer), load_grader("exact")
-    prompts = [encode(question(digits)) for digits in problems]
-    batch = PrefixRollout(model, tokenizer).generate(prompts, 1, 160, 0.0, ("build_adapter",))
+    prompts = [encode(question(words)) for words in problems]
+    batch = PrefixRollout(model, tokenizer).generate(prompts, 1, 128, 0.0, ("build_adapter",))
     texts = [tokenizer.decode(batch.response(i), skip_special_tokens=True) for i in range(count)]
     right = [
-        grade(text, str(sum(digits)))["accuracy"]
-        for text, digits in zip(texts, problems, strict=True)
+        grade(text, answer(words))["accuracy"] for text, words in zip(texts, problems, strict=True)
     ]
     return sum(right) / count
 
@@ -116,10 +115,10 @@ def sha256(path: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, write, measure; the exit status."""
-    parser = argparse.ArgumentParser(description="Train the adapter of configs/running-sums.yaml.")
+    parser = argparse.ArgumentParser(description="Train the adapter of configs/tally.yaml.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--problems", type=int, default=128, help="held-out ones to measure on")
+    parser.add_argument("--problems", type=int, default=100, help="held-out ones to measure on")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--base", default="smollm2", help="a model of the same architecture")
     options = parser.parse_args(arguments)
@@ -141,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     card = {
         "base": HUB_ID if options.base == "smollm2" else options.base,
         "base_weights_from": _origin(options.base),
-        "task": "sums of eleven digits, a step a line: tools/running_sums.py",
+        "task": "animals in a list of fifteen words, a word a line: tools/tally.py",
         "command": "python -m tools.build_adapter " + " ".join(arguments or sys.argv[1:]),
         "recipe": asdict(recipe),
         "greedy_accuracy": {
@@ -176,18 +175,18 @@ def _encoder(tokenizer: Any) -> PromptEncoder:
     return PromptEncoder(tokenizer, DataConfig(system=SYSTEM))
 
 
-def _solved(problems: list[list[int]], encode: PromptEncoder, tokenizer: Any) -> RolloutBatch:
+def _solved(problems: list[list[str]], encode: PromptEncoder, tokenizer: Any) -> RolloutBatch:
     """Prompts with their worked solutions as the answers."""
-    answers = [
-        tokenizer(worked(digits), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        for digits in problems
+    solved = [
+        tokenizer(worked(words), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        for words in problems
     ]
-    lengths = torch.tensor([len(answer) for answer in answers])
-    tokens = torch.zeros(len(answers), int(lengths.max()), dtype=torch.int64)
-    for row, answer in enumerate(answers):
-        tokens[row, : len(answer)] = torch.tensor(answer)
-    prompts = [encode(question(digits)) for digits in problems]
-    return RolloutBatch(prompts, tokens, lengths, torch.ones(len(answers), dtype=torch.bool))
+    lengths = torch.tensor([len(ids) for ids in solved])
+    tokens = torch.zeros(len(solved), int(lengths.max()), dtype=torch.int64)
+    for row, ids in enumerate(solved):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    prompts = [encode(question(words)) for words in problems]
+    return RolloutBatch(prompts, tokens, lengths, torch.ones(len(solved), dtype=torch.bool))
 
 
 if __name__ == "__main__":

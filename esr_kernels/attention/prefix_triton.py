@@ -29,7 +29,7 @@ from torch import Tensor
 
 from esr_kernels.attention.arguments import AttentionOptions, Cache
 from esr_kernels.attention.groups import RowGroups
-from esr_kernels.common.launch import launch
+from esr_kernels.common.launch import ceil_div, launch
 from esr_kernels.common.logits_triton import online_maximum, transform_logits
 
 # (bytes of an operand, widest head) -> (queries, keys) of a prefix block. The accumulator takes
@@ -51,6 +51,11 @@ SUFFIX_KEYS: dict[tuple[int, int], int] = {
     (4, 128): 32,
     (4, 256): 16,
 }
+# 32 queries spill 40 bytes on sm_90 in this version of Triton, and in no other.
+if triton.__version__.startswith("3.5."):
+    PREFIX_BLOCKS[4, 64] = (16, 32)
+# So does a suffix of 8 warps with the widest fp32 heads, 8 bytes, in this one.
+_SUFFIX_WARPS = {(4, 256): 4} if triton.__version__.startswith("3.4.") else {}
 # The fewest rows of a matrix product.
 _LEAST = 16
 # Enough programs to fill a large GPU twice.
@@ -256,7 +261,7 @@ def attend(
     block_m, block_l = PREFIX_BLOCKS[kind]
     group = batch // prompts if groups is None else groups.rows.shape[1]
     block_m = min(block_m, max(_LEAST, triton.next_power_of_2(group * repeats)))
-    query_blocks = triton.cdiv(group * repeats, block_m)
+    query_blocks = ceil_div(group * repeats, block_m)
     programs = prompts * kv_heads * query_blocks
     splits, split_keys = _split_keys(capacity, programs, block_l)
     weighted = torch.empty(splits, batch, heads, dim, dtype=torch.float32, device=query.device)
@@ -294,7 +299,7 @@ def attend(
         splits=splits,
         BLOCK_M=max(_LEAST, triton.next_power_of_2(repeats)),
         BLOCK_L=SUFFIX_KEYS[kind],
-        **shared,
+        **{**shared, "num_warps": _SUFFIX_WARPS.get(kind, shared["num_warps"])},
     )
     return out
 
@@ -318,7 +323,7 @@ def _split_keys(capacity: int, programs: int, block: int) -> tuple[int, int]:
     """(splits of the prefix, keys in each, whole blocks): enough programs to fill the GPU."""
     if capacity == 0:
         return 0, 0
-    wanted = triton.cdiv(_WANTED_PROGRAMS, max(programs, 1))
+    wanted = ceil_div(_WANTED_PROGRAMS, max(programs, 1))
     splits = max(1, min(wanted, capacity // _LEAST_KEYS))
-    keys = triton.cdiv(triton.cdiv(capacity, splits), block) * block
-    return triton.cdiv(capacity, keys), keys
+    keys = ceil_div(ceil_div(capacity, splits), block) * block
+    return ceil_div(capacity, keys), keys

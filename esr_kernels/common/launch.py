@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,11 +35,12 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Callable[..., No
             if not _REMEMBERS:
                 kernel[grid](*args, enable_fp_fusion=True, **kwargs)
                 return
-            variant = kernel, like.device, tuple(kwargs), *map(_variant, (*args, *kwargs.values()))
+            # Hashing a kernel hashes its source; kernels live as long as the process.
+            variant = id(kernel), like.device, *kwargs, *_variant((*args, *kwargs.values()))
             found = _kernels.get(variant)
             if found is None:
                 compiled = kernel[grid](*args, enable_fp_fusion=True, **kwargs)
-                _remember(variant, compiled)
+                _remember(variant, compiled, tuple(kernel.arg_names[len(args) :]))
                 return
             compiled, names = found
             compiled[(*grid, 1, 1)[:3]](*args, *[kwargs[name] for name in names])
@@ -46,28 +48,45 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Callable[..., No
     return launched
 
 
-def _variant(argument: Any) -> Any:
+def _variant(arguments: Iterable[Any]) -> tuple[Any, ...]:
     """What Triton compiles a variant of a kernel for, or more: integers by their value."""
-    kind = type(argument)
-    if kind is tuple:
-        return tuple(map(_variant, argument))
-    if kind is float:
-        return kind
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return kind, argument
+    found: list[Any] = []
+    for argument in arguments:
+        kind = type(argument)
+        if argument is None or kind is int:
+            found.append(argument)
+        elif kind is float:
+            found.append(float)
+        elif kind is tuple:
+            found.append(_variant(argument))
+        elif isinstance(argument, Tensor):
+            found += argument.dtype, argument.data_ptr() % 16 == 0
+        else:
+            found.append((kind, argument))
+    return tuple(found)
 
 
-def _remember(variant: tuple[Any, ...], compiled: Any) -> None:
-    """Keep what a launch has compiled or found, with the names of the arguments by keyword."""
+def _remember(variant: tuple[Any, ...], compiled: Any, by_keyword: tuple[str, ...]) -> None:
+    """Keep what a launch has compiled or found, and which arguments it had by keyword."""
     version = getattr(sys.modules.get("triton"), "__version__", "")
     if not version.startswith(_KNOWN_TRITON) or not hasattr(compiled, "__getitem__"):
         return
     if len(_kernels) >= _MOST:
         _kernels.clear()
-    kernel, _, by_keyword, *arguments = variant
-    positional = len(arguments) - len(by_keyword)
-    _kernels[variant] = compiled, tuple(kernel.arg_names[positional:])
+    _kernels[variant] = compiled, by_keyword
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` takes two microseconds."""
+    return -(-a // b)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """SMs or CUs of a GPU; an H100's where there is none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def split_columns(rows: int, columns: int, block: int) -> tuple[int, int]:
@@ -76,7 +95,7 @@ def split_columns(rows: int, columns: int, block: int) -> tuple[int, int]:
     With many rows there is one program a row. With few, each row is split until the launch has
     `_WANTED_PROGRAMS` programs, or a program for every block.
     """
-    blocks = -(-columns // block)
-    splits = min(blocks, -(-_WANTED_PROGRAMS // max(rows, 1)))
-    width = -(-blocks // splits) * block
-    return -(-columns // width), width
+    blocks = ceil_div(columns, block)
+    splits = min(blocks, ceil_div(_WANTED_PROGRAMS, max(rows, 1)))
+    width = ceil_div(blocks, splits) * block
+    return ceil_div(columns, width), width

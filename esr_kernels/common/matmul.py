@@ -90,7 +90,8 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, ids: Tensor | None = No
     """out = hidden @ weight[ids].T, [n, D] x [V, D] -> [n, V], fp32 out of any operands."""
     widens = _widens(hidden) and hidden.dtype == weight.dtype
     dtype = hidden.dtype if widens else out.dtype
-    hidden = hidden.to(dtype)
+    if hidden.dtype != dtype:
+        hidden = hidden.to(dtype)
     if ids is None and weight.dtype == dtype:
         _project(hidden, weight, out)
     else:
@@ -139,7 +140,8 @@ def weight_gradient(
     accumulate: bool,
 ) -> None:
     """out[ids] (+)= alpha * dz.T @ hidden, [n, V] x [n, D] -> [V, D]; the ids are distinct."""
-    hidden = hidden.to(dz.dtype)
+    if hidden.dtype != dz.dtype:
+        hidden = hidden.to(dz.dtype)
     if ids is None and (dz.dtype == out.dtype or _widens(dz)):
         _mm(dz.T, hidden, out, alpha, accumulate)
         return

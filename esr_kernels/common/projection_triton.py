@@ -67,8 +67,11 @@ def _arch(device: object) -> str:
 
 def threads_of_a_warp(device: torch.device) -> int:
     """Threads that run in step on a GPU."""
-    if _INTERPRETS:
-        return 32
+    return 32 if _INTERPRETS else _threads(device, triton.runtime.driver.active)
+
+
+@functools.cache
+def _threads(device: torch.device, driver: object) -> int:
     with torch.cuda.device(device if device.type == "cuda" else -1):
         arch = _arch(triton.runtime.driver.active.get_current_device())
     return 64 if arch == "gfx942" else 32

@@ -298,7 +298,7 @@ class Gradients(NamedTuple):
 
     def over_shared_classes(self, x: Operands, classes: int) -> Gradients:
         """With the part of the head's buffer that belongs to classes that both models have."""
-        if x.student_ids is not None or self.weight is None or len(self.weight) == classes:
+        if x.student_ids is not None or self.weight is None or self.weight.shape[0] == classes:
             return self
         return self._replace(weight=self.weight[:classes])
 

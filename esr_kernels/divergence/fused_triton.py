@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.common.launch import launch
+from esr_kernels.common.launch import ceil_div, launch, processors
 from esr_kernels.common.logits_triton import online_softmax, transform_logits
 from esr_kernels.common.projection_triton import check_fused, current_arch, operand_kind, project
 from esr_kernels.divergence.call import Operands
@@ -73,8 +73,9 @@ BLOCKS: dict[tuple[str, str], Blocks] = {
     ("unaligned", "sm_100"): Blocks(64, 64, 32, 8, 2),
     ("unaligned", "gfx942"): Blocks(64, 64, 32, 8, 2),
 }
-# Programs that fill a large GPU about four times over, so that the last round is short.
-_WANTED_PROGRAMS = 512
+# Programs that fill a large GPU about four times over, and at most twenty times: more of them would
+# hold more parts in memory for less and less of a last round (`_split_classes`).
+_WANTED_PROGRAMS, _MOST_TIMES = 512, 5
 # Token blocks that walk the classes side by side. The programs that run at once, 132 on an H100,
 # hold about as many blocks of tokens as of classes, 31 MB of operands at T = 8192 and D = 1536 and
 # 3584, which a cache of 50 MB keeps. All 64 blocks of tokens first, 84 MB of hidden states would
@@ -181,13 +182,19 @@ def _fused_statistics_kernel(
     )
 
 
-def _split_classes(rows: int, classes: int, blocks: Blocks) -> tuple[int, int]:
-    """(splits, classes in each): enough programs for the machine, whole tiles each."""
-    tiles = triton.cdiv(classes, blocks.classes)
-    programs = triton.cdiv(rows, blocks.tokens)
-    splits = min(tiles, max(1, _WANTED_PROGRAMS // max(programs, 1)))
-    each = triton.cdiv(tiles, splits) * blocks.classes
-    return triton.cdiv(classes, each), each
+def _split_classes(rows: int, classes: int, blocks: Blocks, processors: int) -> tuple[int, int]:
+    """(splits, classes in each), whole tiles: enough programs for the machine, and of the numbers
+    that are enough the smallest with which the busiest processor has the fewest tiles."""
+    tiles = ceil_div(classes, blocks.classes)
+    programs = max(ceil_div(rows, blocks.tokens), 1)
+    fewest = min(tiles, max(1, _WANTED_PROGRAMS // programs))
+
+    def tiles_of_busiest(each: int) -> int:
+        return each * ceil_div(programs * ceil_div(tiles, each), processors)
+
+    most_each, least_each = (ceil_div(tiles, n) for n in (fewest, _MOST_TIMES * fewest))
+    each = min(range(most_each, least_each - 1, -1), key=tiles_of_busiest) * blocks.classes
+    return ceil_div(classes, each), each
 
 
 def _kernel_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
@@ -236,13 +243,13 @@ def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Ten
         if _removes_by_bias(x, spec):
             # The mask takes registers that 128 classes leave none of.
             blocks = blocks._replace(classes=min(blocks.classes, 64))
-    splits, each = _split_classes(tokens, classes, blocks)
+    splits, each = _split_classes(tokens, classes, blocks, processors(x.student_hidden.device))
     parts = torch.empty(
         tokens, splits, COLUMNS, dtype=torch.float32, device=x.student_hidden.device
     )
     if not tokens:
         return parts
-    programs = triton.cdiv(tokens, blocks.tokens) * splits
+    programs = ceil_div(tokens, blocks.tokens) * splits
     launch(_fused_statistics_kernel, (programs,), x.student_hidden)(
         _kernel_operands(x.student_hidden, x.student_weight, x.student_bias),
         _kernel_operands(x.teacher_hidden, x.teacher_weight, x.teacher_bias),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.common.launch import launch
+from esr_kernels.common.launch import ceil_div, launch
 from esr_kernels.common.logits_triton import transform_logits
 from esr_kernels.divergence.statistics import (
     COLUMNS,
@@ -139,7 +139,7 @@ def merge_rows(
     out = torch.empty(fields, n, dtype=torch.float32, device=parts.device)
     block, warps = MERGE_BLOCK
     if n:
-        launch(_merge_kernel, (triton.cdiv(n, block),), parts)(
+        launch(_merge_kernel, (ceil_div(n, block),), parts)(
             parts.contiguous(),
             out,
             labels,

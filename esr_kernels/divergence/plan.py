@@ -40,8 +40,10 @@ _TORCH_SCRATCH = 4 * 5 * 640_000
 # derivative of a softcap takes then (PyTorch's row passes have room for it).
 _MERGED_COLUMNS, _MERGED_SCRATCH = 30, 4 * 640_000
 # As in `fused_triton`: the tokens of a tile, the token blocks that walk the classes side by side,
-# and the programs wanted. A GPU runs about 128 at once.
+# and the programs wanted, up to five times as many where that fills the last round. A GPU runs
+# about 128 at once.
 _FUSED_TILE, _FUSED_GROUP, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 8, 512, 128
+_FUSED_MOST_TIMES = 5
 # Bytes of a token's statistics from one split of the classes, and of merging them.
 _PART_BYTES = 2 * 4 * 10
 
@@ -138,7 +140,7 @@ class Plan:
         """Splits of the classes over programs, of the narrowest tile: an upper bound."""
         programs = math.ceil(self.problem.tokens / _FUSED_TILE)
         tiles = math.ceil(self.problem.classes / SMALLEST_TILE)
-        return min(tiles, max(1, _FUSED_PROGRAMS // max(programs, 1)))
+        return min(tiles, _FUSED_MOST_TIMES * max(1, _FUSED_PROGRAMS // max(programs, 1)))
 
     @property
     def sums_hidden_apart(self) -> bool:

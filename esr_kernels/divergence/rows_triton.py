@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.common.launch import launch, split_columns
+from esr_kernels.common.launch import ceil_div, launch, split_columns
 from esr_kernels.common.logits_triton import lane_max, load_logits, merge_lanes, online_softmax
 from esr_kernels.common.projection_triton import threads_of_a_warp
 from esr_kernels.divergence.losses import Divergence, KernelForm, kernel_form
@@ -43,8 +43,9 @@ _WIDTH = tl.constexpr(4)
 # (groups of a thread, warps). Counted in the SASS of sm_90 at V = 151,936, without options: 42
 # instructions a pair of logits and 48 registers, 40 of 64 warps resident. With 1 group 46 and 40,
 # with 4 groups 39 and 79. Loads through shared memory (`num_stages`) take 47 and 63: the resident
-# warps have 40 KiB in flight already, so they are not kept.
-STATISTICS_BLOCK = (2, 4)
+# warps have 40 KiB in flight already, so they are not kept. Before Triton 3.7, 2 groups take 49 and
+# 64, and spill with all options; 1 group 46 and 40.
+STATISTICS_BLOCK = (1 if triton.__version__.startswith(("3.4.", "3.5.", "3.6.")) else 2, 4)
 # (columns in a block, warps): 8 columns a thread.
 PULL_SUMS_BLOCK = (1024, 4)
 GRADIENT_BLOCK = (1024, 4)
@@ -324,7 +325,7 @@ def tile_gradient_(
     form = _form(spec.divergence)
     block, warps = GRADIENT_BLOCK
     if n:
-        launch(_gradient_kernel, (n, triton.cdiv(classes, block)), tile.s)(
+        launch(_gradient_kernel, (n, ceil_div(classes, block)), tile.s)(
             *_logits(tile),
             dz,
             dz.stride(0),

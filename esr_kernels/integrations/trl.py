@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import trl
 
 from esr_kernels.integrations import trl_sampling
-from esr_kernels.integrations.trl_patch import check_options, patched
+from esr_kernels.integrations.trl_options import check_options, given_once, shared_classes
+from esr_kernels.integrations.trl_patch import patched
 
 __all__ = ["DistillationTrainer", "patched"]
 
@@ -51,20 +51,21 @@ class DistillationTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         loss_options: dict[str, Any] | None = None,
         **others: Any,
     ) -> None:
-        ends = {"merge_student_ids": merge_student_ids, "merge_teacher_ids": merge_teacher_ids}
-        options = {"divergence": divergence, **ends, **(loss_options or {})}
-        self.loss_options = {name: value for name, value in options.items() if value is not None}
+        self.loss_options = given_once(
+            loss_options,
+            divergence=divergence,
+            merge_student_ids=merge_student_ids,
+            merge_teacher_ids=merge_teacher_ids,
+        )
         check_options(self.loss_options)
         super().__init__(model, None, args, **others)  # it would refuse an unequal vocabulary
         self.teacher_model = self._prepared(teacher_model)
         pair: Any = (self.model, self.accelerator.unwrap_model(self.teacher_model))
-        sizes = [model.config.get_text_config().vocab_size for model in pair]
-        if "num_classes" not in self.loss_options and 10 * min(sizes) < 9 * max(sizes):
-            what = f"vocabularies of {sizes[0]} and {sizes[1]} tokens: is num_classes really"
-            warnings.warn(f"{what} {min(sizes)}? Say so in loss_options", stacklevel=2)
-        classes = self.loss_options.setdefault("num_classes", min(sizes))
-        trl_sampling.stop_at(self, () if merge_student_ids is None else merge_student_ids)
-        trl_sampling.sample_below(self, classes, sizes[0])
+        rows = tuple(model.config.get_text_config().vocab_size for model in pair)
+        classes = shared_classes(self.loss_options, rows, self.accelerator.device)
+        self.loss_options["num_classes"] = classes
+        trl_sampling.stop_at(self, self.loss_options.get("merge_student_ids"))
+        trl_sampling.sample_below(self, classes, rows[0])
         self.engine = None if rollout is None else trl_sampling.Engine(self, rollout, classes)
 
     def _prepared(self, teacher: Any) -> Any:

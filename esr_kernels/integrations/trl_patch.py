@@ -10,12 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from esr_kernels.integrations import peers, trl_losses
+from esr_kernels.integrations.trl_options import check_options
 
-# Options of `linear_divergence` that TRL does not set.
-_OPTIONS = (
-    "divergence num_classes merge_student_ids merge_teacher_ids teacher_temperature "
-    "plan memory_budget impl"
-).split()
 _LOSS = (
     "student_hidden_states teacher_hidden_states student_lm_head_weight teacher_lm_head_weight "
     "completion_mask beta num_items_in_batch student_lm_head_bias teacher_lm_head_bias "
@@ -47,7 +43,8 @@ def patched(**options: Any) -> Iterator[None]:
 
     Raises:
         ImportError: TRL is not installed, or its functions are not those that this replaces.
-        TypeError: an option that is unknown.
+        TypeError, ValueError: an option that is unknown, or its value. A pair that TRL refuses for
+            its vocabularies is refused as by TRL, with the name of the subclass that takes it.
 
     Example:
         >>> with patched():
@@ -68,6 +65,13 @@ def patched(**options: Any) -> Iterator[None]:
     GKDTrainer.compute_loss = trl_losses.gkd_loss(gkd_loss, options)
     try:
         yield
+    except ValueError as error:
+        if "requires a shared vocabulary" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} Or, for one tokenizer whose heads are padded to different sizes, train with "
+            "esr_kernels.integrations.trl.DistillationTrainer in place of TRL's."
+        ) from error
     finally:
         module._chunked_divergence_loss = loss
         GKDTrainer.compute_loss = gkd_loss
@@ -79,10 +83,3 @@ def _gkd_trainer() -> Any:
         warnings.simplefilter("ignore")  # TRL warns whoever imports an experimental trainer
         from trl.experimental.gkd.gkd_trainer import GKDTrainer
     return GKDTrainer
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Raise TypeError on an option that is not for the user of a trainer to give."""
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"option {name!r} is unknown; options are {', '.join(_OPTIONS)}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 
-def stop_at(trainer: Any, tokens: Iterable[int]) -> None:
-    """Have `tokens` end a completion beside the ends that TRL has found."""
-    ids = [getattr(token, "item", lambda token=token: token)() for token in tokens]
-    if not all(type(token) is int for token in ids):
-        raise TypeError(f"merge_student_ids must be token ids, ints, got {ids}")
+from esr_kernels.common.arguments import checked_ids
+
+
+def stop_at(trainer: Any, merge_student_ids: Sequence[int] | Tensor | None) -> None:
+    """Have all of a student's ends end a completion beside those that TRL has found."""
+    ids = () if merge_student_ids is None else checked_ids("merge_student_ids", merge_student_ids)
     new = [token for token in ids if token not in trainer.eos_token_ids]
     if new and trainer.use_vllm:
         raise ValueError(

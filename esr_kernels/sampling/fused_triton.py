@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.common.calibration import rates_of
-from esr_kernels.common.launch import launch
+from esr_kernels.common.launch import ceil_div, launch
 from esr_kernels.common.projection_triton import (
     check_fused,
     current_arch,
@@ -127,10 +127,10 @@ def tile_statistics(
     """
     check_fused("", hidden, weight)
     blocks = blocks or BLOCKS[operand_kind(weight), current_arch(hidden)]
-    rows, tiles = hidden.shape[0], triton.cdiv(classes.count, TILE)
+    rows, tiles = hidden.shape[0], ceil_div(classes.count, TILE)
     maxima, log_sums = empties(2, rows, tiles, like=hidden)
     if rows:
-        launch(_fused_tiles_kernel, (triton.cdiv(rows, blocks.rows), tiles), hidden)(
+        launch(_fused_tiles_kernel, (ceil_div(rows, blocks.rows), tiles), hidden)(
             # Head and hidden states are swapped: classes are the long side.
             (weight, hidden, None, weight.stride(0), hidden.stride(0), hidden.shape[1]),
             transform=kernel_transform(classes, params),

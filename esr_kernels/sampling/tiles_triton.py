@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.common.launch import launch
+from esr_kernels.common.launch import ceil_div, launch
 from esr_kernels.common.logits_triton import transform_logits
 from esr_kernels.sampling.params import TILE, Classes, RowParams
 
@@ -109,11 +109,11 @@ def tile_statistics(
     raw: Tensor, classes: Classes, params: RowParams, cutoff: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Maxima and log-sums [B, tiles] fp32 of raw logits, over the classes that `cutoff` keeps."""
-    rows, tiles = raw.shape[0], triton.cdiv(classes.count, TILE)
+    rows, tiles = raw.shape[0], ceil_div(classes.count, TILE)
     statistics = empties(2, rows, tiles, like=raw)
     block, warps = STATISTICS_BLOCK
     if rows:
-        launch(_tile_statistics_kernel, (rows, triton.cdiv(tiles, block)), raw)(
+        launch(_tile_statistics_kernel, (rows, ceil_div(tiles, block)), raw)(
             raw,
             raw.stride(0),
             transform=kernel_transform(classes, params),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.common.launch import launch, split_columns
+from esr_kernels.common.launch import ceil_div, launch, split_columns
 from esr_kernels.common.logits_triton import (
     cap_logits,
     online_maximum,
@@ -184,7 +184,7 @@ def tile_statistics(
     parts = torch.empty(tokens, splits, COLUMNS, dtype=torch.float32, device=z.device)
     if tokens == 0:
         return parts
-    launch(_select_kernel, (triton.cdiv(ids.numel(), _ID_BLOCK),), z)(
+    launch(_select_kernel, (ceil_div(ids.numel(), _ID_BLOCK),), z)(
         z,
         z.stride(0),
         ids_ptr=ids,
@@ -232,7 +232,7 @@ def tile_gradient_(
     else:
         block, warps = GRADIENT_BLOCK
         linear = unselected.linear
-        launch(_unselected_gradient_kernel, (tokens, triton.cdiv(classes, block)), z)(
+        launch(_unselected_gradient_kernel, (tokens, ceil_div(classes, block)), z)(
             z,
             dz,
             z.stride(0),
@@ -246,7 +246,7 @@ def tile_gradient_(
             BLOCK=block,
             num_warps=warps,
         )
-    launch(_scatter_kernel, (triton.cdiv(ids.numel(), _ID_BLOCK),), dz)(
+    launch(_scatter_kernel, (ceil_div(ids.numel(), _ID_BLOCK),), dz)(
         dz,
         dz.stride(0),
         ids_ptr=ids,

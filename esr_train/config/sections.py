@@ -228,8 +228,13 @@ class LossConfig(_Strict):
         return self
 
 
+_Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+
+
 class OptimConfig(_Strict):
     lr: PositiveFloat = 1e-5  # AdamW, peak learning rate
+    # Decay of the means of gradients and of their squares; [0.9, 0.95] forgets the first steps soon
+    betas: _Betas = [0.9, 0.999]
     warmup_steps: NonNegativeInt = 0  # linear, from lr / warmup_steps
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
     micro_batch: PositiveInt | None = None  # responses per forward and backward; null = all at once

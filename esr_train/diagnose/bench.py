@@ -17,7 +17,14 @@ import numpy as np
 from esr_train.adapters import CONFIG as ADAPTER_FILE
 from esr_train.adapters import load_adapter
 from esr_train.arms import Arms
-from esr_train.config import Config, ConfigError, LossConfig, ModelConfig, with_overrides
+from esr_train.config import (
+    Config,
+    ConfigError,
+    LossConfig,
+    ModelConfig,
+    arm_config,
+    with_overrides,
+)
 from esr_train.diagnose.intervals import position_edges
 from esr_train.diagnose.measure import TokenValues, token_values
 from esr_train.diagnose.progress import Progress
@@ -279,9 +286,10 @@ def problem_count(config: Config, task: Any) -> int:
 
 
 def windows(config: Config) -> list[int]:
-    """Numbers of first tokens that shares and selections are about: the lengths of truncated arms,
-    or without any that of rollouts, but at most a quarter of an answer."""
+    """Numbers of tokens that shares and selections are about: those that arms train on where it is
+    not the whole answer, or without any that of rollouts, but at most a quarter of an answer."""
     limit = config.eval.max_new_tokens
-    changed = [arm.get("max_new_tokens", arm.get("rollout.max_new_tokens")) for arm in config.arms]
-    sizes = {size for size in changed if size is not None and size < limit}
+    arms = [arm_config(config, arm) for arm in config.arms]
+    sizes = {min(arm.rollout.max_new_tokens, arm.loss.window_tokens or limit) for arm in arms}
+    sizes = {size for size in sizes if size < limit}
     return sorted(sizes) or [min(config.rollout.max_new_tokens, max(1, limit // 4))]

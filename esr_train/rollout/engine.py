@@ -112,8 +112,11 @@ class PrefixRollout:
             for prompt in prompts
         ):
             raise TypeError("prompts_token_ids must be a list with a list of ints for each prompt")
-        if not prompts or min(map(len, prompts)) == 0:
-            raise ContextError("prompts: at least one is needed, and none may be empty")
+        if not prompts:
+            raise ContextError("prompts: at least one is needed, got none")
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                raise ContextError(f"prompts must have at least one token each, row {row} has none")
         longest, limit = max(prompts, key=len), max_positions(self.model)
         if limit is not None and len(longest) + max_new_tokens > limit:
             raise ContextError(

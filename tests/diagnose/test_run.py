@@ -12,6 +12,7 @@ import pytest
 from esr_train import cli
 from esr_train.config import Config, ConfigError, to_yaml, with_overrides
 from esr_train.diagnose import describe_diagnosis, diagnose
+from esr_train.diagnose.bench import windows
 from esr_train.diagnose.run import SECTIONS
 from tests.diagnose.chains import chain_config, page_problems, path
 from tests.diagnose.test_measure import FORK
@@ -145,3 +146,20 @@ def test_a_dry_run_counts_what_is_sampled(config: Config) -> None:
     # 10 answers of 12: by 2 models twice, by 1 trained student, and 3 after 1, 2 and 4 tokens
     assert f"at most {10 * (12 * 5 + 3 * (11 + 10 + 8)):,} tokens sampled" in text
     assert "windows of 3 first tokens" in text and "train, seeds 0" in text
+
+
+@pytest.mark.parametrize(
+    ("arms", "expected"),
+    [
+        ([{"name": "short", "max_new_tokens": 2}, {"name": "full"}], [2]),
+        ([{"name": "masked", "loss.window_tokens": 3}, {"name": "full"}], [3]),
+        ([{"name": "a", "max_new_tokens": 2}, {"name": "b", "loss.window_tokens": 3}], [2, 3]),
+        ([{"name": "both", "max_new_tokens": 2, "loss.window_tokens": 3}], [2]),
+        ([{"name": "full"}], [1]),  # a quarter of an answer
+    ],
+)
+def test_windows_are_the_tokens_that_arms_train_on(
+    config: Config, arms: list[dict], expected: list[int]
+) -> None:
+    changes = {"rollout.max_new_tokens": 6, "eval.max_new_tokens": 6, "arms": arms}
+    assert windows(with_overrides(config, {**changes, "report.baseline": None})) == expected

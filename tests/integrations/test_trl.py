@@ -59,6 +59,9 @@ def test_patched_refuses_an_unknown_option_and_a_trl_that_has_moved(monkeypatch)
     with pytest.raises(TypeError, match="'budget' is unknown; options are divergence"):
         with patched(budget=1):
             pass
+    with pytest.raises(ValueError, match="divergence must be one of .*got 'jds'"):
+        with patched(divergence="jds"):
+            pass
     monkeypatch.setattr(module, "_chunked_divergence_loss", lambda student, teacher: None)
     with pytest.raises(ImportError, match=r"takes \['student', 'teacher'\]"):
         with patched():
@@ -127,6 +130,10 @@ def test_unequal_padded_vocabularies_train_where_trl_refuses(tmp_path):
     sizes = {"student": {"vocab_size": 34}, "teacher": {"vocab_size": 32}}
     with pytest.raises(ValueError, match="vocab_size 34"):
         trainer(tmp_path, **sizes)
+    with pytest.raises(ValueError, match="vocab_size 34.*integrations.trl.DistillationTrainer in"):
+        with patched():
+            trainer(tmp_path, **sizes)
+    assert _installed() == BY_TRL
     ours = trainer(tmp_path, DistillationTrainer, **sizes, settings={"learning_rate": 1e-2})
     assert ours.generation_config.suppress_tokens == [32, 33]
     found = losses(ours)
@@ -174,6 +181,12 @@ def test_divergence_ends_and_engine_of_the_subclass(tmp_path):
     assert all(text.index(".") == len(text) - 1 for text in ends)
 
 
+def test_ends_in_loss_options_stop_the_sampling(tmp_path):
+    ends = {"merge_student_ids": torch.tensor([0, 25]), "merge_teacher_ids": (0, 25)}
+    ours = trainer(tmp_path, DistillationTrainer, loss_options=ends)
+    assert ours.generation_config.eos_token_id == [0, 25]
+
+
 def test_the_engine_is_refused_where_it_would_sample_another_law(tmp_path):
     with pytest.raises(ValueError, match="combined with args.repetition_penalty"):
         trainer(
@@ -201,7 +214,27 @@ def test_the_engine_samples_where_trl_trains_under_autocast(tmp_path):
     "wrong, message",
     [
         ({"rollout": "PrefixRollout"}, "rollout must make an engine .* got 'PrefixRollout'"),
-        ({"merge_student_ids": ["<eos>"], "merge_teacher_ids": [0]}, "must be token ids, ints"),
+        (
+            {"merge_student_ids": ["<eos>"], "merge_teacher_ids": [0]},
+            "must be integers .*<eos>",
+        ),
+        (
+            {"merge_student_ids": [0, 3]},
+            "merge_student_ids and merge_teacher_ids must be given",
+        ),
+        ({"merge_student_ids": [0, 99], "merge_teacher_ids": [0]}, r"lie in \[0, 32\).*got 99"),
+        ({"divergence": "jds"}, "divergence must be one of .*got 'jds'; did you mean 'jsd'"),
+        ({"loss_options": {"plan": "stach"}}, "plan must be .*stach"),
+        ({"loss_options": {"plan": "fused"}}, "plan='fused' is a Triton kernel and needs a GPU"),
+        ({"loss_options": {"memory_budget": 0}}, "memory_budget must be a positive .*got 0"),
+        ({"loss_options": {"num_classes": 33}}, "num_classes must be .*from 1 to 32.*got 33"),
+        ({"loss_options": {"teacher_temperature": 0}}, "teacher_temperature must be .*got 0"),
+        ({"loss_options": {"impl": "cuda"}}, "impl must be .*cuda"),
+        ({"loss_options": ["plan"]}, "loss_options must be a dict, got list"),
+        (
+            {"divergence": "jsd", "loss_options": {"divergence": "jeffreys"}},
+            "divergence is given twice, as an argument and in loss_options: 'jsd' and 'jeffreys'",
+        ),
         ({"teacher_model": torch.nn.Linear(2, 2)}, "teacher_model must be a model.* got Linear"),
     ],
     ids=str,

@@ -101,8 +101,10 @@ def test_context_overflow_is_refused_before_work() -> None:
     engine.check_fits([[3] * 28], 100)
     with pytest.raises(ContextError, match=r"longest prompt has 29 tokens.*100 new.*128"):
         engine.generate([[3], [3] * 29], 1, 100, 1.0, (0,))
-    with pytest.raises(ContextError, match="none may be empty"):
+    with pytest.raises(ContextError, match="at least one token each, row 1 has none"):
         engine.generate([[3], []], 1, 1, 1.0, (0,))
+    with pytest.raises(ContextError, match="at least one is needed, got none"):
+        engine.generate([], 1, 1, 1.0, (0,))
 
 
 def _retold(model: torch.nn.Module, batch: RolloutBatch, temperature: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The task and the adapter of configs/running-sums.yaml, and the script that trains it."""
+"""The task and the adapter of configs/tally.yaml, and the script that trains it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from esr_train.cli import main
 from esr_train.config import load_config
 from esr_train.tasks import load_task
 from tests.tiny import char_tokenizer, save_pair, tiny_llama
-from tools import build_adapter, running_sums
-from tools.running_sums import worked
+from tools import build_adapter, tally
+from tools.tally import worked
 
 ROOT = Path(__file__).parents[2]
-ADAPTER = ROOT / running_sums.DIRECTORY / "adapter"
-RECIPE = ROOT / "configs" / "running-sums.yaml"
-LETTERS = "0123456789+=\nAdfromthelp, ."
+ADAPTER = ROOT / tally.DIRECTORY / "adapter"
+RECIPE = ROOT / "configs" / "tally.yaml"
+LETTERS = "".join(sorted(set(tally.SYSTEM + "0123456789,:.=\n" + "abcdefghijklmnopqrstuvwxyz")))
 
 
 @pytest.fixture(autouse=True)
@@ -31,31 +31,29 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_worked_solution() -> None:
-    assert worked([7, 7, 1, 5]) == "14+1+5\n15+5\n20"
+    assert worked(["horse", "cup", "whale"]) == "horse: yes, 1\ncup: no, 1\nwhale: yes, 2\n2"
 
 
 def test_committed_problems_are_those_that_the_script_writes() -> None:
     for name, problems in (
-        ("train", running_sums.train()),
-        ("heldout", running_sums.heldout()),
+        ("train", tally.train()),
+        ("heldout", tally.heldout()),
     ):
-        assert Path(running_sums.DIRECTORY, f"{name}.jsonl").read_text() == running_sums.as_lines(
-            problems
-        )
+        assert Path(tally.DIRECTORY, f"{name}.jsonl").read_text() == tally.as_lines(problems)
 
 
 def test_the_recipe_s_grader_accepts_worked_solutions_and_no_others() -> None:
     config = load_config(RECIPE)
-    assert config.data.system == running_sums.SYSTEM
+    assert config.data.system == tally.SYSTEM
     task = load_task(config.data)
     assert (task.count("train"), task.count("heldout")) == (
-        running_sums.TRAIN,
-        running_sums.HELDOUT,
+        tally.TRAIN,
+        tally.HELDOUT,
     )
     for split in ("train", "heldout"):
         for problem in task.problems(split, 200, seed=0):
             assert isinstance(problem.prompt, str)
-            solution = worked([int(digit) for digit in problem.prompt.split("+")])
+            solution = worked(problem.prompt.split("\n"))
             assert task.score(problem, solution) == {"accuracy": 1.0}
             assert task.score(problem, solution + "0") == {"accuracy": 0.0}
             assert task.score(problem, solution.rpartition("\n")[0]) == {"accuracy": 0.0}
@@ -82,7 +80,7 @@ def test_a_dry_run_puts_the_committed_adapter_on_a_model_of_smollm2_s_shape(
     shutil.copy(sizes, tmp_path / "config.json")
     char_tokenizer(LETTERS).save_pretrained(tmp_path)
     overrides = [f"student.model={tmp_path}", f"teacher.model={tmp_path}"]
-    overrides += [f"teacher.adapter={running_sums.DIRECTORY}/adapter"]
+    overrides += [f"teacher.adapter={tally.DIRECTORY}/adapter"]
     assert main(["compare", str(RECIPE), *overrides, "--dry-run"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     [count] = re.findall(r"student: \w+, ([\d,]+) parameters", printed)
@@ -101,7 +99,8 @@ def test_the_script_writes_an_adapter_that_the_loader_takes(
     base = save_pair(
         tmp_path / "base",
         0,
-        "0123456789+\n .,Addfromthelftonsapi"[:30],
+        LETTERS,
+        vocab_size=64,
         max_position_embeddings=512,
     )
     out = tmp_path / "adapter"
@@ -123,8 +122,8 @@ def test_the_script_writes_an_adapter_that_the_loader_takes(
 
 def test_what_is_learned_is_the_solution_and_its_end() -> None:
     tokenizer = char_tokenizer(LETTERS)
-    problems = [[7, 7, 1, 5], [1, 2]]
+    problems = [["horse", "cup", "whale"], ["pig"]]
     batch = build_adapter._solved(problems, build_adapter._encoder(tokenizer), tokenizer)
-    for row, digits in enumerate(problems):
-        assert tokenizer.decode(batch.prompts[row]).endswith(running_sums.question(digits) + "=")
-        assert tokenizer.decode(batch.response(row)) == worked(digits) + "<eos>"
+    for row, words in enumerate(problems):
+        assert tokenizer.decode(batch.prompts[row]).endswith(tally.question(words) + "=")
+        assert tokenizer.decode(batch.response(row)) == worked(words) + "<eos>"

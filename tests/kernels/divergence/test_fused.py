@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 import pytest
 import torch
 from torch import Tensor
 
+from esr_kernels import plan_linear_divergence
 from esr_kernels.common.reference import transformed_logits
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence.call import Operands
@@ -127,6 +129,7 @@ def test_random_and_peaked(dtype, std):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_several_tiles_to_a_split(dtype, monkeypatch):
     monkeypatch.setattr("esr_kernels.divergence.fused_triton._WANTED_PROGRAMS", 10)
+    monkeypatch.setattr("esr_kernels.divergence.fused_triton._MOST_TIMES", 1)
     parts = _check(_operands(dtype, std=(4.0, 4.0)))
     assert parts.shape[1] == 3
 
@@ -200,6 +203,7 @@ def test_shards_merge_to_the_whole():
 def test_first_class_of_the_maximum(splits, monkeypatch):
     """Of equal logits the lowest class, as torch.argmax has it, within a tile and across tiles."""
     monkeypatch.setattr("esr_kernels.divergence.fused_triton._WANTED_PROGRAMS", splits)
+    monkeypatch.setattr("esr_kernels.divergence.fused_triton._MOST_TIMES", 1)
     hidden = torch.ones(1, 16, device=cases.DEVICE)
     weight = torch.zeros(CLASSES, 16, device=cases.DEVICE)
     weight[[70, 71, 180]] = 1.0
@@ -252,7 +256,21 @@ def test_dtypes_must_agree(operand):
 @pytest.mark.parametrize("classes", [1, 127, 151_936])
 def test_splits_cover_the_classes_once(rows, classes):
     for blocks in BLOCKS.values():
-        splits, each = _split_classes(rows, classes, blocks)
+        splits, each = _split_classes(rows, classes, blocks, 132)
         assert (splits - 1) * each < classes <= splits * each
         assert each % blocks.classes == 0
         assert splits <= 65_535, "the second dimension of a CUDA grid"
+
+
+@pytest.mark.parametrize("processors", [108, 132, 148, 304])
+@pytest.mark.parametrize("rows", [1600, 4096, 6400, 8192, 100_000])
+def test_the_last_round_of_programs_is_full(rows, processors):
+    """The busiest processor has at most 4 % more tiles than the mean; 512 programs cost 20 %."""
+    blocks = BLOCKS["16-bit", "sm_90"]
+    splits, each = _split_classes(rows, 151_936, blocks, processors)
+    token_blocks = math.ceil(rows / blocks.tokens)
+    busiest = math.ceil(token_blocks * splits / processors) * each / blocks.classes
+    mean = token_blocks * math.ceil(151_936 / blocks.classes) / processors
+    assert busiest <= 1.04 * mean
+    plan = plan_linear_divergence(rows, 151_936, 64, 64, plan="fused", train_hidden=False)
+    assert plan._fused_splits >= splits, "the plan's memory is an upper bound"
