@@ -185,9 +185,10 @@ def test_the_teacher_is_killed_and_the_run_goes_on(vllm: Process, tmp_path: Path
 
 def test_the_sampler_is_killed_and_keeps_what_it_sampled(vllm: Process, tmp_path: Path) -> None:
     wanted = config(rollout__url=vllm.url, rollout__source="teacher", rollout__max_new_tokens=40)
-    run = train(tmp_path / "killed", wanted)
     log = vllm.log
-    until(run, lambda: log.read_text().count("POST /v1/completions") >= 6)
+    before = log.read_text().count("POST /v1/completions")
+    run = train(tmp_path / "killed", wanted)
+    until(run, lambda: log.read_text().count("POST /v1/completions") >= before + 6)
     vllm.kill()
     said, _ = run.communicate()
     print(said[said.index("esr-train: error") :])
