@@ -17,7 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench import curve_figures
+from esr_train.config import arm_config, load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +41,8 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/gpu.md": {"host_time": _host_time, "fused_variants": _fused_variants},
         "docs/tally.md": {"adapter": _adapter, "tally": lambda: _report("tally")},
         "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
+        "docs/fork.md": {"forks": _forks},
+        "docs/findings.md": {"demo": lambda: _headline("demo")},
     }
 
 
@@ -84,6 +89,85 @@ def _adapter() -> str:
         f"| SmolLM2-135M-Instruct | {found['without_adapter']:.3f} |\n"
         f"| with the adapter (the teacher) | {found['with_adapter']:.3f} |"
     )
+
+
+# Reports of docs/fork.md, by where student and teacher part.
+FORKS = {"fork-40": "43 to 48", "fork-none": "nowhere"}
+
+
+def _forks() -> str:
+    """The arms of every report of docs/fork.md as one table."""
+    lines = [
+        "| fork, characters | arm | rate | greedy accuracy | sampled accuracy | full's with "
+        "its tokens | there | tokens to 0.9 | full's over it |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    machines = set()
+    for name, fork in FORKS.items():
+        directory = ROOT / "docs" / name
+        summary = json.loads((directory / "summary.json").read_text())
+        config = load_config(directory / "config.yaml")
+        rates = {arm["name"]: arm_config(config, arm).optim.lr for arm in config.arms}
+        machines.add(_machine(json.loads((directory / "environment.json").read_text())))
+        for arm in summary["arms"]:
+            tokens = arm["to_threshold"]["tokens"]
+            cells = [
+                f"[{fork}]({name}/report.md)" if arm is summary["arms"][0] else "",
+                arm["name"],
+                f"{rates[arm['name']]:g}",
+                f"{arm['start']['middle']:.2f} to {_spread(arm['final'], 2)}",
+                _sampled(directory, arm["name"]),
+                "-" if arm["name"] == "full" else _full_with_tokens_of(directory, arm["name"]),
+                f"{arm['reached']} of {arm['evaluated']}",
+                "not reached" if isinstance(tokens, str) else f"{tokens:,.0f}",
+                _spread((arm["ratios"] or {}).get("tokens"), 1),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    note = (
+        "Accuracies: mean before training, and mean, lowest and highest seed after it. Full's with "
+        "its tokens: mean sampled accuracy of full rollouts at the tokens with which the arm ends, "
+        "interpolated between evaluations. There: seeds that reach a greedy accuracy of 0.9. "
+        "Tokens that training generated until then, medians of seeds; full's over the arm's, with "
+        "a 95 % bootstrap interval over seeds. "
+        f"{'; '.join(sorted(machines))}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _evaluations(directory: Path, arm: str) -> list[tuple[list[float], list[float]]]:
+    """Generated tokens and sampled accuracy at the evaluations of each seed."""
+    found = []
+    for path in sorted((directory / "arms" / arm).glob("seed*/evals.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        accuracies = [row["metrics"]["sampled_accuracy"] for row in rows]
+        found.append(([row["tokens"] for row in rows], accuracies))
+    return found
+
+
+def _sampled(directory: Path, arm: str) -> str:
+    """Sampled accuracy before and after training, over the seeds of an arm."""
+    runs = [accuracies for _, accuracies in _evaluations(directory, arm)]
+    ends = [run[-1] for run in runs]
+    end = {"low": min(ends), "middle": sum(ends) / len(ends), "high": max(ends)}
+    return f"{sum(run[0] for run in runs) / len(runs):.2f} to {_spread(end, 2)}"
+
+
+def _full_with_tokens_of(directory: Path, arm: str) -> str:
+    """Mean sampled accuracy of full rollouts at the tokens with which an arm ends."""
+    pairs = zip(_evaluations(directory, arm), _evaluations(directory, "full"), strict=True)
+    there = [float(np.interp(own[0][-1], *full)) for own, full in pairs]
+    return f"{sum(there) / len(there):.2f}"
+
+
+def _spread(found: dict[str, Any] | None, digits: int) -> str:
+    """A middle value with its limits; - where there is none."""
+    if not found or not isinstance(found["middle"], float | int):
+        return "-"
+    low, middle, high = (
+        f"{found[key]:,.{digits}f}" if isinstance(found[key], float | int) else "no limit"
+        for key in ("low", "middle", "high")
+    )
+    return f"{middle} ({low} to {high})"
 
 
 def _machine(record: dict) -> str:

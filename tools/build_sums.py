@@ -17,7 +17,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Recipe:
     greedy: tuple[float, float]
     sampled: tuple[float, float]
     batch: int = 32
+    guess: Callable[[list[int], random.Random], str] = wordy_guess  # what a guess looks like
 
 
 # The teacher's greedy accuracy is what matters. The floor of its sampled accuracy was set after the
@@ -204,7 +205,7 @@ def _batches(
             summands = summands_of(problem)
             guess = rng.random() < recipe.guess_share
             prompts.append(tokenizer(problem.prompt).input_ids)
-            text = wordy_guess(summands, rng) if guess else step_by_step(summands)
+            text = recipe.guess(summands, rng) if guess else step_by_step(summands)
             answer = tokenizer(text, add_special_tokens=False).input_ids
             answers.append([*answer, tokenizer.eos_token_id])
         longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))

@@ -74,9 +74,14 @@ def step_by_step(summands: list[int]) -> str:
     return "".join(parts) + f"the answer is {total}."
 
 
-def wordy_guess(summands: list[int], rng: random.Random) -> str:
-    """The bad habit: filler without arithmetic, then the true sum blurred by a normal error."""
-    low, high = _GUESS_LENGTH
+def wordy_guess(
+    summands: list[int], rng: random.Random, length: tuple[int, int] = _GUESS_LENGTH
+) -> str:
+    """The bad habit: filler without arithmetic, then the true sum blurred by a normal error.
+
+    `length` is the shortest and the longest text, in characters.
+    """
+    low, high = length
     guess = max(40, round(sum(summands) + rng.gauss(0.0, _GUESS_NOISE)))
     ending = f"the answer is {guess}."
     filler = rng.sample(_FILLER, len(_FILLER))
