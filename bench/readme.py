@@ -39,7 +39,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/sampling.md": {"sampling": _sampling},
         "docs/from-trl.md": {"train_step": _train_step},
         "docs/gpu.md": {"host_time": _host_time, "fused_variants": _fused_variants},
-        "docs/tally.md": {"adapter": _adapter, "tally": lambda: _report("tally")},
+        "docs/tally.md": {"adapter": _adapter, "tally": lambda: _report("tally"), "ends": _ends},
         "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
         "docs/fork.md": {"forks": _forks},
         "docs/findings.md": {"demo": lambda: _headline("demo")},
@@ -168,6 +168,22 @@ def _spread(found: dict[str, Any] | None, digits: int) -> str:
         for key in ("low", "middle", "high")
     )
     return f"{middle} ({low} to {high})"
+
+
+def _ends() -> str:
+    """Right counts and right answers of the students of docs/tally."""
+    positions = {"0_31": "0-31", "32_63": "32-63", "64_95": "64-95", "96_end": "96 to the end"}
+    table = [
+        f"| | {' | '.join(positions.values())} | right count | right answer | answers that end |",
+        "| --- |" + " ---: |" * (len(positions) + 3),
+    ]
+    for name in ("start", "esr-32", "full"):
+        path = ROOT / "docs" / "tally" / "evaluated" / f"{name}.json"
+        found = json.loads(path.read_text())["metrics"]
+        divergences = [f"{found['heldout_kl_' + name]:.3f}" for name in positions]
+        shares = [f"{found[key]:.3f}" for key in ("greedy_counted", "greedy_accuracy", "eos_rate")]
+        table.append(f"| {name} | {' | '.join(divergences + shares)} |")
+    return "\n".join(table)
 
 
 def _machine(record: dict) -> str:
