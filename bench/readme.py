@@ -40,7 +40,11 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/gpu.md": {"host_time": _host_time, "fused_variants": _fused_variants},
         "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
         "docs/fork.md": {"forks": _forks},
-        "docs/findings.md": {"demo": lambda: _headline("demo")},
+        "docs/findings.md": {"demo": lambda: _headline("demo")}
+        | {
+            name: lambda title=title: _finding(title)  # type: ignore[misc]
+            for name, title in SECTIONS.items()
+        },
     }
 
 
@@ -78,8 +82,25 @@ def _report(name: str) -> str:
     return f"{tables}\n\nMeasured on {machine}. Figures and samples: [{where}]({where})."
 
 
+# Sections of docs/diagnose-demo, by the block of docs/findings.md.
+SECTIONS = {
+    "decay": "Teacher decay",
+    "where": "Where the divergence is",
+    "cascade": "Cascading alignment",
+    "commitment": "Sub-mode commitment",
+    "signals": "Position against signal",
+}
+
+
+def _finding(title: str) -> str:
+    """The sentences of a section of the demo's diagnosis."""
+    text = (ROOT / "docs" / "diagnose-demo" / "report.md").read_text(encoding="utf-8")
+    [section] = re.findall(rf"^## \d\. {title}$(.*?)(?=^## |\Z)", text, re.M | re.S)
+    return "\n".join(re.findall(r"^- .*$", section, re.M))
+
+
 # Reports of docs/fork.md, by where student and teacher part.
-FORKS = {"fork-40": "43 to 48", "fork-none": "nowhere"}
+FORKS = {"demo": "0", "fork-40": "43 to 48", "fork-120": "111 to 126", "fork-none": "nowhere"}
 
 
 def _forks() -> str:
