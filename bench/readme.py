@@ -3,7 +3,8 @@
     python -m bench.readme            rewrite the pages
     python -m bench.readme --check    exit 1 where one is out of date
 
-Sources: docs/demo and docs/smollm2 (report.md of `esr-train compare`), bench/results.
+Sources: docs/demo, docs/smollm2 and docs/tally (report.md of `esr-train compare`), the card of
+configs/tally/adapter, bench/results.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/sampling.md": {"sampling": _sampling},
         "docs/from-trl.md": {"train_step": _train_step},
         "docs/gpu.md": {"host_time": _host_time, "fused_variants": _fused_variants},
+        "docs/tally.md": {"adapter": _adapter, "tally": lambda: _report("tally")},
         "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
         "docs/fork.md": {"forks": _forks},
         "docs/findings.md": {"demo": lambda: _headline("demo")}
@@ -97,6 +99,17 @@ def _finding(title: str) -> str:
     text = (ROOT / "docs" / "diagnose-demo" / "report.md").read_text(encoding="utf-8")
     [section] = re.findall(rf"^## \d\. {title}$(.*?)(?=^## |\Z)", text, re.M | re.S)
     return "\n".join(re.findall(r"^- .*$", section, re.M))
+
+
+def _adapter() -> str:
+    """What the committed adapter was measured to do."""
+    card = json.loads((ROOT / "configs" / "tally" / "adapter" / "card.json").read_text())
+    found = card["greedy_accuracy"]
+    return (
+        f"| greedy accuracy, {found['problems']} held-out problems | |\n| --- | ---: |\n"
+        f"| SmolLM2-135M-Instruct | {found['without_adapter']:.3f} |\n"
+        f"| with the adapter (the teacher) | {found['with_adapter']:.3f} |"
+    )
 
 
 # Reports of docs/fork.md, by where student and teacher part.

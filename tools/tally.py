@@ -51,6 +51,16 @@ def worked(words: list[str]) -> str:
     return "\n".join([*lines, answer(words)])
 
 
+def grade(response: str, answer: str) -> dict[str, float]:
+    """Grader: accuracy as of "exact", and whether the line of the last word has the right count.
+
+    The second leaves out what follows the list: the last line, and the end of the answer.
+    """
+    lines = [line.strip() for line in response.splitlines() if line.strip()]
+    counted = lines[LENGTH - 1].rpartition(", ")[2] if len(lines) >= LENGTH else ""
+    return {"accuracy": float(lines[-1:] == [answer]), "counted": float(counted == answer)}
+
+
 def draws(name: str) -> Iterator[list[str]]:
     """Random problems without end, always the same ones for a name."""
     rng, animals, things = random.Random(f"tally:{name}"), sorted(ANIMALS), sorted(THINGS)

@@ -53,14 +53,14 @@ def _variant(arguments: Iterable[Any]) -> tuple[Any, ...]:
     found: list[Any] = []
     for argument in arguments:
         kind = type(argument)
-        if argument is None or kind is int:
+        if kind is Tensor or isinstance(argument, Tensor):
+            found += argument.dtype, argument.data_ptr() % 16 == 0
+        elif argument is None or kind is int:
             found.append(argument)
         elif kind is float:
             found.append(float)
         elif kind is tuple:
             found.append(_variant(argument))
-        elif isinstance(argument, Tensor):
-            found += argument.dtype, argument.data_ptr() % 16 == 0
         else:
             found.append((kind, argument))
     return tuple(found)

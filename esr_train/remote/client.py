@@ -84,7 +84,9 @@ class Server:
             return []
         # Its threads are daemons: an error or Ctrl-C does not wait for requests on the way.
         with ThreadPool(min(self.runtime.requests, len(items))) as threads:
-            return list(threads.imap(function, items))
+            # Not in order: the first error is raised when it happens.
+            numbered = threads.imap_unordered(lambda n: (n, function(items[n])), range(len(items)))
+            return [result for _, result in sorted(numbered, key=lambda pair: pair[0])]
 
     def error(self, path: str, problem: str) -> ServerError:
         """What is wrong with an answer."""

@@ -59,6 +59,16 @@ def test_the_recipe_s_grader_accepts_worked_solutions_and_no_others() -> None:
             assert task.score(problem, solution.rpartition("\n")[0]) == {"accuracy": 0.0}
 
 
+def test_a_count_is_right_where_an_answer_does_not_end() -> None:
+    words = tally.heldout()[0]
+    right, count = worked(words), tally.answer(words)
+    assert tally.grade(right, count) == {"accuracy": 1.0, "counted": 1.0}
+    assert tally.grade(right + "\nhorse: yes, 9", count) == {"accuracy": 0.0, "counted": 1.0}
+    assert tally.grade(right, count + "0") == {"accuracy": 0.0, "counted": 0.0}
+    assert tally.grade("", count) == {"accuracy": 0.0, "counted": 0.0}
+    assert tally.grade("\n".join(right.split("\n")[:-2]), count)["counted"] == 0.0
+
+
 def test_the_card_is_of_the_committed_adapter() -> None:
     card = json.loads((ADAPTER / build_adapter.CARD).read_text())
     assert card["sha256"].keys() == {CONFIG, WEIGHTS}
