@@ -42,7 +42,11 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/tally.md": {"adapter": _adapter, "tally": lambda: _report("tally"), "ends": _ends},
         "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
         "docs/fork.md": {"forks": _forks},
-        "docs/findings.md": {"demo": lambda: _headline("demo")},
+        "docs/findings.md": {"demo": lambda: _headline("demo")}
+        | {
+            name: lambda title=title: _finding(title)  # type: ignore[misc]
+            for name, title in SECTIONS.items()
+        },
     }
 
 
@@ -80,6 +84,23 @@ def _report(name: str) -> str:
     return f"{tables}\n\nMeasured on {machine}. Figures and samples: [{where}]({where})."
 
 
+# Sections of docs/diagnose-demo, by the block of docs/findings.md.
+SECTIONS = {
+    "decay": "Teacher decay",
+    "where": "Where the divergence is",
+    "cascade": "Cascading alignment",
+    "commitment": "Sub-mode commitment",
+    "signals": "Position against signal",
+}
+
+
+def _finding(title: str) -> str:
+    """The sentences of a section of the demo's diagnosis."""
+    text = (ROOT / "docs" / "diagnose-demo" / "report.md").read_text(encoding="utf-8")
+    [section] = re.findall(rf"^## \d\. {title}$(.*?)(?=^## |\Z)", text, re.M | re.S)
+    return "\n".join(re.findall(r"^- .*$", section, re.M))
+
+
 def _adapter() -> str:
     """What the committed adapter was measured to do."""
     card = json.loads((ROOT / "configs" / "tally" / "adapter" / "card.json").read_text())
@@ -92,7 +113,7 @@ def _adapter() -> str:
 
 
 # Reports of docs/fork.md, by where student and teacher part.
-FORKS = {"fork-40": "43 to 48", "fork-none": "nowhere"}
+FORKS = {"demo": "0", "fork-40": "43 to 48", "fork-120": "111 to 126", "fork-none": "nowhere"}
 
 
 def _forks() -> str:

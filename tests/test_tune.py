@@ -12,11 +12,19 @@ import pytest
 
 from esr_train.cli import main
 from esr_train.compare import compare
-from esr_train.config import Config, ConfigError, EvalConfig, load_config, to_yaml, with_overrides
+from esr_train.config import (
+    Config,
+    ConfigError,
+    EvalConfig,
+    arm_config,
+    load_config,
+    to_yaml,
+    with_overrides,
+)
 from esr_train.evaluate import heldout_problems
 from esr_train.metrics import read_rows
 from esr_train.report.results import read_run
-from esr_train.report.tuning import chosen, grid_name, not_tuned, read_tuning
+from esr_train.report.tuning import chosen, grid_name, not_tuned, read_tuning, settings_of
 from esr_train.tasks import Problem
 from esr_train.tasks.sums import SumsTask
 from esr_train.train import Trainer
@@ -24,6 +32,7 @@ from esr_train.tune import tune
 from tests.report.runs import write_config, write_seed
 from tests.tiny import MakeConfig
 
+ROOT = Path(__file__).parents[1]
 RATES = [0.1, 0.2, 0.4, 0.8]
 
 
@@ -214,3 +223,14 @@ def test_a_rate_is_chosen_on_other_problems_than_the_tests() -> None:
         assert not prompts & {problem.prompt for problem in validation}
     with pytest.raises(ConfigError, match="eval.problems: got 10, all of the held-out ones"):
         heldout_problems(Few(), EvalConfig(problems=10, validation=True))
+
+
+def test_the_demo_trains_at_the_rates_that_were_chosen_for_it() -> None:
+    config = load_config(ROOT / "configs" / "demo.yaml")
+    assert config.tune.chosen_in == "docs/demo"  # where `make demo` runs
+    tuning = read_tuning(ROOT / "docs" / "demo")
+    assert tuning is not None and not {*tuning["seeds"]} & {*config.seeds}
+    for arm in config.arms:
+        own, choice = arm_config(config, arm), tuning["arms"][arm["name"]]
+        assert own.optim.lr == choice["chosen"]
+        assert settings_of(own) == settings_of(Config.model_validate(choice["settings"]))
