@@ -44,7 +44,8 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/fork.md": {"forks": _forks},
         "docs/findings.md": {"demo": lambda: _headline("demo")}
         | {
-            name: lambda title=title: _finding(title)  # type: ignore[misc]
+            block + name: lambda pair=pair, title=title: _finding(pair, title)  # type: ignore[misc]
+            for block, pair in {"": "demo", "tally-": "tally"}.items()
             for name, title in SECTIONS.items()
         },
     }
@@ -84,7 +85,7 @@ def _report(name: str) -> str:
     return f"{tables}\n\nMeasured on {machine}. Figures and samples: [{where}]({where})."
 
 
-# Sections of docs/diagnose-demo, by the block of docs/findings.md.
+# Sections of docs/diagnose-demo and docs/diagnose-tally, by the block of docs/findings.md.
 SECTIONS = {
     "decay": "Teacher decay",
     "where": "Where the divergence is",
@@ -94,9 +95,9 @@ SECTIONS = {
 }
 
 
-def _finding(title: str) -> str:
-    """The sentences of a section of the demo's diagnosis."""
-    text = (ROOT / "docs" / "diagnose-demo" / "report.md").read_text(encoding="utf-8")
+def _finding(pair: str, title: str) -> str:
+    """The sentences of a section of a pair's diagnosis."""
+    text = (ROOT / "docs" / f"diagnose-{pair}" / "report.md").read_text(encoding="utf-8")
     [section] = re.findall(rf"^## \d\. {title}$(.*?)(?=^## |\Z)", text, re.M | re.S)
     return "\n".join(re.findall(r"^- .*$", section, re.M))
 
