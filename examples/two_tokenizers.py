@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -11,6 +12,7 @@ from esr_train.experiment import load_experiment
 from esr_train.tasks.sums import SumsTask, step_by_step, summands_of
 from esr_train.train import Trainer
 
+torch.manual_seed(0)
 with tempfile.TemporaryDirectory() as directory:
     # In place of a teacher from the hub: an untrained one, whose tokens are pairs of characters
     # and longer, where the student's are single characters.
@@ -25,7 +27,7 @@ with tempfile.TemporaryDirectory() as directory:
     LlamaForCausalLM(shape).save_pretrained(teacher)
 
     settings = {"student": {"model": "builtin:sums-student"}, "teacher": {"model": str(teacher)}}
-    settings |= {"rollout": {"max_new_tokens": 32}, "optim": {"lr": 1e-3}, "steps": 4}
+    settings |= {"rollout": {"max_new_tokens": 32}, "optim": {"lr": 1e-3}, "steps": 8}
     config = Config.model_validate(settings | {"loss": {"merge_terminators": True}})
     experiment = load_experiment(config)
     print(experiment.notes)

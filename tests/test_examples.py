@@ -81,7 +81,7 @@ SANE = {
         )
     ),
     "two_tokenizers": lambda text: (
-        _falls(text, r"'divergence': ([\d.]+)", 0.95)
+        _falls(text, r"'divergence': ([\d.]+)", 0.8)
         and all(0.3 < share < 1 for share in _numbers(text, r"'aligned_share': ([\d.]+)"))
     ),
 }
