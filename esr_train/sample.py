@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from esr_kernels import SamplingParams
-from esr_train.config import Config, ModelConfig
+from esr_train.config import Config, ConfigError, ModelConfig, TeacherConfig
 from esr_train.data import PromptEncoder
 from esr_train.models import load_model, load_tokenizer
 from esr_train.rollout import PrefixRollout, RolloutBatch
@@ -34,9 +34,14 @@ def sample_text(
     are those of the whole distribution at the temperature, before the filters of `params`.
 
     Raises:
-        ConfigError, ModelError, ContextError: no chat template, a model that cannot be loaded,
-            prompts that do not fit its context.
+        ConfigError, ModelError, ContextError: no chat template, a teacher on a server, a model that
+            cannot be loaded, prompts that do not fit its context.
     """
+    if isinstance(spec, TeacherConfig) and spec.url:
+        raise ConfigError(
+            f"teacher.url: got {spec.url!r}, must be null for sample --teacher, which samples "
+            "here; ask the server itself"
+        )
     tokenizer = load_tokenizer(spec, config.runtime)
     encode = PromptEncoder(tokenizer, config.data)
     ids = [encode(prompt) for prompt in prompts]

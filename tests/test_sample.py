@@ -65,3 +65,14 @@ def test_the_narrowest_filters_leave_the_greedy_answer(ask: Ask, filters: tuple[
     greedy = ask(*options, "--temperature", "0")
     assert ask(*options, "--temperature", "1", *filters) == greedy
     assert ask(*options, "--temperature", "1") != greedy
+
+
+def test_a_teacher_on_a_server_is_not_sampled_here(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(make_config()))
+    options = ["sample", str(path), "--prompt", "1", "--teacher", "teacher.url=http://localhost:1"]
+    options += ["loss.divergence=reverse_kl", "eval.teacher_text=0", "eval.student_text=0"]
+    assert main(options) == 2
+    assert "teacher.url: got 'http://localhost:1', must be null" in capsys.readouterr().err

@@ -39,11 +39,16 @@ class Server:
 
     Raises:
         ServerError: it does not answer.
-        ConfigError: it has several models, and none of that name.
+        ConfigError: it has several models, and none of that name; $ESR_API_KEY cannot be sent.
     """
 
     def __init__(self, key: str, url: str, model: str, runtime: RuntimeConfig) -> None:
-        self.key, self.runtime = key, runtime
+        token = os.environ.get("ESR_API_KEY", "")
+        if not (token.isascii() and token.isprintable()):
+            raise ConfigError(
+                "ESR_API_KEY: must be printable ASCII characters (it is not shown here)"
+            )
+        self.key, self.runtime, self._token = key, runtime, token
         self.base = url.rstrip("/").removesuffix("/v1")
         listed = self._ask("/v1/models", None, "its models")
         try:
@@ -96,8 +101,8 @@ class Server:
         url, start = self.base + path, time.monotonic()
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        if os.environ.get("ESR_API_KEY"):
-            request.add_header("Authorization", f"Bearer {os.environ['ESR_API_KEY']}")
+        if self._token:
+            request.add_header("Authorization", f"Bearer {self._token}")
         for number in range(TRIES):
             if number:
                 time.sleep(DELAY * 2 ** (number - 1))
@@ -108,8 +113,9 @@ class Server:
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {_said(error)}"
                 if error.code < 500 and error.code not in (408, 429):
+                    hint = "; ESR_API_KEY is sent as its key" if error.code in (401, 403) else ""
                     raise ServerError(
-                        f"{self.key}: {url} refuses a request for {what}: {problem}"
+                        f"{self.key}: {url} refuses a request for {what}: {problem}{hint}"
                     ) from error
             except ValueError as error:
                 problem = f"no JSON: {error}"

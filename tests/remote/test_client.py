@@ -122,3 +122,20 @@ def test_the_key_of_a_server_is_sent(vllm: Stub, monkeypatch: pytest.MonkeyPatch
     )
     connect(vllm)
     assert seen == ["Bearer secret"]
+
+
+@pytest.mark.parametrize("secret", ["sk\nbad", "sch\u00fcssel"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
+    secret: str, vllm: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESR_API_KEY", secret)
+    with pytest.raises(ConfigError, match="ESR_API_KEY: must be printable ASCII") as caught:
+        connect(vllm)
+    assert secret not in str(caught.value) and not vllm.asked
+
+
+def test_a_refused_key_is_named(vllm: Stub) -> None:
+    server = connect(vllm)
+    vllm.faults = [401]
+    with pytest.raises(ServerError, match="HTTP 401.*ESR_API_KEY"):
+        post(server)
