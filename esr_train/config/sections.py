@@ -7,8 +7,10 @@ where the type says `| None`.
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -53,8 +55,19 @@ class StudentConfig(ModelConfig):
     lora: LoraConfig | None = None  # train adapters (peft) and freeze the rest; null = all weights
 
 
-# Of a server that speaks OpenAI's completions API, as vLLM and SGLang do: http://host:8000
-_Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")]
+def _server(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, or beyond 65535
+        good = False
+    if not good or parts.query or parts.fragment or parts.username or url.split() != [url]:
+        raise ValueError("must be http://HOST:PORT or https://HOST:PORT, with or without /v1")
+    return url
+
+
+# Of a server that speaks OpenAI's completions API, as vLLM and SGLang do
+_Url = Annotated[str, AfterValidator(_server)]
 
 
 class TeacherConfig(ModelConfig):

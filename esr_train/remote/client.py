@@ -65,7 +65,7 @@ class Server:
             )
         found = (named or models)[0]
         self.model: str = found["id"]
-        self.kind = str(found.get("owned_by"))  # vllm, sglang
+        self.kind = str(found.get("owned_by") or "a server")  # vllm, sglang
         self.max_tokens: int | None = found.get("max_model_len")  # of prompt and answer together
 
     def __str__(self) -> str:

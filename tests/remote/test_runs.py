@@ -256,7 +256,12 @@ def test_weights_of_a_served_teacher_are_not_needed(
     ("changes", "message"),
     [
         ({"rollout__url": "http://x"}, "rollout.url: got 'http://x', must be null where .*student"),
-        ({"teacher__url": "x:80"}, "teacher.url: got 'x:80'"),
+        ({"teacher__url": "x:80"}, "teacher.url: got 'x:80', must be http://HOST:PORT"),
+        ({"teacher__url": "http://x:abc"}, "teacher.url: got 'http://x:abc', must be http"),
+        ({"teacher__url": "http://x:99999"}, "teacher.url: got 'http://x:99999', must be http"),
+        ({"teacher__url": "http://x/v1?y=1"}, "teacher.url: .*, with or without /v1"),
+        ({"teacher__url": "http://u:p@x"}, "teacher.url: .*, must be http"),
+        ({"teacher__url": " http://x"}, "teacher.url: .*, must be http"),
         ({"teacher__adapter": "a"}, "teacher.adapter: got 'a', must be left out where teacher.url"),
         ({"teacher__drop_layers": [0]}, r"teacher.drop_layers: got \[0\]"),
         ({"teacher__logprobs": 0}, "teacher.logprobs: got 0"),
