@@ -30,8 +30,8 @@ NAMES = {0.0: "forward KL", 1.0: "reverse KL"}
 NEAREST = ("plain PyTorch", "torch.compile")
 # A tenth of what plain PyTorch takes beyond its gradients; in bytes, not MiB.
 TIGHT = 118 * 10**6
-# At most, of a peer's time and of its memory. On processors so far a stash took 0.21 to 0.72 of the
-# eager peers' time (forward KL 0.84) and 0.59 to 1.25 of compiled code's, with 0.07 to 0.67 of the memory.
+# At most, of a peer's time and of its memory. On processors so far a stash took 0.21 to 0.84 of the
+# eager peers' time and 0.59 to 1.25 of compiled code's, with 0.07 to 0.67 of the memory.
 BOUNDS = {
     "ours, stash": {"eager": (0.9, 0.5), "compiled": (1.4, 0.8)},
     # Six products (JSD: eight) and not four, in a tenth of the memory: slower than compiled code.
