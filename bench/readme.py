@@ -220,12 +220,13 @@ def _newest(name: str) -> dict[str, Any]:
 
 
 def _bench_short() -> str:
-    """Seconds and memory of the first problem, for ours and the peers."""
+    """Seconds and memory of the first problem, of ours and the peers."""
     problem, record = next(iter(_newest("linear_divergence_cpu").items()))
     lines = [f"{problem}, forward + backward:", "", "| | seconds | extra memory, MiB |"]
     lines += ["| --- | ---: | ---: |"]
     for name, row in record["table"].items():
-        if row["extra_mib"] is not None and name != "ours, recompute":
+        peer = name != "ours, recompute" and "one model" not in name
+        if row["extra_mib"] is not None and peer:
             lines.append(f"| {name} | {row['seconds']:.2f} | {row['extra_mib']:,.0f} |")
     note = f"{_machine(record)}; [all tables](docs/results.md)."
     return "\n".join([*lines, "", note])
