@@ -202,9 +202,9 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
             raise RuntimeError(f"the assembly has no .{name}")
         return int(found.group(1))
 
-    # Scalar registers spill into lanes of vector registers, and those into accumulation registers,
-    # which costs no memory: what does has a private segment.
-    return field("vgpr_count"), field("private_segment_fixed_size")
+    # Scalar registers spill into lanes of vector registers, which costs no memory.
+    spilled = max(field("private_segment_fixed_size"), 4 * field("vgpr_spill_count"))
+    return field("vgpr_count"), spilled
 
 
 def _flat(types: Iterable[Any]) -> Iterator[str]:
@@ -315,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
         launched = {row.kernel for row in rows}
         faults += [f"{name} was never launched" for name in KERNELS if name not in launched]
         faults += [f"{name} is not in KERNELS" for name in launched if name not in KERNELS]
+    if whole:
         needed = {key for row in rows for key in row.exceptions}
         faults += [f"no kernel needs the exception {key}" for key in EXCEPTIONS.keys() - needed]
     target = options.json or (_RESULTS if whole else None)
