@@ -149,9 +149,26 @@ def test_a_task_of_reasoning_gym_repeats_splits_and_scores() -> None:
     assert train == load_task(DataConfig(task="reasoning_gym:chain_sum")).problems("train", 300, 0)
     assert not {p.prompt for p in train} & {p.prompt for p in heldout}
     problem = heldout[0]
-    assert task.score(problem, f"well,\n{problem.answer}") == {"accuracy": 1.0}
+    right = {"accuracy": 1.0, "solved": 1.0}
+    assert task.score(problem, f"well,\n{problem.answer}") == right
     assert task.score(problem, f"<answer>{problem.answer}</answer> 7")["accuracy"] == 1.0
-    assert task.score(problem, "no idea")["accuracy"] < 0.5
+    wrong = task.score(problem, "no idea")
+    assert wrong["accuracy"] < 0.5 and wrong["solved"] == 0
+
+
+@pytest.mark.parametrize("name", ["mini_sudoku", "rotate_matrix"])
+def test_an_answer_of_reasoning_gym_may_have_several_lines(name: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    task = load_task(DataConfig(task=f"reasoning_gym:{name}"))
+    for problem in task.problems("heldout", 5, 0):
+        right = str(problem.answer)
+        assert "\n" in right
+        for response in (right, f"It is:\n\n{right}\n", f"<answer>{right}</answer>"):
+            assert task.score(problem, response) == {"accuracy": 1.0, "solved": 1.0}
+        assert task.score(problem, right.rsplit("\n", 1)[0])["solved"] == 0
+    first, rest = right.split("\n", 1)
+    some = task.score(problem, f"{first[::-1]}\n{rest}")
+    assert some["solved"] == 0 and some["accuracy"] < 1
 
 
 def test_the_digest_follows_the_problems(tmp_path: Path) -> None:

@@ -70,13 +70,20 @@ class GymTask:
         return list(found.values())
 
     def score(self, problem: Problem, response: str) -> dict[str, float]:
-        """The package's score of the answer; 1.0 is right, some tasks give partial credit."""
+        """`accuracy`, the package's score of the answer, in which some tasks give credit for a part
+        of it, and `solved`, 1.0 where that is full credit.
+
+        The answer is what stands between the package's tags; without them, as many lines at the end
+        of `response` as a right answer has.
+        """
+        entry = self._entries[str(problem.prompt)]
         answer = self._gym.utils.extract_answer(response)
         if answer is None:
-            lines = response.strip().splitlines()
-            answer = lines[-1].strip() if lines else None
-        entry = self._entries[str(problem.prompt)]
-        return {"accuracy": float(self._scorer.score_answer(answer, entry))}
+            lines = [line.strip() for line in response.strip().splitlines()]
+            wanted = len(str(entry["answer"]).strip().splitlines())
+            answer = "\n".join(lines[-max(1, wanted) :]) or None
+        score = float(self._scorer.score_answer(answer, entry))
+        return {"accuracy": score, "solved": float(score == 1)}
 
 
 def _split(question: str) -> str:
