@@ -29,7 +29,8 @@ class Sharded:
         policy = policy or MixedPrecisionPolicy()
         below: Any = decoder(model)
         self.layers = [fully_shard(layer, mp_policy=policy) for layer in below.layers]
-        self.root: Any = fully_shard(_Root(model), mp_policy=policy)
+        self.root: Any = _Root(model)
+        fully_shard(self.root, mp_policy=policy)
         self._kept: set[FSDPModule] = set()
         with torch.no_grad():
             self.root(lambda: None)  # the first module that runs is taken for the outermost
@@ -107,6 +108,8 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def hidden_rows(self, batch: Sequences) -> Tensor:
+        # Layers outside of the root's forward would gather their weights one after another, each
+        # when the one before has been computed.
         read = super().hidden_rows
         found: Tensor = self._sharded.root(lambda: read(batch))
         return found

@@ -43,6 +43,7 @@ ONE = {"rollout__prompts": 1, "rollout__samples": 3, "steps": 2, "eval__every": 
 ONE |= {"loss__train_on_eos": False, "optim__micro_batch": 1}
 TEACHER = {"rollout__source": "teacher", "rollout__pool": 6, "steps": 3, "eval__every": 0}
 PARTS = {"teacher__placement": "fsdp"}
+FOUR = {"rollout__prompts": 3, "rollout__pool": 4, **PARTS}
 ARMS = [{"name": "short", "max_new_tokens": 3}]
 ARMS.append({"name": "teacher", "rollout.source": "teacher", "rollout.pool": 8})
 RUNS: dict[str, dict[str, Any]] = {
@@ -61,7 +62,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "both in parts": {**FULL, **PARTS, "runtime__fsdp": True},
     # Both are made of the same weights, and have parts of their own.
     "both in parts, lora": {**LORA, **PARTS, "runtime__fsdp": True, "teacher__drop_layers": [0]},
-    "both in parts, teacher's answers": {**TEACHER, **PARTS, "runtime__fsdp": True},
+    # The last of four prompts is sampled by one process alone.
+    "both in parts, teacher's answers": {**TEACHER, **FOUR, "runtime__fsdp": True},
 }
 # Stopped after the second step, and continued on as many processes, and in one.
 RESUMED: dict[str, dict[str, Any]] = {
@@ -111,13 +113,22 @@ def _rank(rank: int, directory: Path, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     evaluate._TOKENS = 1  # a text in a pass, of which one process then has more
     configs = {n: load_config(directory / f"{n}.yaml") for n in {**RUNS, **RESUMED, **COMPARED}}
+    through: list[Any] = []  # models in parts, for each pass
+
+    def passed(module: Any, *_: Any) -> None:
+        if "_Root" in type(module).__name__:
+            through.append(module.model)
+
+    torch.nn.modules.module.register_module_forward_hook(passed)
     with start(configs["full"]) as world:
         assert (world.rank, world.size) == (rank, 2)
         for name in {**RUNS, **RESUMED}:
             config = configs[name]
             trainer = trained(config, directory / name, start(config))
             if config.teacher.placement:
-                check_parts(trainer.objective.teacher.model)
+                teacher = trainer.objective.teacher.model
+                check_parts(teacher, trainer.world)
+                (directory / f"{name}-{rank}.passes").write_text(str(through.count(teacher)))
             weights = {k: whole(p) for k, p in trainer.optimizer.parameters.items()}
             torch.save(weights, directory / f"{name}-{rank}.pt")
         for name in RESUMED:
@@ -134,10 +145,15 @@ def _rank(rank: int, directory: Path, port: int) -> None:
             (directory / f"failure-{rank}").write_text(f"{type(error).__name__}: {error}")
 
 
-def check_parts(model: Any) -> None:
+def check_parts(model: Any, world: World) -> None:
+    """A process has its rows, and all of the head where that is used, whatever else is gathered."""
     for parameter in model.parameters():
         rows = parameter.shape[0]
         assert parameter.to_local().shape[0] in (rows // 2, -(-rows // 2))
+    with world.scoring():
+        with world.whole(model):
+            pass
+        assert not hasattr(model.lm_head.weight, "to_local")
 
 
 def alone(config: Config) -> Config:
@@ -199,6 +215,12 @@ def test_two_processes_train_as_one(name: str, runs: Path, tmp_path: Path) -> No
         assert torch.equal(both[0][key], both[1][key])
         moved = float((parameter - initial[key]).detach().norm())
         assert moved > 0 and float((both[0][key] - parameter).detach().norm()) < 2e-2 * moved, key
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "in parts" in name])
+def test_processes_make_as_many_passes_through_a_teacher_in_parts(name: str, runs: Path) -> None:
+    passes = [int((runs / f"{name}-{rank}.passes").read_text()) for rank in (0, 1)]
+    assert passes[0] == passes[1] > 2  # two before the first step
 
 
 @pytest.mark.parametrize("name", RESUMED)

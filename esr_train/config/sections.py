@@ -77,7 +77,7 @@ class TeacherConfig(ModelConfig):
     logprobs: PositiveInt = 20  # of the most probable tokens, that a server is asked for a position
     # fsdp: a part on each of several processes (FSDP2); cuda:1 or cpu: all of it there. null = all
     # of it beside the student
-    placement: str | None = Field(None, pattern=r"^(fsdp|cpu|cuda(:[0-9]+)?)$")
+    placement: str | None = Field(default=None, pattern=r"^(fsdp|cpu|cuda(:[0-9]+)?)$")
 
     @model_validator(mode="after")
     def _check_url(self) -> TeacherConfig:
