@@ -218,7 +218,7 @@ def test_the_configuration_stays_small_and_explained() -> None:
     sections = [hint.model_fields for hint in fields.values() if hasattr(hint, "model_fields")]
     names = [name for section in sections for name in section]
     names += ["steps", "seeds", "arms"]
-    assert len(names) <= 91  # 86 and five for servers: two addresses and how they are asked
+    assert len(names) <= 92  # 86, five for servers, and where the teacher is
     for name in names:
         before, line = re.search(rf"(.*)\n    {name}: (.*)", source).groups()
         assert "  # " in line or before.startswith("    # "), f"{name} has no help"
