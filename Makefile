@@ -57,7 +57,7 @@ smollm2: $(VENV)/.train
 	$(BIN)/esr-train compare configs/smollm2.yaml --out runs/smollm2
 
 tally: $(VENV)/.train
-	$(BIN)/esr-train compare configs/tally.yaml --out runs/tally
+	$(BIN)/esr-train compare configs/tally.yaml --jobs 2 --out runs/tally
 
 bench: $(VENV)/.train $(VENV)/.bench
 	$(BIN)/python -m pytest bench -q -s

@@ -3,8 +3,8 @@
     python -m bench.readme            rewrite the pages
     python -m bench.readme --check    exit 1 where one is out of date
 
-Sources: docs/demo, docs/smollm2 and docs/tally (report.md of `esr-train compare`), the card of
-configs/tally/adapter, bench/results.
+Sources: docs/demo, docs/smollm2, docs/sudoku and docs/tally (report.md of `esr-train compare`), the
+cards of configs/sudoku and configs/tally/adapter, bench/results.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/from-trl.md": {"train_step": _train_step},
         "docs/gpu.md": {"host_time": _host_time, "fused_variants": _fused_variants},
         "docs/tally.md": {"adapter": _adapter, "tally": lambda: _report("tally"), "ends": _ends},
+        "docs/sudoku.md": {"card": _puzzles, "sudoku": lambda: _report("sudoku")},
         "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
         "docs/fork.md": {"forks": _forks},
         "docs/findings.md": {"demo": lambda: _headline("demo")}
         | {
             block + name: lambda pair=pair, title=title: _finding(pair, title)  # type: ignore[misc]
-            for block, pair in {"": "demo", "tally-": "tally"}.items()
+            for block, pair in {"": "demo", "sudoku-": "sudoku", "tally-": "tally"}.items()
             for name, title in SECTIONS.items()
         },
     }
@@ -85,7 +86,7 @@ def _report(name: str) -> str:
     return f"{tables}\n\nMeasured on {machine}. Figures and samples: [{where}]({where})."
 
 
-# Sections of docs/diagnose-demo and docs/diagnose-tally, by the block of docs/findings.md.
+# Sections of docs/diagnose-demo, -sudoku and -tally, by the block of docs/findings.md.
 SECTIONS = {
     "decay": "Teacher decay",
     "where": "Where the divergence is",
@@ -111,6 +112,18 @@ def _adapter() -> str:
         f"| SmolLM2-135M-Instruct | {found['without_adapter']:.3f} |\n"
         f"| with the adapter (the teacher) | {found['with_adapter']:.3f} |"
     )
+
+
+def _puzzles() -> str:
+    """What the models of docs/sudoku.md were measured to solve before any distillation."""
+    card = json.loads((ROOT / "configs" / "sudoku" / "card.json").read_text())
+    rows = [
+        f"| {name}, {card[name]['steps']} steps | {card[name]['solved']['greedy']:.2f} "
+        f"| {card[name]['solved']['sampled']:.2f} |"
+        for name in ("student", "teacher")
+    ]
+    head = "| share of 128 held-out puzzles that are right in all places | greedy | sampled |"
+    return "\n".join([head, "| --- | ---: | ---: |", *rows])
 
 
 # Reports of docs/fork.md, by where student and teacher part.
@@ -199,7 +212,7 @@ def _ends() -> str:
         f"| | {' | '.join(positions.values())} | right count | right answer | answers that end |",
         "| --- |" + " ---: |" * (len(positions) + 3),
     ]
-    for name in ("start", "esr-32", "grow-32", "full"):
+    for name in ("start", "esr-32", "full"):
         path = ROOT / "docs" / "tally" / "evaluated" / f"{name}.json"
         found = json.loads(path.read_text())["metrics"]
         divergences = [f"{found['heldout_kl_' + name]:.3f}" for name in positions]
