@@ -78,7 +78,7 @@ def load_experiment(config: Config, world: World = ONE) -> Experiment:
     if config.teacher.url:
         from esr_train.remote.teacher import remote_teacher  # nothing of it without a server
 
-        teacher: Any = remote_teacher(config, vocabulary, list(stops[1]))
+        teacher: Any = remote_teacher(config, vocabulary, list(stops[1]), rows[1])
     else:
         teacher_rollout = PrefixRollout(models[1], teacher_tokenizer, limit, stop_ids=stops[1])
         teacher = Teacher(teacher_rollout, compiled(models[1], config.runtime))
@@ -93,6 +93,8 @@ def load_experiment(config: Config, world: World = ONE) -> Experiment:
         vocabulary.note,
         ends.describe(tokenizer, teacher_tokenizer, config.loss.merge_terminators),
     ]
+    if config.teacher.url:
+        notes.append(teacher.server.note)
     return Experiment(
         student,
         teacher,

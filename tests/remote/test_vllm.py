@@ -118,7 +118,7 @@ def test_its_log_probs_are_those_of_the_model_here(vllm: Process) -> None:
     assert server.kind == "vllm" and server.max_tokens == 256
     rollout = RemoteRollout(server, here.rollout.classes, here.rollout.stop_ids, spare=1)
     for count in (20, 64):
-        found = RemoteTeacher(rollout, count).top(read)
+        found = RemoteTeacher(rollout, count, 49152).top(read)
         known = logits.gather(1, found.ids.clamp(min=0))
         there = found.ids >= 0
         assert bool((there.sum(1) >= count).all())
