@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import logging
+import math
 import os
 import socket
 import ssl
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 TRIES = 6
 DELAY = 1.0  # seconds before the second try; twice as long before each following one
+SAID_EVERY = 60.0  # seconds between lines that say that a server is waited for
 _SHOWN = 300  # characters of what a server says that go into an error
 
 
@@ -61,7 +63,7 @@ class Server:
         self.key, self.runtime, self._token = key, runtime, token
         self.base = url.rstrip("/").removesuffix("/v1")
         self._known = False  # has answered once
-        self._out, self._lock = False, threading.Lock()  # whether requests wait for it now
+        self._said, self._lock = -math.inf, threading.Lock()  # when it was said that they wait
         listed = self._ask("/v1/models", None, "its models")
         try:
             models = [{**found, "id": str(found["id"])} for found in listed["data"]]
@@ -144,7 +146,7 @@ class Server:
             else:
                 with contextlib.suppress(ValueError):
                     found = json.loads(said)
-                    self._known, self._out = True, self._out and not number
+                    self._known = True
                     return found
                 problem = f"no JSON, but {short(said.decode(errors='replace'))!r}"
                 advice = "is it the address of a server of models?"
@@ -161,9 +163,11 @@ class Server:
         )
 
     def _wait(self, number: int, problem: str) -> None:
-        """After try `number`, from 0; says so once, until a request that has waited is answered."""
+        """After try `number`, from 0; says so, once for all requests that fail at the time."""
         with self._lock:
-            new, self._out = not self._out, True
+            now = time.monotonic()
+            new = now - self._said > SAID_EVERY
+            self._said = now if new else self._said
         if new:
             after = ", ".join(f"{DELAY * 2**n:g}" for n in range(TRIES - 1))
             logger.warning("%s: %s; asking again after %s s", self.key, problem, after)

@@ -216,14 +216,17 @@ def test_an_unknown_host_fails_at_once_but_is_waited_for_later(
     assert post(server)["choices"] and not unknown
 
 
-def test_waiting_is_said_once_an_outage(vllm: Stub, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_is_said_once_for_all_requests(
+    vllm: Stub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = connect(vllm)
-    for _ in range(2):
+    for quiet in (60.0, 0.0):  # in between, a minute has passed
+        monkeypatch.setattr("esr_train.remote.client.SAID_EVERY", quiet)
         caplog.clear()
-        vllm.faults = [503] * 12
+        vllm.faults = [503] * (TRIES - 1)
         server.each(lambda _: post(server), range(6))
-        (said,) = caplog.messages
-        assert said.startswith(f"teacher.url: {vllm.url}/v1/completions gives no answer to a req")
-        assert "HTTP 503: " in said and said.endswith(
-            "asking again after 0.001, 0.002, 0.004, 0.008, 0.016 s"
-        )
+        said = caplog.messages
+        assert (len(said) == 1) == bool(quiet)
+        assert said[0].startswith(f"teacher.url: {vllm.url}/v1/completions gives no answer to a re")
+        assert "a token: HTTP 503: " in said[0]
+        assert said[0].endswith("; asking again after 0.001, 0.002, 0.004, 0.008, 0.016 s")
