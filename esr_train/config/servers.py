@@ -1,16 +1,16 @@
-"""What a configuration may say of servers: their addresses, and what they can do for a run."""
+"""What a configuration may say of servers: their addresses, and what they can do for a run.
+
+The checks take the sections that `sections.py` defines, which imports this file.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
 from esr_train.config.errors import ConfigError
-
-if TYPE_CHECKING:
-    from esr_train.config.sections import Config, RolloutConfig, TeacherConfig
 
 
 def _address(url: str) -> str:
@@ -28,7 +28,7 @@ def _address(url: str) -> str:
 Url = Annotated[str, AfterValidator(_address)]
 
 
-def check_teacher(teacher: TeacherConfig) -> None:
+def check_teacher(teacher: Any) -> None:
     """Raise ConfigError unless its keys are those of a teacher here, or of one on a server."""
     for key in ("adapter", "drop_layers") if teacher.url else ():
         if getattr(teacher, key):
@@ -46,7 +46,7 @@ def check_teacher(teacher: TeacherConfig) -> None:
             )
 
 
-def check_served_rollout(rollout: RolloutConfig) -> None:
+def check_served_rollout(rollout: Any) -> None:
     """Raise ConfigError if a server is named that could not sample, or a model without a server."""
     if rollout.url and rollout.source == "student":
         raise ConfigError(
@@ -61,7 +61,7 @@ def check_served_rollout(rollout: RolloutConfig) -> None:
         )
 
 
-def check_served_losses(config: Config) -> None:
+def check_served_losses(config: Any) -> None:
     """Raise ConfigError if more is wanted of a teacher on a server than it gives: log-probs of some
     tokens at temperature 1, and no hidden states."""
     if config.teacher.url is None:
