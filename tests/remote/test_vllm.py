@@ -25,7 +25,7 @@ from esr_train.config import Config, RuntimeConfig, to_yaml
 from esr_train.experiment import load_experiment
 from esr_train.fetch import fetch_smollm2
 from esr_train.metrics import read_rows
-from esr_train.remote.client import Server
+from esr_train.remote.client import Server, ServerError
 from esr_train.remote.rollouts import RemoteRollout
 from esr_train.remote.teacher import RemoteTeacher
 from esr_train.teacher import sequences
@@ -125,6 +125,10 @@ def test_its_log_probs_are_those_of_the_model_here(vllm: Process) -> None:
         gap = (found.logprobs - known)[there].abs()
         print(f"{count}: {int(there.sum())} log-probs, off by at most {float(gap.max()):.2g} nats")
         assert float(gap.max()) < 2e-3
+    RemoteTeacher(rollout, 64, 49152).probe()
+    with pytest.raises(ServerError, match="refuses a request for teacher.logprobs=65 .* 400") as no:
+        RemoteTeacher(rollout, 65, 49152).probe()
+    print(server.note, no.value, sep="\n")
     # Greedy tokens are the same until two are as probable as each other within rounding.
     own = here.rollout.generate(prompts, 1, 24, 0.0, (0,))
     its = rollout.generate(prompts, 1, 24, 0.0, (0,))
