@@ -7,7 +7,8 @@ The problem is that of a small student and a Qwen vocabulary on CPU: fp32, 512 t
 over rounds, so that a noisy machine hits all alike. What is asserted is what a user gains over each
 peer, with room for noise and for other processors; times over the bare products are printed. TRL
 and Liger take part for reverse KL and JSD with a trained head: forward KL and a frozen head cost
-them about the same as reverse KL. Written to bench/results/ as JSON lines.
+them about the same as reverse KL. PyTorch's linear_cross_entropy, which takes half a minute a call
+here, takes part once, for reverse KL. Written to bench/results/ as JSON lines.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ NEAREST = ("plain PyTorch", "torch.compile")
 # A tenth of what plain PyTorch takes beyond its gradients; in bytes, not MiB.
 TIGHT = 118 * 10**6
 # At most, of a peer's time and of its memory. On processors so far a stash took 0.21 to 0.84 of the
-# eager peers' time and 0.59 to 1.25 of compiled code's, with 0.07 to 0.67 of the memory.
+# eager peers' time and 0.59 to 1.34 of compiled code's, with 0.07 to 0.67 of the memory.
 BOUNDS = {
-    "ours, stash": {"eager": (0.9, 0.5), "compiled": (1.4, 0.8)},
+    "ours, stash": {"eager": (0.9, 0.5), "compiled": (1.6, 0.8)},
     # Six products (JSD: eight) and not four, in a tenth of the memory: slower than compiled code.
     "ours, recompute": {"eager": (1.1, 0.2), "compiled": (None, 0.4)},
 }
@@ -86,10 +87,10 @@ def _report(x: Operands, table: dict[str, dict[str, float]]) -> None:
     record("linear_divergence_cpu", title, ROUNDS, table)
 
 
-def _installed(names: tuple[str, ...] | None = None) -> dict[str, Contender]:
+def _installed(names: tuple[str, ...]) -> dict[str, Contender]:
     contenders = {}
     for name, make in {**peers(), **anchors()}.items():
-        if names is not None and name not in names:
+        if name not in names:
             continue
         try:
             contenders[name] = make()
@@ -102,7 +103,8 @@ def _installed(names: tuple[str, ...] | None = None) -> dict[str, Contender]:
 def test_trainable_head_against_peers(beta):
     x = make_operands(TOKENS, STUDENT_DIM, TEACHER_DIM, CLASSES, beta=beta)
     mine = {"ours, stash": ours("stash"), "ours, recompute": ours("recompute", TIGHT)}
-    table = _compare(x, {**mine, **_installed(NEAREST if beta == 0 else None)})
+    others = {1.0: (*peers(), *anchors()), 0.0: NEAREST}.get(beta, (*peers(),))
+    table = _compare(x, {**mine, **_installed(others)})
     memory = table["ours, recompute"]["extra_mib"]
     assert memory is None or memory * MIB < 120e6
 

@@ -60,8 +60,6 @@ def compare(
         Interrupted: SIGINT or SIGTERM; the same call goes on from there.
     """
     config = cap_steps(config, max_steps)
-    if not config.arms:
-        raise ConfigError("arms: compare needs a list of {name, max_new_tokens}")
     if world.size > 1 and jobs is not None and jobs > 1:
         raise ConfigError(
             f"--jobs: got {jobs}, must be 1 on several processes, which share each run"
@@ -157,7 +155,13 @@ def default_jobs(arms: Arms) -> int:
 
 
 def cap_steps(config: Config, max_steps: int | None) -> Config:
-    """`config` with the steps of every arm limited to `max_steps`; unchanged for None."""
+    """`config` with the steps of every arm limited to `max_steps`; unchanged for None.
+
+    Raises:
+        ConfigError: there are no arms.
+    """
+    if not config.arms:
+        raise ConfigError("arms: compare needs a list of {name, max_new_tokens}")
     if max_steps is None:
         return config
     arms = [

@@ -88,6 +88,7 @@ def test_a_dry_run_prints_the_config_and_estimates_and_stops(
         (["compare", "CONFIG", "data.task=prompts", "eval.problems=9999"], "eval.problems: "),
         (["train", "CONFIG", "--dry-run", "--out", "CONFIG"], "is not a directory"),
         (["compare", "CONFIG", "arms=[]"], "compare needs a list"),
+        (["compare", "CONFIG", "arms=[]", "--dry-run"], "compare needs a list"),
         (["compare", "CONFIG", "eval.max_new_tokens=400"], "context overflow"),
         (["evaluate", "CONFIG", "--model", "builtin:nothing"], "no such built-in model"),
         (["report", "nowhere"], "nowhere"),
