@@ -199,7 +199,7 @@ def _ends() -> str:
         f"| | {' | '.join(positions.values())} | right count | right answer | answers that end |",
         "| --- |" + " ---: |" * (len(positions) + 3),
     ]
-    for name in ("start", "esr-32", "full"):
+    for name in ("start", "esr-32", "grow-32", "full"):
         path = ROOT / "docs" / "tally" / "evaluated" / f"{name}.json"
         found = json.loads(path.read_text())["metrics"]
         divergences = [f"{found['heldout_kl_' + name]:.3f}" for name in positions]

@@ -63,6 +63,10 @@ def describe(config: Config, on: str | None = None) -> str:
             what = f"at {config.teacher.url}, which is not asked now: its time is not in these"
         elif plan.shared:
             what += ", of which the student's are shared"
+        elif config.teacher.placement == "fsdp":
+            what += "; in parts on several processes, while these numbers are of one with all of it"
+        elif config.teacher.placement:
+            what += f"; on {config.teacher.placement}, in these times as fast as here"
         lines.append(f"{who}: {type(decoder(model)).__name__}, {what}")
     if plan.vocabulary.note:
         lines.append(plan.vocabulary.note)

@@ -138,6 +138,8 @@ def memory(config: Config, plan: Plan) -> Memory:
         teacher = []
     elif plan.shared:
         teacher = [p for n, p in plan.teacher.named_parameters() if "lora_" in n]
+    elif plan.on_gpu and config.teacher.placement not in (None, "fsdp"):
+        teacher = [plan.heads()[1]]  # a copy; the rest is on another device
     weights += sum(p.nbytes for p in teacher)
     masters = sum(4 * p.numel() for p in trained if p.dtype != torch.float32)
     rows = largest_micro_batch(config, plan)

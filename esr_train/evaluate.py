@@ -107,7 +107,7 @@ class Evaluator:
 
         If the task has no checkable answers, only those are sampled that are decoded or measured.
         """
-        with self.world.whole(self.student.model):
+        with self.world.whole(self.student.model), self.world.scoring():
             return self._evaluate()
 
     def _evaluate(self) -> Evaluation:
@@ -262,9 +262,16 @@ class Evaluator:
         comparable = self.alignment.comparable(text)
         weights = (inside if comparable is None else inside & comparable).float()
         longest = max(map(len, text.prompts)) + int(text.lengths.max())
-        batches = []
-        own_texts = torch.arange(self.world.rank, len(text.prompts), self.world.size)
-        for part in own_texts.split(max(1, _TOKENS // longest)) if len(own_texts) else ():
+        at_once = max(1, _TOKENS // longest)
+        count, ranks, batches = len(text.prompts), self.world.size, []
+        own_texts = torch.arange(self.world.rank, count, ranks)
+        parts = list(own_texts.split(at_once)) if len(own_texts) else []
+        if self.world.lockstep:  # the main process has the most
+            most = -(-len(range(0, count, ranks)) // at_once)
+            parts += [own_texts[:0]] * (most - len(parts))
+        for part in parts:
+            if len(part) == 0:  # others have one more: text 0, with nothing to measure
+                part, weights = torch.tensor([0]), torch.zeros_like(weights)
             prompts = None if own is None else [own[row] for row in part.tolist()]
             student, teacher = self.alignment.pair(
                 text.select(part), weights[part], prompts, device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from esr_train.alignment import Alignment
@@ -11,9 +13,10 @@ from esr_train.data import PromptStream, TokenizedTask
 from esr_train.evaluate import Evaluator
 from esr_train.loss import check_divergence
 from esr_train.models import compiled, eos_ids, head, load_pair, load_tokenizer
+from esr_train.placement import check_processes
 from esr_train.rollout import PrefixRollout
 from esr_train.tasks import load_task
-from esr_train.teacher import Teacher
+from esr_train.teacher import DistantTeacher, Teacher
 from esr_train.terminators import Groups, Terminators
 from esr_train.vocabulary import Vocabulary, shared_vocabulary
 from esr_train.world import ONE, World
@@ -57,6 +60,7 @@ def load_experiment(config: Config, world: World = ONE) -> Experiment:
         ServerError: the teacher's server does not answer.
     """
     check_divergence(config.loss)
+    check_processes(config, world.size)
     task = load_task(config.data)
     tokenizer = load_tokenizer(config.student, config.runtime)
     teacher_tokenizer = load_tokenizer(config.teacher, config.runtime)
@@ -80,8 +84,8 @@ def load_experiment(config: Config, world: World = ONE) -> Experiment:
 
         teacher: Any = remote_teacher(config, vocabulary, list(stops[1]), rows[1])
     else:
-        teacher_rollout = PrefixRollout(models[1], teacher_tokenizer, limit, stop_ids=stops[1])
-        teacher = Teacher(teacher_rollout, compiled(models[1], config.runtime))
+        make = partial(PrefixRollout, models[1], teacher_tokenizer, limit, stop_ids=stops[1])
+        teacher = _placed(config, world, models, make)
     tokenized = TokenizedTask(
         task, tokenizer, config.data, teacher_tokenizer, vocabulary.same_tokens
     )
@@ -106,6 +110,21 @@ def load_experiment(config: Config, world: World = ONE) -> Experiment:
         evaluator,
         world,
     )
+
+
+def _placed(
+    config: Config, world: World, models: tuple[Any, Any], make: Callable[[], PrefixRollout]
+) -> Teacher:
+    """The second of the models as the teacher, by `teacher.placement`; `make` makes its rollout."""
+    placement, (student, model) = config.teacher.placement, models
+    if placement == "fsdp":
+        from esr_train.sharded import sharded_teacher  # nothing of it in one process
+
+        return sharded_teacher(world, model, make)
+    forward = compiled(model, config.runtime)
+    if placement is None:
+        return Teacher(make(), forward)
+    return DistantTeacher(make(), head(student).weight.device, forward)
 
 
 def check_context(config: Config, experiment: Experiment, seed: int) -> None:

@@ -1,74 +1,46 @@
 """A run on several processes, each with a part of the student and its optimizer state: FSDP2.
 
-A layer is gathered when a forward or backward pass comes to it; for sampling and evaluation, in
-which a pass is a single token, the whole student is gathered once. The loss is computed inside of
-the forward of the outermost module, where the output head is whole. FSDP sums the gradients here,
-and does not average them: token weights have the denominator of the whole batch in them.
+The loss is computed inside of the forward of the outermost module, where the output head is whole.
+FSDP sums the gradients here, and does not average them: token weights have the denominator of the
+whole batch in them.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from esr_train import adapters, checkpoint
-from esr_train.distributed import Ranks
-from esr_train.models import decoder
 from esr_train.optim import MASTER, Optimizer
-from esr_train.rollout import PrefixRollout, RolloutBatch
+from esr_train.sharded import PartRanks, Sharded
 
 
-class ShardedRanks(Ranks):
+class ShardedRanks(PartRanks):
     """This process among several, of which each has a part of the student once `resume` has been
     called."""
 
-    lockstep = True  # each pass gathers layers, which takes all processes
     saves_alone = False
 
     def __init__(self) -> None:
         super().__init__()
-        self._root: Any = None  # a `_Root` and FSDPModule
-        self._whole = False
+        self._student: Sharded | None = None
         self._stored_dtype = torch.float32
 
     def renewed(self) -> ShardedRanks:
-        return self if self._root is None else ShardedRanks()
-
-    @property
-    def _modules(self) -> list[FSDPModule]:
-        assert self._root is not None
-        return [module for module in self._root.modules() if isinstance(module, FSDPModule)]
-
-    @contextlib.contextmanager
-    def whole(self, model: Any) -> Iterator[None]:
-        if self._root is None or model is not self._root.student or self._whole:
-            yield
-            return
-        self._whole = True
-        try:
-            for module in self._modules:
-                module.set_reshard_after_forward(False, recurse=False)
-                module.unshard()
-            yield
-        finally:
-            for module in self._modules:
-                module.reshard()
-                module.set_reshard_after_forward(module is not self._root, recurse=False)
-            self._whole = False
+        return self if self._student is None else ShardedRanks()
 
     def forward(self, function: Callable[[], Any]) -> Any:
-        return function() if self._root is None else self._root(function)
+        return function() if self._student is None else self._student.root(function)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        if self._root is None:
+        if self._student is None:
             super().sum_gradients(parameters)  # else the backward has done it
 
     def resume(self, directory: Path, model: Any, optimizer: Optimizer) -> dict[str, Any] | None:
@@ -89,10 +61,6 @@ class ShardedRanks(Ranks):
         names = self.from_main(lambda: [n for n in stored.tensors if not n.startswith(MASTER)])
         optimizer.load_state_tensors({n: self._part(n, stored, optimizer) for n in names})
         return state
-
-    def generate(self, rollout: PrefixRollout, *what: Any, **how: Any) -> RolloutBatch:
-        with self.whole(rollout.model):
-            return super().generate(rollout, *what, **how)
 
     def save(
         self,
@@ -121,20 +89,15 @@ class ShardedRanks(Ranks):
         policy = MixedPrecisionPolicy()
         if not adapters.is_adapted(model) and self._stored_dtype != torch.float32:
             policy = MixedPrecisionPolicy(self._stored_dtype, reduce_dtype=torch.float32)
-        below: Any = decoder(model)
-        layers = [fully_shard(layer, mp_policy=policy) for layer in below.layers]
-        self._root = fully_shard(_Root(model), mp_policy=policy)
+        self._student = student = Sharded(model, policy)
+        self.parts.append(student)
         # FSDP would gather ahead in the backward what ran before a layer: for the first one the end
         # of this process's rollout, which others may not have had, and wait for them for ever.
-        for module, before in zip([*layers, self._root], [self._root, *layers], strict=True):
-            module.set_modules_to_backward_prefetch([before])
-        for module in self._modules:
+        before = student.modules
+        for module, prefetched in zip(before, [before[-1], *before], strict=False):
+            module.set_modules_to_backward_prefetch([prefetched])
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-        with torch.no_grad():
-            self._root(lambda: None)  # the first module that runs is taken for the outermost
-        for module in self._modules:
-            module.reshard()
 
     def _part(self, name: str, stored: Any, optimizer: Optimizer) -> Tensor:
         """This process's part of a tensor of AdamW's state, which the main process has."""
@@ -172,18 +135,6 @@ class ShardedRanks(Ranks):
                 cast = dtype is not None and full.is_floating_point()
                 found[name] = full.to("cpu", dtype if cast else None)
         return found
-
-
-class _Root(nn.Module):
-    """The outermost module: what is computed inside of its forward finds the student's own
-    parameters, those below no layer, gathered."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
 
 
 class _Stored:

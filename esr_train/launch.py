@@ -7,6 +7,7 @@ import os
 import torch.distributed as dist
 
 from esr_train.config import Config, ConfigError
+from esr_train.placement import check_processes
 from esr_train.world import ONE, World
 
 
@@ -27,8 +28,8 @@ def start(config: Config) -> World:
     """This process's world, after it has found the others of its launcher.
 
     Raises:
-        ConfigError: `runtime.fsdp` without other processes, or options of `accelerate launch` that
-            would have no effect.
+        ConfigError: `runtime.fsdp` or `teacher.placement` ask for another number of processes, or
+            options of `accelerate launch` would have no effect.
     """
     for engine in ("FSDP", "DEEPSPEED"):
         ignored = engine != "FSDP" or not config.runtime.fsdp
@@ -37,6 +38,7 @@ def start(config: Config) -> World:
                 f"accelerate launch --use_{engine.lower()} has no effect here: leave it out; "
                 "runtime.fsdp=true shards the student"
             )
+    check_processes(config, launched())
     if launched() == 1:
         if config.runtime.fsdp:
             raise ConfigError(
@@ -49,6 +51,10 @@ def start(config: Config) -> World:
         from esr_train.fsdp import ShardedRanks
 
         return ShardedRanks()
+    if config.teacher.placement == "fsdp":
+        from esr_train.sharded import PartRanks
+
+        return PartRanks()
     from esr_train.distributed import Ranks
 
     return Ranks()

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from esr_train.adapters import add_lora, base_of, load_adapter
 from esr_train.config import Config, ModelConfig, RuntimeConfig
 from esr_train.fetch import fetch_smollm2, hub_problem
+from esr_train.placement import own_device, shares
 from esr_train.tasks import BUILTIN_MODELS, builtin_model_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,12 +72,12 @@ def load_tokenizer(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
         raise ModelError(_not_loaded(spec, source, "tokenizer", error)) from error
 
 
-def load_model(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
+def load_model(spec: ModelConfig, runtime: RuntimeConfig, on: torch.device | None = None) -> Any:
     """Load a causal language model, with its adapter if it has one, in eval mode on `device()`.
 
     A directory may hold a whole model or, as a LoRA run leaves it, an adapter that names its base.
     """
-    return _completed(_base(spec, runtime), spec)
+    return _completed(_base(spec, runtime, on), spec)
 
 
 def stored_dtype(spec: ModelConfig) -> torch.dtype:
@@ -90,7 +91,7 @@ def load_pair(config: Config) -> tuple[Any, Any]:
     server has its configs alone, as a model on the meta device.
 
     With LoRA nothing changes the student's own weights. A teacher that is made of the same ones,
-    with layers dropped or an adapter or neither, shares their memory.
+    with layers dropped or an adapter or neither, shares their memory unless it has a placement.
     """
     spec, runtime = config.student, config.runtime
     if spec.lora and base_of(_source(spec)):
@@ -98,11 +99,11 @@ def load_pair(config: Config) -> tuple[Any, Any]:
     student = _base(spec, runtime)
     if config.teacher.url:
         teacher = _on_meta(config.teacher, runtime, torch.float32)
-    elif spec.lora and _source(config.teacher) == _source(spec):
+    elif shares(config, _source(spec), _source(config.teacher)):
         # Before the student is changed.
         teacher = _completed(share_weights(student), config.teacher)
     else:
-        teacher = load_model(config.teacher, runtime)
+        teacher = load_model(config.teacher, runtime, own_device(config.teacher))
     student = _completed(student, spec)
     if spec.lora:
         student = add_lora(student, spec.lora).eval()
@@ -111,7 +112,7 @@ def load_pair(config: Config) -> tuple[Any, Any]:
     return student, teacher
 
 
-def _base(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
+def _base(spec: ModelConfig, runtime: RuntimeConfig, on: torch.device | None = None) -> Any:
     """The model below any adapter that its directory holds, all of its layers there."""
     source = _source(spec)
     source = base_of(source) or source
@@ -119,7 +120,8 @@ def _base(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
     dtype = runtime.dtype if runtime.dtype != "auto" else "bfloat16" if on_cuda else "float32"
     attention: str | None = runtime.attention
     if attention == "auto":
-        flash = on_cuda and dtype != "float32" and importlib.util.find_spec("flash_attn")
+        on_gpu = on_cuda and getattr(spec, "placement", None) != "cpu"
+        flash = on_gpu and dtype != "float32" and importlib.util.find_spec("flash_attn")
         # None is sdpa where the model has it: not Gemma 2, whose scores are soft-capped.
         attention = "flash_attention_2" if flash else None
     try:
@@ -133,8 +135,8 @@ def _base(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(_not_loaded(spec, source, "model", error)) from error
-    model.to(device()).eval()
-    if runtime.liger:
+    model.to(on or device()).eval()
+    if runtime.liger and getattr(spec, "placement", None) != "cpu":
         _use_liger_layers(model)
     return model
 
@@ -149,7 +151,7 @@ def meta_pair(config: Config, dtype: torch.dtype) -> tuple[Any, Any, bool]:
     spec = config.student
     if spec.lora and base_of(_source(spec)):
         raise ModelError(f"student.lora: {spec.model!r} is an adapter itself; merge it by export")
-    shared = bool(spec.lora) and _source(config.teacher) == _source(spec)
+    shared = shares(config, _source(spec), _source(config.teacher))
     teacher = _completed(_on_meta(config.teacher, config.runtime, dtype), config.teacher)
     student = _completed(_on_meta(spec, config.runtime, dtype), spec)
     if spec.lora:
@@ -160,8 +162,7 @@ def meta_pair(config: Config, dtype: torch.dtype) -> tuple[Any, Any, bool]:
 
 
 def _on_meta(spec: ModelConfig, runtime: RuntimeConfig, dtype: torch.dtype) -> Any:
-    source = _source(spec)
-    source = base_of(source) or source
+    source = base_of(_source(spec)) or _source(spec)
     trust = runtime.trust_remote_code
     attention = None if runtime.attention == "auto" else runtime.attention
     try:

@@ -7,13 +7,13 @@ last position of the prompt. Only these rows are kept, so no logits are computed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esr_train.models import decoder, head
+from esr_train.models import Head, decoder, head
 from esr_train.rollout import PrefixRollout, RolloutBatch
 
 
@@ -65,9 +65,39 @@ class Teacher:
     def __init__(self, rollout: PrefixRollout, forward: Callable[..., Any] | None = None) -> None:
         self.rollout, self.forward = rollout, forward
         self.model = rollout.model.requires_grad_(False)
-        self.head = head(self.model)
+
+    @property
+    def head(self) -> Head:
+        """What turns its hidden states into logits."""
+        return head(self.model)
 
     @torch.no_grad()
     def hidden_rows(self, batch: Sequences) -> Tensor:
         """Hidden states [T, D] at the rows of a batch."""
         return hidden_rows(self.model, batch, self.forward)
+
+
+class DistantTeacher(Teacher):
+    """A teacher with a device of its own: token ids go there, hidden states come back, and `head`
+    is a copy on `device`, the student's."""
+
+    def __init__(
+        self,
+        rollout: PrefixRollout,
+        device: torch.device,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(rollout, forward)
+        own = super().head
+        self._own, self._device = own.weight.device, device
+        bias = None if own.bias is None else own.bias.to(device)
+        self._head = replace(own, weight=own.weight.to(device), bias=bias)
+
+    @property
+    def head(self) -> Head:
+        return self._head
+
+    def hidden_rows(self, batch: Sequences) -> Tensor:
+        """Hidden states [T, D] at the rows of a batch, on the student's device."""
+        there = Sequences(**{name: x.to(self._own) for name, x in vars(batch).items()})
+        return super().hidden_rows(there).to(self._device)

@@ -175,7 +175,8 @@ class Trainer:
         own = self.prompts.teacher_prompts_for(step)  # one for each prompt, or None
         if own is not None:
             own = [prompt for prompt in own for _ in range(self.config.rollout.samples)]
-        return self.objective.backward(batch, own, self.seed, step, spans)
+        with self.world.scoring():
+            return self.objective.backward(batch, own, self.seed, step, spans)
 
     def _evaluate(self) -> list[str]:
         """Evaluate if it is due at this step and has not been done; `train_seconds` excludes it.

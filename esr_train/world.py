@@ -29,7 +29,7 @@ class World:
     """One process; as a context, what it is for ends with it."""
 
     rank, size = 0, 1
-    # Whether all processes must make the same number of passes through the student.
+    # Whether all processes must make the same number of passes through a model.
     lockstep = False
     # Whether the main process can save at any moment, without the others.
     saves_alone = True
@@ -54,6 +54,10 @@ class World:
     def whole(self, model: Any) -> contextlib.AbstractContextManager[None]:
         """Inside, this process has all weights of a model, to run any part of it without gradients;
         entered by all processes."""
+        return contextlib.nullcontext()
+
+    def scoring(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, this process has the teacher's head whole; entered by all processes."""
         return contextlib.nullcontext()
 
     def forward(self, function: Callable[[], _T]) -> _T:

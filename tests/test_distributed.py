@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from esr_train import evaluate
 from esr_train.cli import main
 from esr_train.compare import compare
 from esr_train.config import Config, ConfigError, load_config, to_yaml, with_overrides
@@ -41,6 +42,8 @@ THREE |= {"loss__window": "random", "loss__window_tokens": 2, "loss__denominator
 ONE = {"rollout__prompts": 1, "rollout__samples": 3, "steps": 2, "eval__every": 0}
 ONE |= {"loss__train_on_eos": False, "optim__micro_batch": 1}
 TEACHER = {"rollout__source": "teacher", "rollout__pool": 6, "steps": 3, "eval__every": 0}
+PARTS = {"teacher__placement": "fsdp"}
+FOUR = {"rollout__prompts": 3, "rollout__pool": 4, **PARTS}
 ARMS = [{"name": "short", "max_new_tokens": 3}]
 ARMS.append({"name": "teacher", "rollout.source": "teacher", "rollout.pool": 8})
 RUNS: dict[str, dict[str, Any]] = {
@@ -53,12 +56,20 @@ RUNS: dict[str, dict[str, Any]] = {
     # The teacher has the weights that the student has below its adapters.
     "fsdp lora": {**LORA, "runtime__fsdp": True, "teacher__drop_layers": [0]},
     "fsdp one prompt": {**ONE, "runtime__fsdp": True},
+    "teacher in parts": {**FULL, **PARTS},
+    "teacher in parts, lora": {**LORA, **THREE, "eval__every": 2, **PARTS},
+    "teacher in parts, one prompt": {**ONE, **PARTS},
+    "both in parts": {**FULL, **PARTS, "runtime__fsdp": True},
+    # Both are made of the same weights, and have parts of their own.
+    "both in parts, lora": {**LORA, **PARTS, "runtime__fsdp": True, "teacher__drop_layers": [0]},
+    # The last of four prompts is sampled by one process alone.
+    "both in parts, teacher's answers": {**TEACHER, **FOUR, "runtime__fsdp": True},
 }
 # Stopped after the second step, and continued on as many processes, and in one.
 RESUMED: dict[str, dict[str, Any]] = {
     "full": FULL,
     "fsdp lora": RUNS["fsdp lora"],
-    "fsdp bf16": {**RUNS["fsdp"], "runtime__dtype": "bfloat16", "eval__every": 0},
+    "fsdp bf16": {**RUNS["fsdp"], **PARTS, "runtime__dtype": "bfloat16", "eval__every": 0},
 }
 
 # In two calls: the second finds the first arm finished.
@@ -66,6 +77,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "comparison": {**LORA, "eval__every": 2, "eval__teacher_text": 0, "steps": 2, "arms": ARMS},
     "fsdp comparison": {"runtime__fsdp": True, "steps": 2, "seeds": [0, 1], "arms": ARMS[:1]},
 }
+COMPARED["fsdp comparison"] |= PARTS
 
 
 def compare_on(world: World, config: Config, directory: Path) -> None:
@@ -99,12 +111,24 @@ def _rank(rank: int, directory: Path, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    evaluate._TOKENS = 1  # a text in a pass, of which one process then has more
     configs = {n: load_config(directory / f"{n}.yaml") for n in {**RUNS, **RESUMED, **COMPARED}}
+    through: list[Any] = []  # models in parts, for each pass
+
+    def passed(module: Any, *_: Any) -> None:
+        if "_Root" in type(module).__name__:
+            through.append(module.model)
+
+    torch.nn.modules.module.register_module_forward_hook(passed)
     with start(configs["full"]) as world:
         assert (world.rank, world.size) == (rank, 2)
         for name in {**RUNS, **RESUMED}:
             config = configs[name]
             trainer = trained(config, directory / name, start(config))
+            if config.teacher.placement:
+                teacher = trainer.objective.teacher.model
+                check_parts(teacher, trainer.world)
+                (directory / f"{name}-{rank}.passes").write_text(str(through.count(teacher)))
             weights = {k: whole(p) for k, p in trainer.optimizer.parameters.items()}
             torch.save(weights, directory / f"{name}-{rank}.pt")
         for name in RESUMED:
@@ -119,6 +143,22 @@ def _rank(rank: int, directory: Path, port: int) -> None:
             world.from_main(lambda: fail())
         except (ValueError, WorldError) as error:
             (directory / f"failure-{rank}").write_text(f"{type(error).__name__}: {error}")
+
+
+def check_parts(model: Any, world: World) -> None:
+    """A process has its rows, and all of the head where that is used, whatever else is gathered."""
+    for parameter in model.parameters():
+        rows = parameter.shape[0]
+        assert parameter.to_local().shape[0] in (rows // 2, -(-rows // 2))
+    with world.scoring():
+        with world.whole(model):
+            pass
+        assert not hasattr(model.lm_head.weight, "to_local")
+
+
+def alone(config: Config) -> Config:
+    """What one process can have."""
+    return with_overrides(config, {"runtime.fsdp": False, "teacher.placement": None})
 
 
 def whole(parameter: Any) -> torch.Tensor:
@@ -164,17 +204,23 @@ def _is_number(value: Any) -> bool:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(name: str, runs: Path, tmp_path: Path) -> None:
-    config = load_config(runs / f"{name}.yaml")
-    alone = trained(config, tmp_path / name, World(), save=False)
+    config = alone(load_config(runs / f"{name}.yaml"))
+    one = trained(config, tmp_path / name, World(), save=False)
     for log in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
         if log == "metrics.jsonl" or config.eval.every:
             assert_same_rows(curve(runs / name, log), curve(tmp_path / name, log))
     both = [torch.load(runs / f"{name}-{rank}.pt") for rank in (0, 1)]
     initial = dict(build(config, tmp_path / "initial").student.named_parameters())
-    for key, parameter in alone.optimizer.parameters.items():
+    for key, parameter in one.optimizer.parameters.items():
         assert torch.equal(both[0][key], both[1][key])
         moved = float((parameter - initial[key]).detach().norm())
         assert moved > 0 and float((both[0][key] - parameter).detach().norm()) < 2e-2 * moved, key
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "in parts" in name])
+def test_processes_make_as_many_passes_through_a_teacher_in_parts(name: str, runs: Path) -> None:
+    passes = [int((runs / f"{name}-{rank}.passes").read_text()) for rank in (0, 1)]
+    assert passes[0] == passes[1] > 2  # two before the first step
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -187,7 +233,7 @@ def test_a_resumed_run_on_as_many_processes_repeats_bit_for_bit(name: str, runs:
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_checkpoint_of_two_processes_goes_on_in_one(name: str, runs: Path) -> None:
-    config, directory = load_config(runs / f"{name}.yaml"), runs / f"{name}, elsewhere"
+    config, directory = alone(load_config(runs / f"{name}.yaml")), runs / f"{name}, elsewhere"
     build(config, directory, save=True).run()
     if "bf16" not in name:  # in which rounding soon samples another token
         assert_same_rows(curve(directory), curve(runs / name))
@@ -202,8 +248,7 @@ def test_a_comparison_on_two_processes_is_that_of_one(
     name: str, runs: Path, tmp_path: Path
 ) -> None:
     config = load_config(runs / f"{name}.yaml")
-    alone = with_overrides(config, {"runtime.fsdp": False})
-    compare(alone, tmp_path / "alone", say=lambda text: None)
+    compare(alone(config), tmp_path / "alone", say=lambda text: None)
     pairs = [(arm["name"], seed) for arm in config.arms for seed in config.seeds]
     assert len(pairs) == 2
     for arm, seed in pairs:

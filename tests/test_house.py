@@ -62,7 +62,7 @@ def test_no_triton_file_imports_the_cpu_room():
 def test_one_process_imports_nothing_for_several_or_for_servers():
     """These are slow to import, and are imported in the functions that need them."""
     ours = ["esr_kernels.common.sharded", "esr_kernels.divergence.sharded"]
-    ours += ["esr_train.distributed", "esr_train.fsdp"]
+    ours += ["esr_train.distributed", "esr_train.fsdp", "esr_train.sharded"]
     ours += [f"esr_train.remote.{n}" for n in ("client", "rollouts", "teacher", "criterion")]
     several = ["torch.distributed.tensor", "torch.distributed.fsdp", *ours]
     own = {name.replace(".", "/") + ".py" for name in ours}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -66,6 +67,9 @@ class TeacherConfig(ModelConfig):
     url: Url | None = None
     served_name: str | None = None  # the teacher's name at that server; null = as `model`
     logprobs: PositiveInt = 20  # of the most probable tokens, that a server is asked for a position
+    # fsdp: a part on each of several processes (FSDP2); cuda:1 or cpu: all of it there. null = all
+    # of it beside the student
+    placement: str | None = Field(default=None, pattern=r"^(fsdp|cpu|cuda(:[0-9]+)?)$")
 
     @property
     def hint(self) -> str:
@@ -75,6 +79,15 @@ class TeacherConfig(ModelConfig):
     def _check_url(self) -> TeacherConfig:
         check_teacher(self)
         return self
+
+
+def _increasing(values: list[int]) -> list[int]:
+    if values != sorted(set(values)):
+        raise ValueError("must be increasing")
+    return values
+
+
+_Increasing = Annotated[list[PositiveInt], AfterValidator(_increasing)]
 
 
 class RuntimeConfig(_Strict):
@@ -88,12 +101,6 @@ class RuntimeConfig(_Strict):
     trust_remote_code: bool = False  # run model code that comes with a hub repository
     requests: PositiveInt = 32  # that a process has waiting at a server (teacher.url, rollout.url)
     request_seconds: PositiveFloat = 600.0  # without a byte, after which a request is sent again
-
-    @model_validator(mode="after")
-    def _check_fsdp(self) -> RuntimeConfig:
-        if self.fsdp and self.compile:
-            raise ConfigError("runtime.fsdp: got True, must be false where runtime.compile is true")
-        return self
 
 
 class DataConfig(_Strict):
@@ -251,14 +258,7 @@ class EvalConfig(_Strict):
     teacher_text: NonNegativeInt = 0  # tokens of teacher text a problem to measure KL on; 0 = off
     student_text: NonNegativeInt = 0  # the same on the student's own sampled answers
     # Positions at which divergences are also reported apart: 0-31, 32-99, ... and the rest
-    position_bins: list[PositiveInt] = []
-
-    @field_validator("position_bins")
-    @classmethod
-    def _check_bins(cls, bins: list[int]) -> list[int]:
-        if bins != sorted(set(bins)):
-            raise ValueError("must be increasing")
-        return bins
+    position_bins: _Increasing = []
 
 
 class CheckpointConfig(_Strict):
@@ -275,16 +275,9 @@ class DiagnoseConfig(_Strict):
     length, and training those of `arms` and `seeds`."""
 
     problems: PositiveInt = 64  # as many as there are, if fewer
-    prefixes: list[PositiveInt] = [8, 32, 64, 128]  # tokens after which a teacher goes on
+    prefixes: _Increasing = [8, 32, 64, 128]  # tokens after which a teacher goes on
     arms: list[str] | None = None  # trained and compared with the start; null = first and last
     run: str | None = None  # a run directory whose final models are taken; null = train them
-
-    @field_validator("prefixes")
-    @classmethod
-    def _check_increasing(cls, sizes: list[int]) -> list[int]:
-        if sizes != sorted(set(sizes)):
-            raise ValueError("must be increasing")
-        return sizes
 
 
 class TrackingConfig(_Strict):
@@ -359,6 +352,12 @@ class Config(_Strict):
             raise ConfigError(
                 f"rollout.source: got {self.rollout.source!r}, must be 'teacher' where "
                 "loss.divergence is 'cross_entropy': a student learns nothing from its own tokens"
+            )
+        sharded = self.runtime.fsdp or self.teacher.placement == "fsdp"
+        if self.runtime.compile and sharded:
+            raise ConfigError(
+                "runtime.compile: got True, must be false where runtime.fsdp or "
+                "teacher.placement=fsdp shards a model"
             )
         common = sorted(set(self.seeds) & set(self.tune.seeds))
         if self.tune.rates and common:

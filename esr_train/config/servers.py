@@ -30,7 +30,7 @@ Url = Annotated[str, AfterValidator(_address)]
 
 def check_teacher(teacher: Any) -> None:
     """Raise ConfigError unless its keys are those of a teacher here, or of one on a server."""
-    for key in ("adapter", "drop_layers") if teacher.url else ():
+    for key in ("adapter", "drop_layers", "placement") if teacher.url else ():
         if getattr(teacher, key):
             raise ConfigError(
                 f"teacher.{key}: got {getattr(teacher, key)!r}, must be left out where "
