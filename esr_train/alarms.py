@@ -43,6 +43,10 @@ MEANING = {
     "logprobs_apart": "the engine that samples and the forward pass that is trained disagree on "
     "the log-probs of sampled tokens by more than 0.1 nats: training is not on-policy. Try "
     "runtime.attention=eager, runtime.compile=false, or runtime.dtype=float32",
+    "server_logprobs_apart": "the server that samples and the initial student disagree on the "
+    "log-probs of sampled tokens by more than 0.1 nats: the server has another model, or the same "
+    "one in fewer bits. Serve student.model (where student.drop_layers is set, its export) in "
+    "runtime.dtype; of several models there, rollout.served_name chooses one",
 }
 
 
@@ -71,7 +75,7 @@ class Alarms:
         if not all(map(math.isfinite, _numbers(row))):
             found.append("not_finite")
         if row.get("logprob_gap", 0.0) > LOGPROB_GAP:
-            found.append("logprobs_apart")
+            found.append("server_logprobs_apart" if "engine" in row else "logprobs_apart")
         if (
             self._last[0]["step"] > self._first[-1]["step"]
         ):  # the two windows have no step in common

@@ -18,6 +18,7 @@ import torch
 
 from esr_train import checkpoint
 from esr_train.config import Config, arm_config
+from esr_train.criteria import criterion
 from esr_train.evaluate import Evaluation
 from esr_train.experiment import check_context, load_experiment
 from esr_train.train import Trainer, TrainingError
@@ -44,8 +45,10 @@ class Arms:
         self._initial: Evaluation | None = None  # evaluation of those weights
 
     def check(self) -> None:
-        """Raise ContextError if the prompts of an arm do not fit, before any arm has trained."""
+        """Raise before any arm has trained: ContextError if the prompts of one do not fit, and what
+        `criterion` raises."""
         for config in self.configs.values():
+            criterion(config, self.experiment)
             check_context(config, self.experiment, self.first_seed)
 
     def restore(self) -> None:

@@ -43,7 +43,7 @@ from esr_train.evaluate import Evaluator
 from esr_train.experiment import Experiment, load_experiment
 from esr_train.export import export
 from esr_train.fetch import FetchError, fetch_smollm2
-from esr_train.launch import launched, start
+from esr_train.launch import launched, speaks, start
 from esr_train.models import ModelError
 from esr_train.progress import progress_bar, progress_text
 from esr_train.report import summary_table, write_report
@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         with Interrupt():
             options.run(options)
     except ERRORS as error:
-        print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if speaks(error):
+            print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         # Out of memory is an exception of its own on a GPU; on a CPU only the message says so.

@@ -45,6 +45,7 @@ def criterion(config: Config, experiment: Experiment) -> Criterion:
 
     Raises:
         ConfigError: it cannot be had of this pair of models.
+        ServerError: it cannot be had of the teacher's server.
     """
     classes = experiment.classes(config.loss)
     if config.loss.divergence == "cross_entropy":

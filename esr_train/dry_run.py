@@ -134,6 +134,10 @@ def make_plan(config: Config, on: str | None = None) -> Plan:
             raise ModelError("student.lora: the head cannot be adapted; leave it out of modules")
     rows = len(student.get_output_embeddings().weight), len(teacher.get_output_embeddings().weight)
     vocabulary = shared_vocabulary(tokenizers[0], tokenizers[1], rows)
+    if config.teacher.url:
+        from esr_train.remote.teacher import check_served_teacher  # nothing of it without a server
+
+        check_served_teacher(config, vocabulary, rows[1])
     longest = _longest_prompt(config, tokenizers, vocabulary)
     prompt = ASSUMED_PROMPT if longest is None else longest
     known = longest is not None

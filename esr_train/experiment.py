@@ -82,7 +82,7 @@ def load_experiment(config: Config, world: World = ONE) -> Experiment:
     if config.teacher.url:
         from esr_train.remote.teacher import remote_teacher  # nothing of it without a server
 
-        teacher: Any = remote_teacher(config, vocabulary, list(stops[1]))
+        teacher: Any = remote_teacher(config, vocabulary, list(stops[1]), rows[1])
     else:
         make = partial(PrefixRollout, models[1], teacher_tokenizer, limit, stop_ids=stops[1])
         teacher = _placed(config, world, models, make)
@@ -97,6 +97,8 @@ def load_experiment(config: Config, world: World = ONE) -> Experiment:
         vocabulary.note,
         ends.describe(tokenizer, teacher_tokenizer, config.loss.merge_terminators),
     ]
+    if config.teacher.url:
+        notes.append(teacher.server.note)
     return Experiment(
         student,
         teacher,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch.distributed as dist
+
 from esr_train.config import Config, ConfigError
 from esr_train.placement import check_processes
 from esr_train.world import ONE, World
@@ -12,6 +14,14 @@ from esr_train.world import ONE, World
 def launched() -> int:
     """How many processes a launcher has started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def speaks(error: BaseException) -> bool:
+    """Whether this process says an error. A configuration that is refused before the processes have
+    met is refused by all, and said by the first one of each machine."""
+    same = isinstance(error, ConfigError) and launched() > 1
+    met = dist.is_available() and dist.is_initialized()
+    return met or not same or os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0"
 
 
 def start(config: Config) -> World:

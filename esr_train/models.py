@@ -63,13 +63,13 @@ def device() -> torch.device:
 
 def load_tokenizer(spec: ModelConfig, runtime: RuntimeConfig) -> Any:
     """The tokenizer that belongs to a model."""
-    source = _source(spec.model)
+    source = _source(spec)
     try:
         return AutoTokenizer.from_pretrained(
             source, trust_remote_code=runtime.trust_remote_code, **_where(source)
         )
     except (OSError, ValueError) as error:
-        raise ModelError(_not_loaded(spec.model, source, "tokenizer", error)) from error
+        raise ModelError(_not_loaded(spec, source, "tokenizer", error)) from error
 
 
 def load_model(spec: ModelConfig, runtime: RuntimeConfig, on: torch.device | None = None) -> Any:
@@ -82,7 +82,7 @@ def load_model(spec: ModelConfig, runtime: RuntimeConfig, on: torch.device | Non
 
 def stored_dtype(spec: ModelConfig) -> torch.dtype:
     """The dtype that a model's weights have on disk."""
-    source = _source(spec.model)
+    source = _source(spec)
     return AutoConfig.from_pretrained(source, **_where(source)).dtype or torch.float32
 
 
@@ -94,12 +94,12 @@ def load_pair(config: Config) -> tuple[Any, Any]:
     with layers dropped or an adapter or neither, shares their memory unless it has a placement.
     """
     spec, runtime = config.student, config.runtime
-    if spec.lora and base_of(_source(spec.model)):
+    if spec.lora and base_of(_source(spec)):
         raise ModelError(f"student.lora: {spec.model!r} is an adapter itself; merge it by export")
     student = _base(spec, runtime)
     if config.teacher.url:
         teacher = _on_meta(config.teacher, runtime, torch.float32)
-    elif shares(config, _source(spec.model), _source(config.teacher.model)):
+    elif shares(config, _source(spec), _source(config.teacher)):
         # Before the student is changed.
         teacher = _completed(share_weights(student), config.teacher)
     else:
@@ -114,7 +114,7 @@ def load_pair(config: Config) -> tuple[Any, Any]:
 
 def _base(spec: ModelConfig, runtime: RuntimeConfig, on: torch.device | None = None) -> Any:
     """The model below any adapter that its directory holds, all of its layers there."""
-    source = _source(spec.model)
+    source = _source(spec)
     source = base_of(source) or source
     on_cuda = device().type == "cuda"
     dtype = runtime.dtype if runtime.dtype != "auto" else "bfloat16" if on_cuda else "float32"
@@ -134,7 +134,7 @@ def _base(spec: ModelConfig, runtime: RuntimeConfig, on: torch.device | None = N
             **_where(source),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(_not_loaded(spec.model, source, "model", error)) from error
+        raise ModelError(_not_loaded(spec, source, "model", error)) from error
     model.to(on or device()).eval()
     if runtime.liger and getattr(spec, "placement", None) != "cpu":
         _use_liger_layers(model)
@@ -149,9 +149,9 @@ def meta_pair(config: Config, dtype: torch.dtype) -> tuple[Any, Any, bool]:
         AdapterError, ModelError: as `load_pair`, where configs and shapes can tell.
     """
     spec = config.student
-    if spec.lora and base_of(_source(spec.model)):
+    if spec.lora and base_of(_source(spec)):
         raise ModelError(f"student.lora: {spec.model!r} is an adapter itself; merge it by export")
-    shared = shares(config, _source(spec.model), _source(config.teacher.model))
+    shared = shares(config, _source(spec), _source(config.teacher))
     teacher = _completed(_on_meta(config.teacher, config.runtime, dtype), config.teacher)
     student = _completed(_on_meta(spec, config.runtime, dtype), spec)
     if spec.lora:
@@ -162,8 +162,7 @@ def meta_pair(config: Config, dtype: torch.dtype) -> tuple[Any, Any, bool]:
 
 
 def _on_meta(spec: ModelConfig, runtime: RuntimeConfig, dtype: torch.dtype) -> Any:
-    source = _source(spec.model)
-    source = base_of(source) or source
+    source = base_of(_source(spec)) or _source(spec)
     trust = runtime.trust_remote_code
     attention = None if runtime.attention == "auto" else runtime.attention
     try:
@@ -176,14 +175,14 @@ def _on_meta(spec: ModelConfig, runtime: RuntimeConfig, dtype: torch.dtype) -> A
             model.generation_config = GenerationConfig.from_pretrained(source, **_where(source))
         return model
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(_not_loaded(spec.model, source, "config", error)) from error
+        raise ModelError(_not_loaded(spec, source, "config", error)) from error
 
 
 def _completed(model: Any, spec: ModelConfig) -> Any:
     """`model` without the layers that `spec` drops, and with the adapter that it names."""
     if spec.drop_layers:
         drop_layers(model, spec.drop_layers)
-    adapter, source = getattr(spec, "adapter", None), _source(spec.model)
+    adapter, source = getattr(spec, "adapter", None), _source(spec)
     if base_of(source):
         if adapter:
             raise ModelError(f"teacher.adapter: {spec.model!r} is an adapter itself; name its base")
@@ -349,8 +348,9 @@ def drop_layers(model: Any, layers: list[int]) -> None:
         config.layer_types = [config.layer_types[index] for index in kept]
 
 
-def _source(model: str) -> str:
+def _source(spec: ModelConfig) -> str:
     """Where `from_pretrained` finds a model: a directory or a hub id."""
+    model = spec.model
     if model == "smollm2":
         return str(fetch_smollm2())
     if model.startswith("builtin:"):
@@ -359,7 +359,7 @@ def _source(model: str) -> str:
             path = builtin_model_path(name)
         except ValueError as error:
             raise ModelError(
-                f"model {model!r}: no such built-in model, there are "
+                f"{spec.key} {model!r}: no such built-in model, there are "
                 + ", ".join(f"builtin:{known}" for known in BUILTIN_MODELS)
             ) from error
         return str(path)
@@ -367,7 +367,7 @@ def _source(model: str) -> str:
     if path.is_dir():
         return str(path)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ModelError(f"model {model!r}: no such directory")
+        raise ModelError(f"{spec.key} {model!r}: no such directory{spec.hint}")
     return model
 
 
@@ -376,14 +376,14 @@ def _where(source: str) -> dict[str, Any]:
     return {"local_files_only": not Path(source).is_dir() and hub_problem() is not None}
 
 
-def _not_loaded(model: str, source: str, what: str, error: Exception) -> str:
+def _not_loaded(spec: ModelConfig, source: str, what: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     if Path(source).is_dir():
-        return f"{what} {model!r}: {source} could not be loaded: {reason}"
+        return f"{spec.key}: {what} {spec.model!r}: {source} could not be loaded: {reason}"
     return (
-        f"{what} {model!r}: not a local directory, and not loaded from the Hugging Face hub "
-        f"({type(error).__name__}: {reason}). Give builtin:NAME, smollm2, the path of a model "
-        "directory, or a hub id that this machine can reach"
+        f"{spec.key}: {what} {spec.model!r}: not a local directory, and not loaded from the "
+        f"Hugging Face hub ({type(error).__name__}: {reason}). Give builtin:NAME, smollm2, the "
+        f"path of a model directory, or a hub id that this machine can reach{spec.hint}"
     )
 
 

@@ -126,11 +126,13 @@ def _differing(before: Config, now: Config, may_change: set[str]) -> list[str]:
 
 
 def _without_addresses(config: Config) -> Config:
-    """A server may start again elsewhere, and be asked in another way; that it is one stays."""
-    sections = {
-        name: getattr(config, name).model_copy(update={"url": getattr(config, name).url and "any"})
-        for name in ("teacher", "rollout")
-    }
+    """A server may start again elsewhere, where its model has another name, and be asked in another
+    way; that it is one stays."""
+    sections = {}
+    for name in ("teacher", "rollout"):
+        section = getattr(config, name)
+        any_server = {"url": section.url and "any", "served_name": None}
+        sections[name] = section.model_copy(update=any_server)
     usual = {"requests": 1, "request_seconds": 1.0}
     return config.model_copy(
         update={**sections, "runtime": config.runtime.model_copy(update=usual)}

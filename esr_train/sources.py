@@ -187,6 +187,8 @@ class Source:
 
     def _of(self) -> str:
         """What the answers depend on."""
-        rollout = self.config.rollout.model_copy(update={"url": self.config.rollout.url and "any"})
+        rollout = self.config.rollout
+        any_server = {"url": rollout.url and "any", "served_name": None}
+        rollout = rollout.model_copy(update=any_server)
         what = rollout, self.prompts.digest, self._first_epoch(), self.seed
         return hashlib.sha256(repr(what).encode()).hexdigest()

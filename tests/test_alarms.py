@@ -55,6 +55,12 @@ def raised(late: dict[str, float], early: dict[str, float] | None = None) -> lis
         ("repetition", {"repetition": 0.51}, {}, {"repetition": 0.49}),
         ("repetition", {"repetition": 0.71}, {"repetition": 0.5}, {"repetition": 0.69}),
         ("logprobs_apart", {"logprob_gap": 0.11}, {}, {"logprob_gap": 0.09}),
+        (
+            "server_logprobs_apart",
+            {"logprob_gap": 0.11, "engine": "vllm"},
+            {},
+            {"logprob_gap": 0.09, "engine": "vllm"},
+        ),
     ],
 )
 def test_a_rule_fires_past_its_threshold_alone(

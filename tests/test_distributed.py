@@ -273,15 +273,32 @@ def test_several_jobs_on_several_processes_are_refused(
 def test_other_commands_say_that_they_are_for_one_process(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     more = {"sample": ["--prompt", "x"], "export": ["--out", "y"]}.get(command, [])
     assert main([command, str(tmp_path / "config.yaml"), *more]) == 2
     said = capsys.readouterr().err
     assert said == (
-        f"esr-train: rank 1: error: {command} is for one process; train, compare and evaluate take "
+        f"esr-train: rank 2: error: {command} is for one process; train, compare and evaluate take "
         "several\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("rank", "local"), [("0", None), ("1", None), ("2", "0"), ("3", "1")], ids=str
+)
+def test_a_configuration_is_refused_by_all_and_said_once_a_machine(
+    rank: str, local: str | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert main(["train", "nowhere.yaml"]) == 2
+    said = f"esr-train: rank {rank}: error: config: nowhere.yaml is not a file\n"
+    assert capsys.readouterr().err == (said if (local or rank) == "0" else "")
 
 
 def test_what_fails_in_the_main_process_fails_in_all(runs: Path) -> None:

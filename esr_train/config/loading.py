@@ -15,7 +15,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from esr_train.config.sections import Config, ConfigError
+from esr_train.config.errors import ConfigError
+from esr_train.config.sections import Config
 
 # Sections that the arms of a comparison have in common.
 _COMMON = ("student", "teacher", "runtime")
@@ -52,6 +53,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"override: got {override!r}, expected section.key=value")
+        if not text.strip():  # a shell variable that is not set, more likely than null
+            raise ConfigError(f"override: got {override!r}, without a value; null is written null")
         changes[key.strip()] = _from_yaml(text, f"override {key}")
     return _validated(data, changes)
 

@@ -6,8 +6,7 @@ where the type says `| None`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,11 +20,10 @@ from pydantic import (
     model_validator,
 )
 
+from esr_train.config.errors import ConfigError
+from esr_train.config.servers import Url, check_served_losses, check_served_rollout, check_teacher
+
 EVAL_PROBLEMS = 64  # at most, where `eval.problems` is null
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and what is allowed."""
 
 
 class _Strict(BaseModel):
@@ -47,46 +45,39 @@ _MinP = Annotated[float, Field(ge=0, le=1)]
 
 
 class ModelConfig(_Strict):
+    key: ClassVar[str] = "model"  # of the configuration; errors about the model name it
     model: str = Field(min_length=1)  # builtin:NAME, smollm2, a hub id, or a local directory
     drop_layers: list[int] = []  # decoder layers to remove after loading
 
+    @property
+    def hint(self) -> str:
+        """What else to think of where `model` is not found."""
+        return ""
+
 
 class StudentConfig(ModelConfig):
+    key: ClassVar[str] = "student.model"
     lora: LoraConfig | None = None  # train adapters (peft) and freeze the rest; null = all weights
 
 
-def _server(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, or beyond 65535
-        good = False
-    if not good or parts.query or parts.fragment or parts.username or url.split() != [url]:
-        raise ValueError("must be http://HOST:PORT or https://HOST:PORT, with or without /v1")
-    return url
-
-
-# Of a server that speaks OpenAI's completions API, as vLLM and SGLang do
-_Url = Annotated[str, AfterValidator(_server)]
-
-
 class TeacherConfig(ModelConfig):
+    key: ClassVar[str] = "teacher.model"
     adapter: str | None = None  # directory or hub id of a peft adapter that the teacher has
     # Server of the teacher; `model` then gives tokenizer and config alone. null = this process
-    url: _Url | None = None
+    url: Url | None = None
+    served_name: str | None = None  # the teacher's name at that server; null = as `model`
     logprobs: PositiveInt = 20  # of the most probable tokens, that a server is asked for a position
     # fsdp: a part on each of several processes (FSDP2); cuda:1 or cpu: all of it there. null = all
     # of it beside the student
     placement: str | None = Field(default=None, pattern=r"^(fsdp|cpu|cuda(:[0-9]+)?)$")
 
+    @property
+    def hint(self) -> str:
+        return "; its name at teacher.url is teacher.served_name" if self.url else ""
+
     @model_validator(mode="after")
     def _check_url(self) -> TeacherConfig:
-        for key in ("adapter", "drop_layers", "placement") if self.url else ():
-            if getattr(self, key):
-                raise ConfigError(
-                    f"teacher.{key}: got {getattr(self, key)!r}, must be left out where "
-                    "teacher.url is set: the server has the teacher as it serves it"
-                )
+        check_teacher(self)
         return self
 
 
@@ -145,7 +136,8 @@ class RolloutConfig(_Strict):
     # teacher's. Frozen ones and the teacher's are sampled once a prompt.
     source: Literal["student", "initial_student", "teacher"] = "student"
     # Server that samples the answers of a frozen source; it has the same model. null = this process
-    url: _Url | None = None
+    url: Url | None = None
+    served_name: str | None = None  # that model's name at rollout.url; null = as `model`
     pool: PositiveInt | None = None  # different prompts that a run sees; null = all of the task
     # N of the first step, from where it grows linearly to max_new_tokens at the last; null = fixed
     grow_from: PositiveInt | None = None
@@ -171,12 +163,7 @@ class RolloutConfig(_Strict):
 
     @model_validator(mode="after")
     def _check_url(self) -> RolloutConfig:
-        if self.url and self.source == "student":
-            raise ConfigError(
-                f"rollout.url: got {self.url!r}, must be null where rollout.source is 'student': a "
-                "server does not get the weights of each step. It samples for initial_student and "
-                "teacher"
-            )
+        check_served_rollout(self)
         return self
 
     @model_validator(mode="after")
@@ -356,24 +343,7 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _check_served_teacher(self) -> Config:
-        """A server gives the log-probs of some tokens at temperature 1, and no hidden states."""
-        if self.teacher.url is None:
-            return self
-        loss, evaluation = self.loss, self.eval
-        known = ("forward_kl", "reverse_kl", "cross_entropy")
-        for key, value, fits, allowed in (
-            ("loss.divergence", loss.divergence, loss.divergence in known, f"one of {known}"),
-            ("loss.temperature", loss.temperature, loss.temperature == 1, "1"),
-            ("loss.merge_terminators", True, not loss.merge_terminators, "false"),
-            ("loss.select_by", loss.select_by, not loss.select_by, "left out"),
-            ("eval.teacher_text", evaluation.teacher_text, not evaluation.teacher_text, "0"),
-            ("eval.student_text", evaluation.student_text, not evaluation.student_text, "0"),
-        ):
-            if not fits:
-                raise ConfigError(
-                    f"{key}: got {value!r}, must be {allowed} where teacher.url is set: a server "
-                    "gives log-probs of its most probable tokens only"
-                )
+        check_served_losses(self)
         return self
 
     @model_validator(mode="after")

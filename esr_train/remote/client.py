@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import logging
+import math
 import os
+import socket
+import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,8 +23,11 @@ from esr_train.config import ConfigError, RuntimeConfig
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
+logger = logging.getLogger(__name__)
+
 TRIES = 6
 DELAY = 1.0  # seconds before the second try; twice as long before each following one
+SAID_EVERY = 60.0  # seconds between lines that say that a server is waited for
 _SHOWN = 300  # characters of what a server says that go into an error
 
 
@@ -27,22 +36,25 @@ class ServerError(ConnectionError):
 
 
 class Server:
-    """The model at a URL.
+    """A model at a URL.
 
     Args:
         key: of the configuration, which errors name.
         url: with or without /v1 at its end.
-        model: its name there, or the path that it was loaded from; wanted where a server has
-            several.
+        model: what the server's model must be called there, or be loaded from; the last part of a
+            path is enough.
+        served_name: its name there, whatever `model` is; None if none is given.
 
     $ESR_API_KEY is sent as the bearer token, if it is set.
 
     Raises:
         ServerError: it does not answer.
-        ConfigError: it has several models, and none of that name; $ESR_API_KEY cannot be sent.
+        ConfigError: it has no model of that name; $ESR_API_KEY cannot be sent.
     """
 
-    def __init__(self, key: str, url: str, model: str, runtime: RuntimeConfig) -> None:
+    def __init__(
+        self, key: str, url: str, model: str, runtime: RuntimeConfig, served_name: str | None = None
+    ) -> None:
         token = os.environ.get("ESR_API_KEY", "")
         if not (token.isascii() and token.isprintable()):
             raise ConfigError(
@@ -50,23 +62,36 @@ class Server:
             )
         self.key, self.runtime, self._token = key, runtime, token
         self.base = url.rstrip("/").removesuffix("/v1")
+        self._known = False  # has answered once
+        self._said, self._lock = -math.inf, threading.Lock()  # when it was said that they wait
         listed = self._ask("/v1/models", None, "its models")
         try:
             models = [{**found, "id": str(found["id"])} for found in listed["data"]]
         except (KeyError, TypeError):
             models = []
         if not models:
-            raise self.error("/v1/models", f"lists no models: {_short(listed)}")
-        named = [found for found in models if model in (found["id"], found.get("root"))]
-        if len(models) > 1 and not named:
+            raise self.error("/v1/models", f"lists no models: {short(listed)}")
+        found = _chosen(models, model, served_name)
+        if found is None:
+            setting = key.partition(".")[0] + ".served_name"
+            serves = f"{self.base} serves {', '.join(map(_named, models))}"
+            if served_name is not None:
+                raise ConfigError(f"{setting}: got {served_name!r}, and {serves}")
             raise ConfigError(
-                f"{key}: {self.base} has several models, {[found['id'] for found in models]}, and "
-                f"none is called {model!r}"
+                f"{key}: {serves}; none is called {model!r}. If one of them is that model, give "
+                f"its name as {setting}"
             )
-        found = (named or models)[0]
         self.model: str = found["id"]
         self.kind = str(found.get("owned_by") or "a server")  # vllm, sglang
-        self.max_tokens: int | None = found.get("max_model_len")  # of prompt and answer together
+        # An adapter is listed with the model that it is for, whose context is its own.
+        base = next((one for one in models if one["id"] == found.get("parent")), found)
+        self.max_tokens: int | None = base.get("max_model_len")  # of prompt and answer together
+        self._asked_of = {"model": self.model}
+        if self.kind == "sglang" and base is not found:
+            self._asked_of["lora_path"] = self.model  # it takes no adapter by `model`
+        context = f", {self.max_tokens} tokens of context" if self.max_tokens else ""
+        # What it says that it has, for the start of a run.
+        self.note = f"{key}: {self.kind} at {self.base} serves {_named(found)}{context}"
 
     def __str__(self) -> str:
         return f"{self.kind} at {self.base}, model {self.model}"
@@ -77,9 +102,9 @@ class Server:
         Raises:
             ServerError: no answer after `TRIES`, or the server refuses the request.
         """
-        answer = self._ask(path, {"model": self.model, **body}, what)
+        answer = self._ask(path, {**self._asked_of, **body}, what)
         if not isinstance(answer, dict):
-            raise self.error(path, f"is not a JSON object: {_short(answer)}")
+            raise self.error(path, f"is not a JSON object: {short(answer)}")
         return answer
 
     def each(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
@@ -104,37 +129,91 @@ class Server:
         if self._token:
             request.add_header("Authorization", f"Bearer {self._token}")
         for number in range(TRIES):
-            if number:
-                time.sleep(DELAY * 2 ** (number - 1))
             try:
                 seconds = self.runtime.request_seconds
                 with urllib.request.urlopen(request, timeout=seconds) as answer:
-                    return json.loads(answer.read())
+                    said = answer.read()
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {_said(error)}"
+                problem, advice = f"HTTP {error.code}: {_said(error)}", ""
                 if error.code < 500 and error.code not in (408, 429):
                     hint = "; ESR_API_KEY is sent as its key" if error.code in (401, 403) else ""
                     raise ServerError(
                         f"{self.key}: {url} refuses a request for {what}: {problem}{hint}"
                     ) from error
-            except ValueError as error:
-                problem = f"no JSON: {error}"
-            except (OSError, http.client.HTTPException) as error:
-                problem = str(getattr(error, "reason", error)) or type(error).__name__
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
+                cause = error.reason if isinstance(error, urllib.error.URLError) else error
+                problem, advice = str(cause) or type(error).__name__, _advice(cause)
+            else:
+                with contextlib.suppress(ValueError):
+                    found = json.loads(said)
+                    self._known = True
+                    return found
+                problem = f"no JSON, but {short(said.decode(errors='replace'))!r}"
+                advice = "is it the address of a server of models?"
+            if advice and not self._known:
+                raise ServerError(
+                    f"{self.key}: {url} cannot be asked for {what}: {problem}; {advice}"
+                )
+            if number + 1 < TRIES:
+                self._wait(number, f"{url} gives no answer to a request for {what}: {problem}")
         raise ServerError(
             f"{self.key}: {url} gave no answer to a request for {what}, tried {TRIES} times in "
             f"{time.monotonic() - start:.0f} s; at last: {problem}. Start the server again, then "
             "give the same command, which goes on from what is saved; the address may be another"
         )
 
+    def _wait(self, number: int, problem: str) -> None:
+        """After try `number`, from 0; says so, once for all requests that fail at the time."""
+        with self._lock:
+            now = time.monotonic()
+            new = now - self._said > SAID_EVERY
+            self._said = now if new else self._said
+        if new:
+            after = ", ".join(f"{DELAY * 2**n:g}" for n in range(TRIES - 1))
+            logger.warning("%s: %s; asking again after %s s", self.key, problem, after)
+        time.sleep(DELAY * 2**number)
+
+
+def _advice(cause: Any) -> str:
+    """What to do about an error that no other try mends; empty if one may."""
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return "SSL_CERT_FILE can name the certificates that are trusted"
+    if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
+        return "does it speak http, not https?"
+    if isinstance(cause, (socket.gaierror, UnicodeError)):
+        return "is the host's name right, and known on this machine?"
+    return ""
+
+
+def _chosen(
+    models: list[dict[str, Any]], model: str, served_name: str | None
+) -> dict[str, Any] | None:
+    if served_name is not None:
+        return next((found for found in models if found["id"] == served_name), None)
+    for shown in (str, _last_part):
+        for found in models:
+            if shown(model) in (shown(found["id"]), shown(str(found.get("root")))):
+                return found
+    return None
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _named(found: dict[str, Any]) -> str:
+    root = found.get("root")
+    return f"{found['id']!r}" + (f" (of {root})" if root and root != found["id"] else "")
+
 
 def _said(error: urllib.error.HTTPError) -> str:
     try:
-        return _short(error.read().decode(errors="replace"))
+        return short(error.read().decode(errors="replace"))
     except (OSError, http.client.HTTPException):
         return str(error.reason)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """What a server says, as much of it as an error shows."""
     text = " ".join(str(value).split())
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

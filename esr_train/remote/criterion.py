@@ -17,13 +17,18 @@ from esr_train.vocabulary import Vocabulary
 
 class TopDivergence:
     """Over the tokens that the server names and all others as one class: a lower bound of the
-    divergence over the vocabulary, whose gradient reaches every class (`tail="bucket"`)."""
+    divergence over the vocabulary, whose gradient reaches every class (`tail="bucket"`).
+
+    Raises:
+        ServerError: the server does not give them.
+    """
 
     names = ("divergence", *TOP_MASS)
 
     def __init__(self, config: LossConfig, teacher: RemoteTeacher, classes: Vocabulary) -> None:
         self._config, self._classes = config, classes
         self.reads = teacher.top
+        teacher.probe()
 
     def loss(
         self, hidden: Tensor, student: Head, laid_out: Sequences, of_teacher: Any

@@ -21,10 +21,12 @@ def remote_rollout(config: Config, own: Any) -> RemoteRollout:
 
     Raises:
         ServerError: the server does not answer.
+        ConfigError: it has no model of that name.
     """
     spec = config.teacher if config.rollout.source == "teacher" else config.student
-    assert config.rollout.url is not None
-    server = Server("rollout.url", config.rollout.url, spec.model, config.runtime)
+    rollout = config.rollout
+    assert rollout.url is not None
+    server = Server("rollout.url", rollout.url, spec.model, config.runtime, rollout.served_name)
     return RemoteRollout(server, own.classes, own.stop_ids)
 
 
@@ -52,9 +54,12 @@ class RemoteRollout:
             raise ContextError("prompts: at least one is needed, and none may be empty")
         longest, limit = max(map(len, prompts)), self.server.max_tokens
         if limit is not None and longest + max_new_tokens + self.spare > limit:
+            spare = f" and {self.spare} beside them" if self.spare else ""
             raise ContextError(
                 f"context overflow: the longest prompt has {longest} tokens, and with "
-                f"{max_new_tokens} new ones exceeds the {limit} of {self.server}"
+                f"{max_new_tokens} new ones{spare} exceeds the {limit} of {self.server.key}, "
+                f"{self.server}. Lower rollout.max_new_tokens, take shorter prompts (data), or "
+                "start the server with more (vLLM: --max-model-len, SGLang: --context-length)"
             )
 
     def generate(

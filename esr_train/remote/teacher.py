@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esr_train.config import Config, ConfigError
-from esr_train.remote.client import Server
+from esr_train.remote.client import Server, short
 from esr_train.remote.rollouts import RemoteRollout
 from esr_train.teacher import Sequences
 from esr_train.vocabulary import Vocabulary
@@ -27,24 +27,44 @@ class TopLogprobs:
     logprobs: Tensor  # [T, K + 1] fp32, over the teacher's whole vocabulary
 
 
-def remote_teacher(config: Config, vocabulary: Vocabulary, stop_ids: list[int]) -> RemoteTeacher:
-    """The teacher at `teacher.url`.
+def check_served_teacher(config: Config, vocabulary: Vocabulary, size: int) -> None:
+    """Raise ConfigError unless a server's log-probs of tokens can be those of the teacher, which
+    has `size` of them."""
+    spec = config.teacher
+    if not vocabulary.same_tokens:
+        raise ConfigError(
+            f"teacher.url: got {spec.url!r}, must be null where teacher.model, {spec.model!r}, has "
+            f"another tokenizer than student.model, {config.student.model!r}: what is known of its "
+            "tokens says nothing of the student's"
+        )
+    if spec.logprobs > size:
+        raise ConfigError(
+            f"teacher.logprobs: got {spec.logprobs}, must be at most {size}, the vocabulary of "
+            f"teacher.model, {spec.model!r}"
+        )
+
+
+def remote_teacher(
+    config: Config, vocabulary: Vocabulary, stop_ids: list[int], size: int
+) -> RemoteTeacher:
+    """The teacher at `teacher.url`, which has `size` tokens.
 
     Raises:
-        ConfigError: its tokens are not the student's.
+        ConfigError: its tokens are not the student's, or fewer than are asked for; its server has
+            no model of its name.
         ServerError: its server does not answer.
     """
     spec = config.teacher
     assert spec.url is not None
-    if not vocabulary.same_tokens:
-        raise ConfigError(
-            f"teacher.url: got {spec.url!r}, must be null where the teacher has another tokenizer: "
-            "what is known of its tokens says nothing of the student's"
-        )
-    server = Server("teacher.url", spec.url, spec.model, config.runtime)
+    check_served_teacher(config, vocabulary, size)
+    server = Server("teacher.url", spec.url, spec.model, config.runtime, spec.served_name)
     # One token is sampled beside what is scored.
     rollout = RemoteRollout(server, vocabulary.classes, stop_ids, spare=1)
-    return RemoteTeacher(rollout, spec.logprobs)
+    return RemoteTeacher(rollout, spec.logprobs, size)
+
+
+class _MissingField(Exception):
+    """The name of a field that an answer has not."""
 
 
 class RemoteTeacher:
@@ -54,13 +74,23 @@ class RemoteTeacher:
         rollout: samples its text.
         count: K, the most probable tokens that are asked for. The token that is there is known as
             well, as one more where it is not among them.
+        size: of its vocabulary; the server names no other tokens.
     """
 
-    def __init__(self, rollout: RemoteRollout, count: int) -> None:
+    def __init__(self, rollout: RemoteRollout, count: int, size: int) -> None:
         self.rollout, self.server = rollout, rollout.server
         self.model = torch.nn.Module()  # its parameters are elsewhere: none
-        self.count = min(count, rollout.classes)
+        self.count, self.size = count, size
         self._of_position = _sglang if self.server.kind == "sglang" else _vllm
+
+    def probe(self) -> None:
+        """Ask for what `top` asks for, of two tokens: a server that does not give it is found
+        before any work.
+
+        Raises:
+            ServerError: as `top`.
+        """
+        self._ask(([0, 0], [1]))
 
     def top(self, read: Sequences) -> TopLogprobs:
         """The log-probs at the rows of a batch; a sequence without rows is not sent.
@@ -90,22 +120,34 @@ class RemoteTeacher:
         """What is known at places of a text."""
         text, places = asked
         path, body, read = self._of_position(text, self.count)
-        what = f"the {self.count} largest log-probs at {len(places)} of {len(text)} tokens"
+        what = f"teacher.logprobs={self.count} at {len(places)} of {len(text)} tokens"
         answer = self.server.post(path, body, what)
         try:
-            found = dict(enumerate(read(answer)))
-            return [self._checked(path, found[place], text[place]) for place in places]
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            field = "prompt_logprobs" if read is _vllm_answer else "meta_info.input_top_logprobs"
+            found = list(read(answer))
+        except _MissingField as error:
             raise self.server.error(
-                path,
-                f"has no log-probs of given tokens ({type(error).__name__}: {error}); asked for "
-                f"{field} of {len(text)} tokens. vLLM and SGLang have them",
+                path, f"has no {error}: no log-probs of given tokens. vLLM and SGLang have them"
             ) from error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise self.server.error(
+                path, f"has log-probs of given tokens in an unknown form: {short(answer)}"
+            ) from error
+        if len(found) < len(text):
+            raise self.server.error(
+                path, f"has log-probs at {len(found)} places, asked for {len(text)}"
+            )
+        return [self._checked(path, found[place], text[place]) for place in places]
 
     def _checked(self, path: str, known: _Known, token: int) -> _Known:
         if token not in known:
             raise self.server.error(path, f"is of other tokens: {token} is not at its place")
+        other = [index for index in known if not 0 <= index < self.size]
+        if other:
+            raise self.server.error(
+                path,
+                f"names token {other[0]}, and teacher.model has {self.size} tokens: the server has "
+                "another model",
+            )
         if len(known) < self.count:
             raise self.server.error(
                 path,
@@ -129,8 +171,8 @@ def _vllm(text: list[int], count: int) -> tuple[str, dict[str, Any], Any]:
 
 def _vllm_answer(answer: dict[str, Any]) -> Iterator[_Known]:
     """Of each token of the text; nothing is known of the first."""
-    for known in answer["choices"][0]["prompt_logprobs"]:
-        yield {int(token): entry["logprob"] for token, entry in (known or {}).items()}
+    for known in _field(answer, "choices", 0, "prompt_logprobs"):
+        yield {int(index): _field(entry, "logprob") for index, entry in (known or {}).items()}
 
 
 def _sglang(text: list[int], count: int) -> tuple[str, dict[str, Any], Any]:
@@ -146,7 +188,21 @@ def _sglang(text: list[int], count: int) -> tuple[str, dict[str, Any], Any]:
 
 
 def _sglang_answer(answer: dict[str, Any]) -> Iterator[_Known]:
-    info = answer["meta_info"]
-    tokens, tops = info["input_token_logprobs"], info["input_top_logprobs"]
+    tokens, tops = (
+        _field(answer, "meta_info", name) for name in ("input_token_logprobs", "input_top_logprobs")
+    )
     for (value, token, *_), top in zip(tokens, tops, strict=True):
-        yield {**{entry[1]: entry[0] for entry in top or ()}, token: value}
+        yield {**{int(entry[1]): entry[0] for entry in top or ()}, int(token): value}
+
+
+def _field(value: Any, *path: str | int) -> Any:
+    name = ""
+    for key in path:
+        name += f"[{key}]" if isinstance(key, int) else f".{key}"
+        try:
+            value = value[key]
+        except (LookupError, TypeError):
+            value = None
+        if value is None:
+            raise _MissingField(name.removeprefix("."))
+    return value

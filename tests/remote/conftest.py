@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from esr_train.remote import client
 from tests.remote.stub import Stub, serving
-from tests.tiny import tiny_llama
+from tests.tiny import save_pair, tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +27,9 @@ def stub(request: pytest.FixtureRequest) -> Iterator[Stub]:
 def vllm() -> Iterator[Stub]:
     with serving(tiny_llama(1)) as found:
         yield found
+
+
+@pytest.fixture
+def same(tmp_path: Path) -> str:
+    """A teacher with the student's vocabulary; the stub's model is of the same seed."""
+    return save_pair(tmp_path / "teacher", seed=1)

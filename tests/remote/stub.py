@@ -25,7 +25,8 @@ class Stub(ThreadingHTTPServer):
     def __init__(self, model: Any, kind: str = "vllm", port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.model, self.kind = model, kind
-        self.models: list[Answer] = [{"id": "tiny", "owned_by": kind, "max_model_len": 64}]
+        card = {"id": "tiny", "root": "/models/teacher", "owned_by": kind, "max_model_len": 64}
+        self.models: list[Answer] = [card]
         self.max_logprobs = 1000
         self.faults: list[Any] = []
         self.change: Callable[[Answer], Any] = lambda answer: answer

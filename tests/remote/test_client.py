@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from typing import Any
@@ -65,14 +66,54 @@ def test_no_server_is_an_error(vllm: Stub) -> None:
         connect(vllm)
 
 
-def test_a_server_with_several_models_is_asked_by_name(vllm: Stub) -> None:
-    vllm.models = [{"id": "base", "owned_by": "vllm"}, {"id": "tiny", "owned_by": "vllm"}]
-    assert connect(vllm).model == "tiny"
-    assert Server("rollout.url", f"{vllm.url}/v1/", "base", RuntimeConfig()).model == "base"
-    with pytest.raises(
-        ConfigError, match=r"has several models, \['base', 'tiny'\], and none .*'x'"
+def called(stub: Stub, model: str, served_name: str | None = None) -> Server:
+    return Server("rollout.url", f"{stub.url}/v1/", model, RuntimeConfig(), served_name)
+
+
+def test_a_model_is_found_by_its_name_or_where_it_was_loaded_from(vllm: Stub) -> None:
+    vllm.models = [
+        {"id": "base", "root": "/models/Qwen3-8B", "owned_by": "vllm"},
+        {"id": "tiny", "owned_by": "vllm"},
+    ]
+    for model, found in (
+        ("tiny", "tiny"),
+        ("./tiny/", "tiny"),
+        ("base", "base"),
+        ("/models/Qwen3-8B", "base"),
+        ("Qwen/Qwen3-8B", "base"),
     ):
-        Server("rollout.url", vllm.url, "x", RuntimeConfig())
+        assert called(vllm, model).model == found
+    assert called(vllm, "Qwen/Qwen3-8B", "tiny").model == "tiny"
+    vllm.models.reverse()
+    assert called(vllm, "base").note == (
+        f"rollout.url: vllm at {vllm.url} serves 'base' (of /models/Qwen3-8B)"
+    )
+
+
+@pytest.mark.parametrize("names", [["base", "tiny"], ["base"]], ids=["several", "one"])
+def test_another_model_is_refused_by_the_names_there(vllm: Stub, names: list[str]) -> None:
+    vllm.models = [{"id": name, "root": f"/models/{name}"} for name in names]
+    listed = ", ".join(f"'{name}' .of /models/{name}." for name in names)
+    with pytest.raises(
+        ConfigError,
+        match=f"rollout.url: {vllm.url} serves {listed}; none is called 'b/Qwen3-4B'. "
+        "If one .* give its name as rollout.served_name",
+    ):
+        called(vllm, "b/Qwen3-4B")
+    with pytest.raises(ConfigError, match=f"rollout.served_name: got 'x', and .* serves {listed}"):
+        called(vllm, "base", "x")
+
+
+def test_an_adapter_is_asked_for_by_its_name_in_the_context_of_its_base(stub: Stub) -> None:
+    base = {"id": "base", "owned_by": stub.kind, "max_model_len": 64}
+    adapter = {"id": "tiny", "root": "/a", "parent": "base", "owned_by": stub.kind}
+    stub.models = [base, {**adapter, "max_model_len": None}]
+    server = called(stub, "base", "tiny")
+    assert (server.model, server.max_tokens) == ("tiny", 64)
+    post(server)
+    sent = {name: stub.asked[-1][1].get(name) for name in ("model", "lora_path")}
+    # SGLang selects no adapter by `model`.
+    assert sent == {"model": "tiny", "lora_path": "tiny" if stub.kind == "sglang" else None}
 
 
 @pytest.mark.parametrize("models", [[], [{}], "none", [3]])
@@ -139,3 +180,53 @@ def test_a_refused_key_is_named(vllm: Stub) -> None:
     vllm.faults = [401]
     with pytest.raises(ServerError, match="HTTP 401.*ESR_API_KEY"):
         post(server)
+
+
+def test_https_to_a_server_of_http_fails_at_once(vllm: Stub) -> None:
+    with pytest.raises(ServerError, match="cannot be asked for its models: .*http, not https?"):
+        Server("teacher.url", vllm.url.replace("http", "https"), "tiny", RuntimeConfig())
+    assert not vllm.asked
+
+
+def test_an_address_of_another_service_fails_at_once(vllm: Stub) -> None:
+    vllm.faults = ["garbage"]
+    with pytest.raises(ServerError, match="its models: no JSON, but '<html>'; is it the address"):
+        connect(vllm)
+    assert len(vllm.asked) == 1
+
+
+def test_an_unknown_host_fails_at_once_but_is_waited_for_later(
+    vllm: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, unknown = socket.getaddrinfo, [True]
+
+    def lookup(*what: Any, **how: Any) -> Any:
+        if unknown:
+            unknown.pop()
+            raise socket.gaierror(-2, "Name or service not known")
+        return known(*what, **how)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    with pytest.raises(ServerError, match="Name or service not known; is the host's name right"):
+        connect(vllm)
+    with pytest.raises(ServerError, match="codec failed.*; is the host's name right"):
+        Server("teacher.url", f"http://{'a' * 64}.example", "tiny", RuntimeConfig())
+    server = connect(vllm)
+    unknown.append(True)
+    assert post(server)["choices"] and not unknown
+
+
+def test_waiting_is_said_once_for_all_requests(
+    vllm: Stub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = connect(vllm)
+    for quiet in (60.0, 0.0):  # in between, a minute has passed
+        monkeypatch.setattr("esr_train.remote.client.SAID_EVERY", quiet)
+        caplog.clear()
+        vllm.faults = [503] * (TRIES - 1)
+        server.each(lambda _: post(server), range(6))
+        said = caplog.messages
+        assert (len(said) == 1) == bool(quiet)
+        assert said[0].startswith(f"teacher.url: {vllm.url}/v1/completions gives no answer to a re")
+        assert "a token: HTTP 503: " in said[0]
+        assert said[0].endswith("; asking again after 0.001, 0.002, 0.004, 0.008, 0.016 s")

@@ -56,10 +56,14 @@ def test_the_request_leaves_nothing_to_the_servers_defaults(vllm: Stub) -> None:
 
 def test_prompts_that_do_not_fit_are_refused_before_any_request(vllm: Stub) -> None:
     rollout, asked = remote(vllm), len(vllm.asked)
-    with pytest.raises(ContextError, match="61 tokens, and with 4 new ones exceeds the 64 of vllm"):
+    with pytest.raises(
+        ContextError,
+        match="61 tokens, and with 4 new ones exceeds the 64 of rollout.url, vllm .* Lower "
+        r"rollout.max_new_tokens, take shorter prompts \(data\), .* --max-model-len",
+    ):
         rollout.generate([[3] * 61], 1, 4, 0.0, (0,))
     rollout.check_fits([[3] * 60], 4)
-    with pytest.raises(ContextError, match="60 tokens, and with 4"):
+    with pytest.raises(ContextError, match="60 tokens, and with 4 new ones and 1 beside them"):
         remote(vllm, spare=1).check_fits([[3] * 60], 4)
     with pytest.raises(ContextError, match="none may be empty"):
         rollout.generate([[3], []], 1, 4, 0.0, (0,))

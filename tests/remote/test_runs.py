@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from esr_train.cli import main
-from esr_train.config import Config, ConfigError, to_yaml
-from esr_train.experiment import load_experiment
+from esr_train.config import Config, to_yaml
 from esr_train.metrics import read_rows
 from tests.remote.stub import Stub, serving
 from tests.test_checkpoint import curve
 from tests.test_interruption import tensors
 from tests.test_train import build
-from tests.tiny import MakeConfig, save_pair, tiny_llama
+from tests.tiny import MakeConfig, tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `train`: it takes longer than these runs."""
+    monkeypatch.setattr("esr_train.cli.write_report", lambda run_dir: run_dir)
 
 
 @pytest.fixture
-def same(tmp_path: Path) -> str:
-    """A teacher with the student's vocabulary; the stub's model is of the same seed."""
-    return save_pair(tmp_path / "teacher", seed=1)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reports of `compare` are of text."""
+    without = SimpleNamespace(draw_pictures=lambda *_: [])
+    monkeypatch.setitem(sys.modules, "esr_train.report.figures", without)
 
 
 def served(make_config: MakeConfig, teacher: str, url: str | None, **changes: Any) -> Config:
@@ -33,26 +43,38 @@ def served(make_config: MakeConfig, teacher: str, url: str | None, **changes: An
         "teacher__url": url,
         "eval__every": 0,
         "eval__teacher_text": 0,
+        "rollout__pool": 48,  # all others take longer to make than a run
     }
-    return make_config(**{**loss, **base, "teacher__logprobs": 32, **changes})
+    logprobs = {"teacher__logprobs": 32} if url else {}
+    return make_config(**{**loss, **base, **logprobs, **changes})
 
 
 LORA = {"student__lora": {"r": 4, "alpha": 8.0}}
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("how", ["full", "lora", "micro-batches"])
+@pytest.mark.parametrize(
+    ("kind", "divergence", "how"),
+    [
+        ("vllm", "forward_kl", "full"),
+        ("vllm", "reverse_kl", "full"),
+        ("vllm", "forward_kl", "lora"),
+        ("vllm", "reverse_kl", "lora"),
+        ("vllm", "forward_kl", "micro-batches"),
+        ("sglang", "reverse_kl", "micro-batches"),
+    ],
+)
 def test_all_log_probs_train_as_the_teacher_here(
-    stub: Stub, make_config: MakeConfig, same: str, tmp_path: Path, divergence: str, how: str
+    make_config: MakeConfig, same: str, tmp_path: Path, kind: str, divergence: str, how: str
 ) -> None:
     changes = {"full": {}, "lora": LORA, "micro-batches": {"optim__micro_batch": 3}}[how]
     changes = {**changes, "loss__divergence": divergence, "loss__denominator": "trajectory"}
     runs = []
-    for name, url in (("here", None), ("there", stub.url)):
-        trainer = build(served(make_config, same, url, **changes), tmp_path / name)
-        initial = {k: p.detach().clone() for k, p in trainer.optimizer.parameters.items()}
-        trainer.run()
-        runs.append(trainer)
+    with serving(tiny_llama(1), kind) as stub:
+        for name, url in (("here", None), ("there", stub.url)):
+            trainer = build(served(make_config, same, url, **changes), tmp_path / name)
+            initial = {k: p.detach().clone() for k, p in trainer.optimizer.parameters.items()}
+            trainer.run()
+            runs.append(trainer)
     here, there = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("here", "there"))
     for a, b in zip(here, there, strict=True):
         for key in ("loss", "divergence", "grad_norm"):
@@ -88,29 +110,45 @@ def end_to_end(directory: Path, config: Config, *more: str) -> int:
     return main(["train", str(path), "--out", str(directory / "run"), *more])
 
 
+ARM = Path("run/arms/train/seed0")
+
+
+def whole_and_killed(
+    directory: Path, config_at: Callable[[str], Config], dies_after: int
+) -> tuple[Path, Path, Config]:
+    """Arms of a whole run and of one whose server dies after some requests, and the latter's
+    configuration."""
+    for name in ("whole", "killed"):
+        (directory / name).mkdir()
+        with serving(tiny_llama(1)) as stub:
+            stub.dies_after = dies_after if name == "killed" else None
+            config = config_at(stub.url)
+            assert end_to_end(directory / name, config) == (2 if stub.dies_after else 0)
+            assert stub.dies_after is None or len(stub.asked) > dies_after
+    return directory / "whole" / ARM, directory / "killed" / ARM, config
+
+
+def same_weights(step: int, *arms: Path) -> bool:
+    a, b = (tensors(arm / "checkpoints" / f"step_{step:06d}") for arm in arms)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_the_teachers_server_dies_and_the_run_goes_on_bit_for_bit(
     make_config: MakeConfig, same: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for directory in (whole, killed):
-        directory.mkdir()
-    with serving(tiny_llama(1)) as stub:
-        assert end_to_end(whole, served(make_config, same, stub.url, steps=4)) == 0
-    with serving(tiny_llama(1)) as stub:
-        stub.dies_after = 1 + 2 * 8 + 3  # in the third step
-        config = served(make_config, same, stub.url, steps=4)
-        capsys.readouterr()
-        assert end_to_end(killed, config) == 2
+    whole, killed, config = whole_and_killed(
+        tmp_path,
+        lambda url: served(make_config, same, url, steps=4),
+        2 + 2 * 8 + 3,  # in the third step
+    )
     said = capsys.readouterr().err
-    assert f"error: teacher.url: {stub.url}/v1/completions gave no answer" in said
-    assert "32 largest log-probs" in said and "give the same command" in said
-    arm = Path("run/arms/train/seed0")
-    assert len(curve(killed / arm)) == 2 and tensors(killed / arm / "checkpoints" / "step_000002")
+    assert f"error: teacher.url: {config.teacher.url}/v1/completions gave no answer" in said
+    assert "a request for teacher.logprobs=32 at" in said and "give the same command" in said
+    assert len(curve(killed)) == 2 and tensors(killed / "checkpoints" / "step_000002")
     with serving(tiny_llama(1)) as stub:  # elsewhere
-        assert end_to_end(killed, config, f"teacher.url={stub.url}") == 0
-    assert curve(killed / arm) == curve(whole / arm) and len(curve(whole / arm)) == 4
-    a, b = (tensors(d / arm / "checkpoints" / "step_000004") for d in (whole, killed))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert end_to_end(tmp_path / "killed", config, f"teacher.url={stub.url}") == 0
+    assert curve(killed) == curve(whole) and len(curve(whole)) == 4
+    assert same_weights(4, whole, killed)
 
 
 def frozen(make_config: MakeConfig, student: str, url: str | None, **changes: Any) -> Config:
@@ -148,37 +186,30 @@ def test_a_server_with_another_model_raises_the_alarm(
     with serving(tiny_llama(7)) as stub:
         build(frozen(make_config, same, stub.url), tmp_path).run()
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert "logprobs_apart" in rows[0]["alarms"] and rows[1]["alarms"] == []
+    assert "server_logprobs_apart" in rows[0]["alarms"] and rows[1]["alarms"] == []
 
 
 def test_the_samplers_server_dies_and_nothing_is_sampled_twice(
     make_config: MakeConfig, same: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for directory in (whole, killed):
-        directory.mkdir()
-    arm = Path("run/arms/train/seed0")
+    whole, killed, config = whole_and_killed(
+        tmp_path,
+        lambda url: frozen(make_config, same, url),
+        1 + 8 + 8 + 3,  # in the last third
+    )
+    said, was = capsys.readouterr().err, config.rollout.url
+    assert f"rollout.url: {was}/v1/completions gave no answer to a request for 6 tok" in said
+    assert (killed / "checkpoints" / "answers.safetensors").is_file()
     with serving(tiny_llama(1)) as stub:
-        assert end_to_end(whole, frozen(make_config, same, stub.url)) == 0
-    with serving(tiny_llama(1)) as stub:
-        stub.dies_after = 1 + 8 + 8 + 3  # in the last third
-        config = frozen(make_config, same, stub.url)
-        capsys.readouterr()
-        assert end_to_end(killed, config) == 2
-        assert len(stub.asked) > 20
-    said = capsys.readouterr().err
-    assert f"rollout.url: {stub.url}/v1/completions gave no answer to a request for 6 tok" in said
-    assert (killed / arm / "checkpoints" / "answers.safetensors").is_file()
-    with serving(tiny_llama(1)) as stub:
-        assert end_to_end(killed, config, f"rollout.url={stub.url}") == 0
+        assert end_to_end(tmp_path / "killed", config, f"rollout.url={stub.url}") == 0
         assert len(stub.asked) == 1 + 8  # the part that was not there
-    rows = [curve(directory / arm) for directory in (whole, killed)]
+    rows = [curve(arm) for arm in (whole, killed)]
     engines = [[row.pop("engine") for row in of_run] for of_run in rows]
     assert rows[0] == rows[1] and engines[0] != engines[1]
-    a, b = (tensors(d / arm / "checkpoints" / "step_000005") for d in (whole, killed))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert same_weights(5, whole, killed)
     # All answers are there: no server is asked any more.
-    assert end_to_end(killed, config, "steps=5", "rollout.url=http://127.0.0.1:9") == 0
+    more = "steps=5", "rollout.url=http://127.0.0.1:9"
+    assert end_to_end(tmp_path / "killed", config, *more) == 0
 
 
 def test_a_served_teachers_answers_are_fine_tuned_on(
@@ -192,17 +223,20 @@ def test_a_served_teachers_answers_are_fine_tuned_on(
         rollout__source="teacher",
         rollout__pool=8,
     )
+    vllm.max_logprobs = 1  # none are asked for
     build(config, tmp_path).run()
     row = read_rows(tmp_path / "metrics.jsonl")[0]
     assert row["cross_entropy"] > 0 and row["engine"].startswith("vllm at ")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_report_names_the_engine_of_every_arm(
     vllm: Stub, make_config: MakeConfig, same: str, tmp_path: Path
 ) -> None:
+    there = {"rollout.url": vllm.url, "rollout.served_name": "tiny"}
     arms = [
         {"name": "own", "max_new_tokens": 3},
-        {"name": "elsewhere", "rollout.source": "initial_student", "rollout.url": vllm.url},
+        {"name": "elsewhere", "rollout.source": "initial_student", **there},
     ]
     config = served(
         make_config, same, vllm.url, arms=arms, steps=2, eval__every=2, teacher__logprobs=4
@@ -229,22 +263,6 @@ def test_the_dry_run_leaves_the_teacher_out_and_asks_nobody(
     assert "of 32 log-probs a token, from teacher.url" in said[1]
 
 
-def test_diagnose_needs_the_teacher_here(
-    make_config: MakeConfig, same: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(served(make_config, same, "http://127.0.0.1:9")))
-    for more in ([], ["--dry-run"]):
-        assert main(["diagnose", str(path), "--out", str(tmp_path / "out"), *more]) == 2
-        assert "teacher.url: got 'http://127.0.0.1:9', must be null" in capsys.readouterr().err
-
-
-def test_another_tokenizer_is_refused(vllm: Stub, make_config: MakeConfig, tmp_path: Path) -> None:
-    other = save_pair(tmp_path / "other", 1, alphabet="abcdefghij0123456789+= .")
-    with pytest.raises(ConfigError, match="teacher.url: .* another tokenizer"):
-        load_experiment(served(make_config, other, vllm.url))
-
-
 def test_weights_of_a_served_teacher_are_not_needed(
     vllm: Stub, make_config: MakeConfig, same: str, tmp_path: Path
 ) -> None:
@@ -252,42 +270,26 @@ def test_weights_of_a_served_teacher_are_not_needed(
     build(served(make_config, same, vllm.url, steps=1), tmp_path).run()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rollout__url": "http://x"}, "rollout.url: got 'http://x', must be null where .*student"),
-        ({"teacher__url": "x:80"}, "teacher.url: got 'x:80', must be http://HOST:PORT"),
-        ({"teacher__url": "http://x:abc"}, "teacher.url: got 'http://x:abc', must be http"),
-        ({"teacher__url": "http://x:99999"}, "teacher.url: got 'http://x:99999', must be http"),
-        ({"teacher__url": "http://x/v1?y=1"}, "teacher.url: .*, with or without /v1"),
-        ({"teacher__url": "http://u:p@x"}, "teacher.url: .*, must be http"),
-        ({"teacher__url": " http://x"}, "teacher.url: .*, must be http"),
-        ({"teacher__adapter": "a"}, "teacher.adapter: got 'a', must be left out where teacher.url"),
-        ({"teacher__drop_layers": [0]}, r"teacher.drop_layers: got \[0\]"),
-        ({"teacher__logprobs": 0}, "teacher.logprobs: got 0"),
-        ({"loss__divergence": "jsd"}, "loss.divergence: got 'jsd', must be one of .*teacher.url"),
-        ({"loss__temperature": 2.0}, "loss.temperature: got 2.0, must be 1"),
-        ({"loss__merge_terminators": True}, "loss.merge_terminators: got True, must be false"),
-        (
-            {
-                "loss__window": "selected",
-                "loss__window_tokens": 2,
-                "loss__select_by": ["divergence"],
-            },
-            "loss.select_by: .* must be left out",
-        ),
-        ({"eval__teacher_text": 4}, "eval.teacher_text: got 4, must be 0"),
-        ({"eval__student_text": 4}, "eval.student_text: got 4, must be 0"),
-        ({"runtime__requests": 0}, "runtime.requests: got 0"),
-        ({"runtime__request_seconds": 0.0}, "runtime.request_seconds: got 0.0"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_what_a_server_cannot_do_is_refused(
-    make_config: MakeConfig, same: str, changes: dict[str, Any], message: str
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_server_with_fewer_log_probs_is_found_before_any_work(
+    vllm: Stub,
+    make_config: MakeConfig,
+    same: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    command: str,
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        served(make_config, same, "http://127.0.0.1:9", **changes)
+    vllm.max_logprobs = 8
+    config = served(make_config, same, vllm.url, steps=1, arms=[{"name": "a"}])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    run = [command, str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
+    assert main(run) == 2
+    assert "asked for teacher.logprobs=32; vLLM's limit is --max-log" in capsys.readouterr().err
+    assert len(vllm.asked) == 2 and not (tmp_path / "run").exists()
+    assert main([*run, "teacher.logprobs=8"]) == 0
+    where = "teacher.url: vllm at .* serves 'tiny' .of /models/teacher., 64 tokens of context"
+    assert re.search(where, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("section", ["teacher", "rollout"])
@@ -299,8 +301,10 @@ def test_a_run_with_a_server_does_not_go_on_without(
     else:
         config = frozen(make_config, same, vllm.url, steps=1)
     assert end_to_end(tmp_path, config) == 0
-    assert end_to_end(tmp_path, config, f"{section}.url=null") == 2
+    here = [f"{section}.url=null", *(["teacher.logprobs=20"] if section == "teacher" else [])]
+    assert end_to_end(tmp_path, config, *here) == 2
     assert f"another configuration: {section} was" in capsys.readouterr().err
     more = "runtime.requests=2", "runtime.request_seconds=5.0", "steps=2"
+    more += (f"{section}.served_name=tiny",)
     if section == "teacher":
         assert end_to_end(tmp_path, config, *more) == 0

@@ -27,9 +27,9 @@ def read() -> Sequences:
     return sequences(batch, WEIGHTS, torch.device("cpu"))
 
 
-def teacher(stub: Stub, count: int, classes: int = 32) -> RemoteTeacher:
+def teacher(stub: Stub, count: int, classes: int = 32, size: int = 32) -> RemoteTeacher:
     server = Server("teacher.url", stub.url, "tiny", RuntimeConfig())
-    return RemoteTeacher(RemoteRollout(server, classes, [0], spare=1), count)
+    return RemoteTeacher(RemoteRollout(server, classes, [0], spare=1), count, size)
 
 
 def expected(stub: Stub) -> torch.Tensor:
@@ -99,17 +99,30 @@ def _at(choice: Any, place: int, **logprobs: Any) -> None:
     choice["prompt_logprobs"][place] = {k[1:]: {"logprob": v} for k, v in logprobs.items()}
 
 
+NO_FIELD = "has no choices[0].prompt_logprobs: no log-probs of given tokens"
 BAD = {
-    "no field": (lambda c: c.pop("prompt_logprobs"), "has no log-probs of given tokens (KeyError"),
-    "null": (lambda c: c.update(prompt_logprobs=None), "has no log-probs of given tokens"),
+    "no field": (lambda c: c.pop("prompt_logprobs"), NO_FIELD),
+    "null": (lambda c: c.update(prompt_logprobs=None), NO_FIELD),
+    "no values": (
+        lambda c: c["prompt_logprobs"].__setitem__(2, {"3": {"rank": 1}}),
+        "has no logprob: no log-probs of given tokens",
+    ),
+    "another form": (
+        lambda c: c["prompt_logprobs"].__setitem__(2, "x"),
+        "has log-probs of given tokens in an unknown form: {'choices': ",
+    ),
     "short": (
         lambda c: c["prompt_logprobs"].__delitem__(slice(2, None)),
-        "has no log-probs of given",
+        "has log-probs at 2 places, asked for 3",
     ),
     "of others": (lambda c: _at(c, 2, _20=-1.0, _21=-1.0), "is of other tokens: "),
+    "of another model": (
+        lambda c: _at(c, 2, _3=-1.0, _6=-2.0, _32=-3.0),
+        "names token 32, and teacher.model has 32 tokens: the server has another model",
+    ),
     "positive": (lambda c: _at(c, 2, _3=0.5, _6=-1.0), "has no log-probs: 0.5"),
     "NaN": (lambda c: _at(c, 2, _3=float("nan"), _6=-1.0), "has no log-probs: nan"),
-    "null values": (lambda c: _at(c, 2, _3=None, _6=-1.0), "has no log-probs: None"),
+    "null values": (lambda c: _at(c, 2, _3=None, _6=-1.0), "has no logprob: no log-probs"),
     "scores": (lambda c: _at(c, 2, _3=-0.1, _6=-0.2), "has no log-probs: 2 with a mass of 1.7"),
     "too few": (lambda c: _at(c, 2, _3=-1.0, _6=-1.0), "has 2 log-probs at a place, asked for"),
 }
@@ -136,11 +149,20 @@ def test_a_server_with_a_limit_is_named(stub: Stub) -> None:
         teacher(stub, 6).top(read())
 
 
+def test_a_probe_finds_what_a_batch_would(stub: Stub) -> None:
+    teacher(stub, 6).probe()
+    with pytest.raises(ServerError, match="and teacher.model has 4 tokens: the server has another"):
+        teacher(stub, 6, classes=4, size=4).probe()
+    stub.max_logprobs = 2
+    with pytest.raises(ServerError, match="asked for teacher.logprobs=6"):
+        teacher(stub, 6).probe()
+
+
 def test_sglang_without_log_probs_is_an_error() -> None:
     from tests.remote.stub import serving
     from tests.tiny import tiny_llama
 
     with serving(tiny_llama(1), "sglang") as stub:
         stub.change = lambda answer: {"meta_info": {}} if "meta_info" in answer else answer
-        with pytest.raises(ServerError, match="/generate has no log-probs .*input_top_logprobs"):
+        with pytest.raises(ServerError, match="/generate has no meta_info.input_token_logprobs:"):
             teacher(stub, 3).top(read())

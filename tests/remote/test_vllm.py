@@ -25,7 +25,7 @@ from esr_train.config import Config, RuntimeConfig, to_yaml
 from esr_train.experiment import load_experiment
 from esr_train.fetch import fetch_smollm2
 from esr_train.metrics import read_rows
-from esr_train.remote.client import Server
+from esr_train.remote.client import Server, ServerError
 from esr_train.remote.rollouts import RemoteRollout
 from esr_train.remote.teacher import RemoteTeacher
 from esr_train.teacher import sequences
@@ -118,13 +118,17 @@ def test_its_log_probs_are_those_of_the_model_here(vllm: Process) -> None:
     assert server.kind == "vllm" and server.max_tokens == 256
     rollout = RemoteRollout(server, here.rollout.classes, here.rollout.stop_ids, spare=1)
     for count in (20, 64):
-        found = RemoteTeacher(rollout, count).top(read)
+        found = RemoteTeacher(rollout, count, 49152).top(read)
         known = logits.gather(1, found.ids.clamp(min=0))
         there = found.ids >= 0
         assert bool((there.sum(1) >= count).all())
         gap = (found.logprobs - known)[there].abs()
         print(f"{count}: {int(there.sum())} log-probs, off by at most {float(gap.max()):.2g} nats")
         assert float(gap.max()) < 2e-3
+    RemoteTeacher(rollout, 64, 49152).probe()
+    with pytest.raises(ServerError, match="refuses a request for teacher.logprobs=65 .* 400") as no:
+        RemoteTeacher(rollout, 65, 49152).probe()
+    print(server.note, no.value, sep="\n")
     # Greedy tokens are the same until two are as probable as each other within rounding.
     own = here.rollout.generate(prompts, 1, 24, 0.0, (0,))
     its = rollout.generate(prompts, 1, 24, 0.0, (0,))
