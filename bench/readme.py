@@ -212,12 +212,14 @@ def _ends() -> str:
         f"| | {' | '.join(positions.values())} | right count | right answer | answers that end |",
         "| --- |" + " ---: |" * (len(positions) + 3),
     ]
-    for name in ("start", "esr-32", "full"):
-        path = ROOT / "docs" / "tally" / "evaluated" / f"{name}.json"
+    rows = [("tally", name, name) for name in ("start", "esr-32", "full")]
+    rows += [("tally-bf16", name, f"{name}, in bf16") for name in ("esr-32", "full")]
+    for run, arm, label in rows:
+        path = ROOT / "docs" / run / "evaluated" / f"{arm}.json"
         found = json.loads(path.read_text())["metrics"]
         divergences = [f"{found['heldout_kl_' + name]:.3f}" for name in positions]
         shares = [f"{found[key]:.3f}" for key in ("greedy_counted", "greedy_accuracy", "eos_rate")]
-        table.append(f"| {name} | {' | '.join(divergences + shares)} |")
+        table.append(f"| {label} | {' | '.join(divergences + shares)} |")
     return "\n".join(table)
 
 
