@@ -81,6 +81,9 @@ def _summed(call: Call, name: str) -> float:
         factor = factor * arguments["token_weights"].double().abs()
     if arguments.get("reduction") == "mean":
         factor = factor / max(float(factor.sum()), 1e-30)
+    # The logits' own derivative, as of their transform.
+    scale = arguments.get(f"{hidden.removesuffix('hidden')}logit_scale", 1.0)
+    factor = factor * abs(scale) / arguments.get("temperature", 1.0)
     if name == f"d {hidden}":
         return _norm(factor) * float(arguments[weight].double().norm(dim=1).max())
     return _norm(factor[:, None] * arguments[hidden]) if name == f"d {weight}" else _norm(factor)
