@@ -172,6 +172,8 @@ def test_a_grid_needs_rates_and_evaluations(config: Config, tmp_path: Path) -> N
     ):
         with pytest.raises(ConfigError, match=message):
             tune(with_overrides(config, changes), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"tune.seeds: got \[\], must be at least one"):
+        with_overrides(config, {"tune.seeds": []})
     assert not (tmp_path / "run").exists()
 
 
