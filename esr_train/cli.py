@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{who}: error: {first}. {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"{who}: {error or 'interrupted'}", file=sys.stderr)
+        print(f"{who}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from esr_train.alignment import Alignment
-from esr_train.config import EVAL_PROBLEMS, Config, ConfigError, EvalConfig, LossConfig
+from esr_train.config import (
+    EVAL_PROBLEMS,
+    Config,
+    ConfigError,
+    EvalConfig,
+    LossConfig,
+    ReportConfig,
+)
 from esr_train.data import TokenizedTask
 from esr_train.loss import divergence_from_hidden
 from esr_train.models import head
@@ -136,9 +143,17 @@ class Evaluator:
         return metrics, shown
 
     def _check_metric(self, metrics: dict[str, float]) -> None:
-        """Warn once if the report is about a metric that evaluations do not have."""
+        """Raise ConfigError if the report is about a metric that evaluations do not have; for the
+        default, which a task without answers does not have, warn once."""
         wanted = self.config.report.metric
-        if wanted not in metrics and not self._warned:
+        if wanted in metrics:
+            return
+        if wanted != ReportConfig.model_fields["metric"].default:
+            raise ConfigError(
+                f"report.metric: got {wanted!r}, must be one that is evaluated here: "
+                f"{', '.join(metrics)}"
+            )
+        if not self._warned:
             self._warned = True
             logger.warning(
                 "report.metric: evaluations have no %r; they have %s", wanted, ", ".join(metrics)

@@ -127,13 +127,14 @@ def _differing(before: Config, now: Config, may_change: set[str]) -> list[str]:
 
 def _without_addresses(config: Config) -> Config:
     """A server may start again elsewhere, where its model has another name, and be asked in another
-    way; that it is one stays."""
+    way; that it is one stays. Models may be whole or in parts, and a teacher on another device."""
     sections = {}
     for name in ("teacher", "rollout"):
         section = getattr(config, name)
         any_server = {"url": section.url and "any", "served_name": None}
         sections[name] = section.model_copy(update=any_server)
-    usual = {"requests": 1, "request_seconds": 1.0}
+    sections["teacher"] = sections["teacher"].model_copy(update={"placement": None})
+    usual = {"requests": 1, "request_seconds": 1.0, "fsdp": False}
     return config.model_copy(
         update={**sections, "runtime": config.runtime.model_copy(update=usual)}
     )
@@ -144,6 +145,9 @@ def _plain(config: Config, key: str) -> Any:
 
 
 def _other(directory: Path, key: str, was: Any, now: Any, advice: str) -> ConfigError:
+    while isinstance(was, dict) and isinstance(now, dict):  # a section: its first key that differs
+        part = next(name for name in {**was, **now} if was.get(name) != now.get(name))
+        key, was, now = f"{key}.{part}", was.get(part), now.get(part)
     return ConfigError(
         f"{directory} holds a run with another configuration: {key} was {was}, is {now}; "
         f"choose another --out{advice}"

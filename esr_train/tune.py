@@ -75,7 +75,9 @@ def _grid(config: Config) -> Config:
     for arm in config.arms:
         rates = arm_config(config, arm).tune.rates
         if not rates:
-            raise ConfigError(f"tune.rates: got [], must be a list of rates for {arm['name']}")
+            raise ConfigError(
+                f"tune.rates: got [], must be a list of rates, for the arm {arm['name']!r}"
+            )
         plain = {key: value for key, value in arm.items() if not key.startswith("tune.")}
         for rate in rates:
             arms.append({**plain, "name": grid_name(arm["name"], rate), "optim.lr": rate})

@@ -46,7 +46,7 @@ def test_train_report_and_evaluate(path: Path, tmp_path: Path, capsys: Capture) 
     assert main(["train", str(path), "--out", str(out), "steps=3"]) == 0
     assert len(read_rows(out / "arms" / "train" / "seed0" / "metrics.jsonl")) == 3
     assert main(["train", str(path), "--out", str(out), "optim.lr=0.5"]) == 2
-    assert "another configuration: optim was" in capsys.readouterr().err
+    assert "another configuration: optim.lr was" in capsys.readouterr().err
 
 
 def test_compare_ends_with_the_path_of_the_report(

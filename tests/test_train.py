@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from esr_train import checkpoint
-from esr_train.config import Config, ConfigError, DataConfig, LossConfig, OptimConfig
+from esr_train.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    with_overrides,
+)
 from esr_train.data import PromptStream, TokenizedTask
 from esr_train.experiment import load_experiment
 from esr_train.loss import token_weights
@@ -66,6 +73,15 @@ def test_rows_have_every_key_of_the_contract(make_config: MakeConfig, tmp_path: 
         "heldout_kl heldout_reverse_kl top1_agreement".split()
     )
     assert {"step", "prompt", "response"} == set(read_rows(tmp_path / "samples.jsonl")[0])
+
+
+def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = with_overrides(make_config(), {"report.metric": "greedy_acuracy", "eval.every": 1})
+    with pytest.raises(ConfigError, match="report.metric: got 'greedy_acuracy'.* greedy_accuracy"):
+        build(config, tmp_path).run()
+    assert not read_rows(tmp_path / "metrics.jsonl")
 
 
 def test_training_brings_the_student_to_the_teacher(

@@ -168,10 +168,12 @@ def test_a_tuned_comparison_from_end_to_end(
 def test_a_grid_needs_rates_and_evaluations(config: Config, tmp_path: Path) -> None:
     for changes, message in (
         ({"eval.every": 0}, "eval.every: got 0"),
-        ({"tune.rates": []}, "tune.rates: got .*for mask-3"),
+        ({"tune.rates": []}, "tune.rates: got .*for the arm 'mask-3'"),
     ):
         with pytest.raises(ConfigError, match=message):
             tune(with_overrides(config, changes), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"tune.seeds: got \[\], must be at least one"):
+        with_overrides(config, {"tune.seeds": []})
     assert not (tmp_path / "run").exists()
 
 

@@ -6,6 +6,7 @@ where the type says `| None`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -69,7 +70,14 @@ class TeacherConfig(ModelConfig):
     logprobs: PositiveInt = 20  # of the most probable tokens, that a server is asked for a position
     # fsdp: a part on each of several processes (FSDP2); cuda:1 or cpu: all of it there. null = all
     # of it beside the student
-    placement: str | None = Field(default=None, pattern=r"^(fsdp|cpu|cuda(:[0-9]+)?)$")
+    placement: str | None = None
+
+    @field_validator("placement")
+    @classmethod
+    def _check_placement(cls, placement: str | None) -> str | None:
+        if placement is not None and not re.fullmatch(r"fsdp|cpu|cuda(:\d+)?", placement):
+            raise ValueError("must be null, fsdp, cpu, cuda or cuda:N")
+        return placement
 
     @property
     def hint(self) -> str:
@@ -359,6 +367,8 @@ class Config(_Strict):
                 "runtime.compile: got True, must be false where runtime.fsdp or "
                 "teacher.placement=fsdp shards a model"
             )
+        if self.tune.rates and not self.tune.seeds:
+            raise ConfigError("tune.seeds: got [], must be at least one where tune.rates is given")
         common = sorted(set(self.seeds) & set(self.tune.seeds))
         if self.tune.rates and common:
             raise ConfigError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from esr_train.config import Config
 from esr_train.diagnose.bench import (
     arm_names,
@@ -10,6 +12,7 @@ from esr_train.diagnose.bench import (
     training_config,
     windows,
 )
+from esr_train.diagnose.run import check_run
 from esr_train.diagnose.teacher_decay import prefixes
 from esr_train.dry_run import describe, make_plan
 from esr_train.models import max_positions
@@ -34,6 +37,8 @@ def describe_diagnosis(config: Config, on: str | None = None) -> str:
                 f"context overflow: diagnose with answers of {limit} tokens after a prompt of "
                 f"{plan.prompt} exceeds the {who}'s {room}"
             )
+    if keys.run:
+        check_run(config, Path(keys.run))
     problems = keys.problems
     if plan.prompt_known:  # else the data is on the hub, and is not read
         problems = problem_count(config, load_task(config.data))
@@ -51,7 +56,9 @@ def describe_diagnosis(config: Config, on: str | None = None) -> str:
         f"{limit} tokens; windows of {', '.join(map(str, windows(config)))} first tokens",
         f"  students after training: {', '.join(arms)}, seeds {', '.join(map(str, seeds))} "
         f"({training})",
-        f"  the teacher goes on after {', '.join(map(str, continued)) or 'no'} tokens",
+        f"  the teacher goes on after {', '.join(map(str, continued))} tokens"
+        if continued
+        else f"  the teacher goes on after no prefix: none of diagnose.prefixes is below {limit}",
         f"  at most {sampled:,} tokens sampled by student and teacher, and "
         f"{(texts + 2) * rows * limit:,} scored by both, besides training",
     ]

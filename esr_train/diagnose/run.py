@@ -49,7 +49,7 @@ def diagnose(config: Config, out: Path, quiet: bool = False) -> Path:
         given = config.diagnose.run
         run_dir = out / "training" if given is None else Path(given)
         if given is not None:
-            _check_run(config, run_dir)
+            check_run(config, run_dir)
         bench = Bench(config, run_dir, trains=given is None, progress=progress)
         write_run_files(out, config)
         if given is None:
@@ -108,8 +108,13 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check_run(config: Config, run_dir: Path) -> None:
+def check_run(config: Config, run_dir: Path) -> None:
     """Raise ConfigError unless `run_dir` is a run of the same models with the arms and seeds."""
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(
+            f"diagnose.run: got {str(run_dir)!r}, must be the directory of a run; there is no "
+            "config.yaml in it"
+        )
     there = config_of(run_dir)
     for key in ("student", "teacher"):
         was, now = getattr(there, key), getattr(config, key)

@@ -105,7 +105,7 @@ def test_another_configuration_is_refused_and_changes_nothing(
 ) -> None:
     other = with_overrides(config, {"diagnose.problems": 7})
     page = (finished / "report.html").stat().st_mtime_ns
-    with pytest.raises(ConfigError, match="diagnose was"):
+    with pytest.raises(ConfigError, match="diagnose.problems was 10, is 7"):
         diagnose(other, finished, quiet=True)
     assert (finished / "report.html").stat().st_mtime_ns == page
 
@@ -130,8 +130,9 @@ def test_the_models_of_a_run_are_taken_as_they_are(
     results = [json.loads((x / "sections" / "cascade.json").read_text()) for x in (out, finished)]
     assert results[0]["arms"] == results[1]["arms"]
     other = with_overrides(taken, {"diagnose.run": str(tmp_path / "none")})
-    with pytest.raises(ConfigError, match="none"):
-        diagnose(other, tmp_path / "more", quiet=True)
+    for refuses in (lambda: diagnose(other, tmp_path / "more"), lambda: describe_diagnosis(other)):
+        with pytest.raises(ConfigError, match="diagnose.run: got .*none', must be the directory"):
+            refuses()
 
 
 def test_keys_that_cannot_be_used_are_named(config: Config) -> None:

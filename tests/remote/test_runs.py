@@ -303,7 +303,7 @@ def test_a_run_with_a_server_does_not_go_on_without(
     assert end_to_end(tmp_path, config) == 0
     here = [f"{section}.url=null", *(["teacher.logprobs=20"] if section == "teacher" else [])]
     assert end_to_end(tmp_path, config, *here) == 2
-    assert f"another configuration: {section} was" in capsys.readouterr().err
+    assert f"another configuration: {section}.url was" in capsys.readouterr().err
     more = "runtime.requests=2", "runtime.request_seconds=5.0", "steps=2"
     more += (f"{section}.served_name=tiny",)
     if section == "teacher":
