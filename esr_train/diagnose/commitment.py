@@ -16,7 +16,7 @@ probability of opening alike is over pairs of problems, which makes it unbiased.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -211,17 +211,27 @@ def _openings(result: Result, folder: Path) -> Any:
 def _lengths(result: Result, folder: Path) -> Any:
     with drawing.styled():
         figure, (axis,) = drawing.figure(320)
-        lines = {}
-        for style, (name, x) in enumerate(result["writers"].items()):
-            lines[name] = drawing.draw_curve(
-                axis, x["length_deciles"], np.arange(0, 1.01, 0.1).tolist(), style
+        lines, runs, shares = {}, defaultdict(list), np.arange(0, 1.01, 0.1).tolist()
+        for name, x in result["writers"].items():
+            runs[name.partition(", seed ")[0]].append(x["length_deciles"])
+        for style, (name, seeds) in enumerate(runs.items()):
+            line = drawing.draw_curve(axis, np.mean(seeds, axis=0).tolist(), shares, style)
+            axis.hlines(
+                shares,
+                np.min(seeds, axis=0),
+                np.max(seeds, axis=0),
+                color=line.get_color(),
+                linewidth=1.1,
+                alpha=0.8,
             )
+            lines[name if len(seeds) == 1 else f"{name}, {len(seeds)} seeds"] = line
         drawing.mark_position(axis, result["limit"], "cut")
         axis.set_xlabel("length of the answer (tokens)")
         axis.set_ylabel("share of answers up to it")
         axis.set_ylim(-0.03, 1.08)
         caption = (
-            "Deciles of the lengths of sampled answers; those at the cut did not end by "
+            "Deciles of the lengths of sampled answers, for an arm their means over training seeds "
+            "and, as bars, the lowest and highest seed. Those at the cut did not end by "
             "themselves. The table has intervals of the means."
         )
         texts = ("Lengths of answers", caption)
