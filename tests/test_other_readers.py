@@ -160,9 +160,17 @@ def test_a_run_does_not_go_on_with_other_data(make_config: MakeConfig, tmp_path:
         train(make_config(data={"task": str(path)}, steps=3, eval__every=0))
 
 
-def test_a_report_about_a_metric_that_is_not_measured_is_told_once(
+def test_answers_that_cannot_be_checked_are_told_once(
     make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(make_config(report__metric="greedy_acuracy", steps=2), tmp_path)
+    for name, first in (("train", 0), ("heldout", 50)):
+        rows = [json.dumps({"question": f"{number}="}) for number in range(first, first + 50)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    files = {
+        "data__task": str(tmp_path / "train.jsonl"),
+        "data__heldout": str(tmp_path / "heldout.jsonl"),
+        "data__prompt": "question",
+    }
+    run(make_config(**files, steps=2), tmp_path / "run")
     (message,) = [record.message for record in caplog.records if "report.metric" in record.message]
-    assert "no 'greedy_acuracy'; they have greedy_accuracy, sampled_accuracy" in message
+    assert "no 'greedy_accuracy'; they have response_length" in message
