@@ -21,17 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from esr_train.metrics import cpu_name
 from esr_train.rollout import PrefixRollout
 from esr_train.tasks.gym import GymTask
+from tools import build_sums
 
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 IGNORED = -100  # label of prompt and padding positions
-
-
 TASK = "mini_sudoku"
 ALPHABET = "1234_ \n"
 # The rules before a puzzle and the format after it, the same in all questions: one id each.
@@ -59,43 +56,12 @@ class Recipe:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One id per character and per shared piece; encoding puts <bos> in front."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *ALPHABET])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in PIECES])
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-        model_max_length=512,
-        padding_side="left",
-    )
+    return build_sums.build_tokenizer(ALPHABET, PIECES)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained four-layer Llama with heads of 32, fp32, tied embeddings."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            dtype="float32",
-        )
-    )
+    """An untrained Llama of 0.66 million parameters."""
+    return build_sums.build_model(tokenizer, heads=4, intermediate=256)
 
 
 def train(
@@ -156,7 +122,7 @@ def load(tokenizer: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Build and save both models, and what they are like; the exit status."""
-    parser = argparse.ArgumentParser(description="Build a pair of models of a reasoning-gym task.")
+    parser = argparse.ArgumentParser(description="Build the pair of docs/sudoku.md.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--student-steps", type=int, default=150)

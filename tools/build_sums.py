@@ -17,12 +17,12 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from esr_train.rollout import PrefixRollout
@@ -56,10 +56,13 @@ RECIPES = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per character of the task; encoding puts <bos> in front."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *ALPHABET])}
+def build_tokenizer(
+    alphabet: str = ALPHABET, pieces: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """One id per character and per piece of text; encoding puts <bos> in front."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
@@ -76,15 +79,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, heads: int = 5, intermediate: int = 280
+) -> LlamaForCausalLM:
     """An untrained four-layer Llama with heads of 32, fp32, tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=280,
+        hidden_size=32 * heads,
+        intermediate_size=intermediate,
         num_hidden_layers=4,
-        num_attention_heads=5,
-        num_key_value_heads=5,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
