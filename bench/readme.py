@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import curve_figures
+from bench import curve_figures, frozen_head
 from esr_train.config import arm_config, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,11 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/rollouts.md": {"decode": _decode, "rollout": _rollout},
         "docs/sampling.md": {"sampling": _sampling},
         "docs/from-trl.md": {"train_step": _train_step},
-        "docs/gpu.md": {"host_time": _host_time, "fused_variants": _fused_variants},
+        "docs/gpu.md": {
+            "host_time": _host_time,
+            "frozen_head": frozen_head.block,
+            "fused_variants": _fused_variants,
+        },
         "docs/tally.md": {"adapter": _adapter, "tally": lambda: _report("tally"), "ends": _ends},
         "docs/sudoku.md": {"card": _puzzles, "sudoku": lambda: _report("sudoku")},
         "docs/curves.md": {name: partial(curve_figures.block, name) for name in curve_figures.AXES},
