@@ -28,7 +28,7 @@ from bench.machine_code import Code, code_of, is_local, is_product
 from bench.predict import _product
 from bench.products import product_seconds
 from bench.walk import empty
-from esr_kernels.common.launch import launch
+from esr_kernels.common.launch import launch, processors
 from esr_kernels.common.projection_triton import project
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import fused_triton
@@ -172,36 +172,49 @@ def _parked_kernel(
         store_statistics(out, s_state, t_state, rows < n_rows)
 
 
+def statistics(
+    operands: list[torch.Tensor], blocks: Blocks, parked: bool, descriptors: bool
+) -> torch.Tensor:
+    """Parts of every row's statistics, of (student hidden, head, teacher hidden, head)."""
+    hidden, head, t_hidden, t_head = operands
+    if not parked:
+        x = Operands(hidden, head, None, None, t_hidden, t_head, None, None, None)
+        spec = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
+        return fused_triton.fused_stats(x, spec, blocks)
+    tokens, classes, device = len(hidden), len(head), hidden.device
+    programs = processors(device)
+    splits, each = fused_triton._split_classes(tokens, classes, blocks, programs)
+    plain = LogitTransform().kernel_argument(None)
+    parts, scratch = (
+        torch.empty(*shape, dtype=torch.float32, device=device)
+        for shape in ((tokens, splits, COLUMNS), (programs, blocks.tokens, blocks.classes))
+    )
+    launch(_parked_kernel, (programs,), hidden)(
+        fused_triton._kernel_operands(hidden, head, None),
+        fused_triton._kernel_operands(t_hidden, t_head, None),
+        parts,
+        scratch,
+        n_rows=tokens,
+        n_classes=classes,
+        n_splits=splits,
+        split_classes=each,
+        student=plain,
+        teacher=plain,
+        BLOCK_T=blocks.tokens,
+        BLOCK_V=blocks.classes,
+        BLOCK_D=blocks.depth,
+        N_STATS=COLUMNS,
+        DESCRIPTORS=descriptors,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return parts
+
+
 def _compiled(blocks: Blocks, parked: bool, descriptors: bool) -> Launched:
     operands = [empty(n, dim) for dim in _DIMS for n in (_TOKENS, _CLASSES)]
     with launches_compile(TARGETS["sm_90"]) as launched:
-        if not parked:
-            hidden, head, t_hidden, t_head = operands
-            x = Operands(hidden, head, None, None, t_hidden, t_head, None, None, None)
-            spec = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
-            fused_triton.fused_stats(x, spec, blocks)
-        else:
-            splits, each = fused_triton._split_classes(_TOKENS, _CLASSES, blocks, 132)
-            plain = LogitTransform().kernel_argument(None)
-            sides = [fused_triton._kernel_operands(*operands[i : i + 2], None) for i in (0, 2)]
-            launch(_parked_kernel, (132,), operands[0])(
-                *sides,
-                empty(_TOKENS, splits, COLUMNS, dtype=torch.float32),
-                empty(132, blocks.tokens, blocks.classes, dtype=torch.float32),
-                n_rows=_TOKENS,
-                n_classes=_CLASSES,
-                n_splits=splits,
-                split_classes=each,
-                student=plain,
-                teacher=plain,
-                BLOCK_T=blocks.tokens,
-                BLOCK_V=blocks.classes,
-                BLOCK_D=blocks.depth,
-                N_STATS=COLUMNS,
-                DESCRIPTORS=descriptors,
-                num_warps=blocks.warps,
-                num_stages=blocks.stages,
-            )
+        statistics(operands, blocks, parked, descriptors)
     return launched[0]
 
 

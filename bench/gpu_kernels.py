@@ -92,11 +92,11 @@ def _statistics(x: Operands, impl: str) -> dict[str, Callable[[], object]]:
     runs: dict[str, Callable[[], object]] = {"recompute": partial(by, "recompute")}
     if impl == "triton":  # the kernel has no other form
         runs["fused"] = partial(by, "fused")
-    runs["bare projections"] = _projections(x)
+    runs["bare projections"] = projections(x)
     return runs
 
 
-def _projections(x: Operands) -> Callable[[], object]:
+def projections(x: Operands) -> Callable[[], object]:
     hidden, weight = x.student_hidden.detach(), x.student_weight.detach()
     student, teacher = (
         torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)

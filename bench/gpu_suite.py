@@ -2,6 +2,8 @@
 
     python -m bench.gpu_suite              starts no part after 470 seconds
     python -m bench.gpu_suite --dry-run    every section on tiny shapes, no GPU needed
+    python -m bench.gpu_suite --groups checks --share 1/4     a quarter of one group: four such
+                                           processes side by side compile four times as fast
 
 First every public op against fp64 (`gpu_checks`), then times at Qwen's shapes: forward + backward
 of `linear_divergence` and of the peers, draws, single kernels (`gpu_kernels`), training steps and
@@ -9,7 +11,8 @@ rollouts of whole models (`gpu_models`). Median, 10th and 90th percentile betwee
 with the L2 cache flushed before each run, the peak of memory beyond what was there, clocks and
 power. Measured rates are written where plans look for them (`esr_kernels.common.calibration`).
 Appends JSON lines to bench/results/gpu_<name of the GPU>.jsonl. A part that fails is recorded and
-the rest goes on. Exit status: 0; 1 where a check failed or none was run; 2 without a GPU.
+the rest goes on. Exit status: 0; 1 where a check failed or no check was run (but where --groups
+names times only); 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench import gpu_kernels, gpu_models
+from bench import gpu_kernels, gpu_models, gpu_profile
 from bench.floor import bare_gemms
 from bench.gpu_checks import Size, checks, large_checks
 from bench.gpu_timing import INTERPRETS, Clocks, Part, Record, device, timed
@@ -43,7 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 QWEN_CLASSES = 151_936
 QWEN_DIMS = ((1536, 3584), (1024, 2560))
 QWEN_TOKENS = (1600, 6400, 8192)
-_SECONDS_A_CONTENDER = 1.5
+_SECONDS_A_CONTENDER = 0.8
 
 
 class Group(NamedTuple):
@@ -70,6 +74,12 @@ def machine() -> Record:
         "triton": _version("triton"),
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
     }
+
+
+def results_path(where: Record) -> Path:
+    """Where the records of a GPU are kept."""
+    name = re.sub(r"[^a-z0-9]+", "_", (where["gpu"] or "none").lower()).strip("_")
+    return RESULTS / f"gpu_{name}.jsonl"
 
 
 def _output(*command: str) -> str | None:
@@ -157,7 +167,7 @@ def groups(dry: bool, calibration: Path | None) -> list[Group]:
         problem.update(tokens=8, student_dim=16, teacher_dim=32, classes=203)
         problems, rows, dim, classes, budget = [problem], [2], 16, 203, 0.0
         kernels = gpu_kernels.Sizes(impl, (8,), ((16, 32), (16, 64)), 203, (2, 3), 4, 2, 20, 6, 0.0)
-        models = gpu_models.TINY
+        models, profiled = gpu_models.TINY, gpu_profile.TINY
     else:
         size = Size("cuda", "triton", 256, QWEN_CLASSES, QWEN_DIMS[0])
         large = replace(size, tokens=8192, dtypes=(torch.bfloat16,))
@@ -170,11 +180,12 @@ def groups(dry: bool, calibration: Path | None) -> list[Group]:
             problems.append({**problems[1], **change})
         rows, dim, classes, budget = [1, 64, 256], 1536, QWEN_CLASSES, _SECONDS_A_CONTENDER
         kernels = gpu_kernels.QWEN
-        models = gpu_models.QWEN
+        models, profiled = gpu_models.QWEN, gpu_profile.QWEN
     found = [
         Group("checks", 100, _both("check", checks(size))),
         Group("checks at full size", 40, _both("check", large_checks(large))),
-        Group("divergence", 110, _both("time", timings(problems[:2], budget, compiles=not dry))),
+        Group("divergence", 90, _both("time", timings(problems[:2], budget, compiles=not dry))),
+        Group("profiles", 20, _both("time", gpu_profile.profiles(profiled))),
         Group("draws", 15, _both("time", draws(rows, dim, classes, budget))),
         Group("kernels", 25, _both("time", gpu_kernels.parts(kernels))),
         Group("calibration", 20, _both("time", gpu_kernels.calibrations(kernels, calibration))),
@@ -184,6 +195,32 @@ def groups(dry: bool, calibration: Path | None) -> list[Group]:
     ]
     # A rehearsal is to reach every part, however slow the machine is.
     return [group._replace(seconds=math.inf) for group in found] if dry else found
+
+
+def chosen(
+    all_groups: list[Group], names: list[str] | None, share: tuple[int, int], seconds: float | None
+) -> list[Group]:
+    """The named groups, or all; of their parts the k-th of every n, share = (k, n), from 1; with
+    `seconds` for all of them in proportion to what they have. Raises ValueError."""
+    known = [group.name for group in all_groups]
+    for name in names or []:
+        if name not in known:
+            raise ValueError(f"--groups: {name!r} is none of {', '.join(known)}")
+    kept = [group for group in all_groups if names is None or group.name in names]
+    whole = sum(group.seconds for group in kept)
+    of_time = 1.0 if seconds is None or math.isinf(whole) else seconds / whole
+    k, n = share
+    return [
+        group._replace(seconds=group.seconds * of_time, parts=islice(group.parts, k - 1, None, n))
+        for group in kept
+    ]
+
+
+def _share(text: str) -> tuple[int, int]:
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"must be K/N with 1 <= K <= N, got {text!r}")
+    return int(k), int(n)
 
 
 def started(all_groups: list[Group]) -> Iterator[tuple[str, str, Callable[[], Record] | None]]:
@@ -251,19 +288,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--calibration", type=Path, help="file for the rates of plans; default: where plans look"
     )
+    parser.add_argument("--groups", help="names of groups, separated by commas; default all")
+    parser.add_argument(
+        "--share", type=_share, default=(1, 1), help="K/N: of the parts of a group the K-th of N"
+    )
+    parser.add_argument("--seconds", type=float, help="for what is chosen; default 470 for all")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu_suite needs a CUDA device and finds none; --dry-run runs it on tiny shapes")
         return 2
     where = machine()
-    name = re.sub(r"[^a-z0-9]+", "_", (where["gpu"] or "none").lower()).strip("_")
-    out = options.out or (None if options.dry_run else RESULTS / f"gpu_{name}.jsonl")
+    out = options.out or (None if options.dry_run else results_path(where))
     calibration = options.calibration
     if calibration is None and not options.dry_run:
         calibration = calibration_path()
+    names = None if options.groups is None else options.groups.split(",")
+    try:
+        parts = chosen(groups(options.dry_run, calibration), names, options.share, options.seconds)
+    except ValueError as error:
+        parser.error(str(error))
+    only_times = names is not None and not any("checks" in name for name in names)
     wrong, skipped, shown = 0, 0, 0
     with Clocks() as clocks:
-        for section, title, part in started(groups(options.dry_run, calibration)):
+        for section, title, part in started(parts):
             if part is None:
                 skipped += 1
                 record: Record = {"section": section, "name": title, "error": "out of time"}
@@ -275,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
             if out is not None:
                 with out.open("a") as file:
                     file.write(json.dumps({**record, **where}) + "\n")
-    if not shown:
+    if not shown and not only_times:
         print("no check was run: nothing was shown to be right")
         return 1
     print(f"{wrong} checks failed, {skipped} groups out of time, results in {out or 'no file'}")
