@@ -33,14 +33,25 @@ from esr_kernels.divergence.statistics import RowNormalizers, RowSpec, Tile, mer
 _TOKENS, _CLASSES, _DIMS, _ROWS = 8192, 151_936, (1536, 3584), 4096
 # Beside those whose code `bench.fused_variants` counts.
 _MORE_TILES = {
-    "committed, 3 stages": (Blocks(128, 128, 64, 8, 3), False, False),
-    "committed, 4 warps": (Blocks(128, 128, 64, 4, 4), False, False),
-    "64 x 256": (Blocks(64, 256, 64, 8, 3), False, False),
-    "student parked, high, 4 stages": (Blocks(256, 128, 64, 16, 4), True, False),
-    "student parked, high, 8 warps": (Blocks(256, 128, 64, 8, 3), True, False),
-    "student parked, 8 warps, descriptors": (Blocks(128, 256, 64, 8, 3), True, True),
-    "student parked, 16 warps, descriptors": (Blocks(128, 256, 64, 16, 3), True, True),
-    "student parked, high, 4 stages, descriptors": (Blocks(256, 128, 64, 16, 4), True, True),
+    f"described, {t} x {v} x {d}, {w} warps, {n} stages": (
+        Blocks(t, v, d, w, n, True),
+        False,
+        False,
+    )
+    for t, v, d, w, n in (
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 5),
+        (128, 128, 64, 8, 6),
+        (128, 128, 128, 8, 2),
+        (128, 128, 128, 8, 3),
+        (256, 64, 64, 8, 4),
+        (64, 256, 64, 8, 4),
+        (128, 160, 64, 8, 4),
+        (256, 128, 64, 16, 4),
+        (128, 256, 64, 16, 4),
+    )
+    if v & (v - 1) == 0
 }
 _SPEC = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
 
@@ -68,7 +79,7 @@ def _fused(operands: list[torch.Tensor], how: tuple, truth: tuple, seconds: floa
 
 
 def _timed(run: Callable[[], object], seconds: float) -> Record:
-    times = seconds_of(run, seconds)
+    times, _ = seconds_of(run, seconds)
     return {"ms": 1e3 * numbers.median(times), "runs": len(times)}
 
 

@@ -61,6 +61,8 @@ def _variant(arguments: Iterable[Any]) -> tuple[Any, ...]:
             found.append(float)
         elif kind is tuple:
             found.append(_variant(argument))
+        elif hasattr(argument, "block_shape"):  # a tensor descriptor
+            found += argument.base.dtype, tuple(argument.block_shape)
         else:
             found.append((kind, argument))
     return tuple(found)
