@@ -22,6 +22,9 @@ import conftest
 from esr_kernels import linear_divergence
 from esr_kernels.common import matmul
 from esr_kernels.divergence import reference as oracle_module
+from tests.kernels.yardstick_logits import RoundGradient as RoundGradient
+from tests.kernels.yardstick_logits import behind_rounding
+from tests.kernels.yardstick_logits import fp32_logits as fp32_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOWED_RATIO = 1.5
@@ -274,38 +277,6 @@ def oracle(case: Case, divergence: Any) -> dict[str, Tensor]:
     student = leaves["student_hidden"], leaves["student_weight"]
     output = oracle_module.linear_divergence(*student, *case.tensors[2:], divergence, **options)
     return _results(case, leaves, output)
-
-
-class RoundGradient(torch.autograd.Function):
-    """Identity whose gradient is rounded to a dtype and back, as in front of a 16-bit GEMM."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = dtype
-        return logits.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # fp16 underflows, so training with it scales the loss.
-        scale = 2.0**12 if ctx.dtype == torch.float16 else 1.0
-        return (gradient * scale).to(ctx.dtype).to(gradient.dtype) / scale, None
-
-
-def behind_rounding(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden, weight, bias) of the same logits, whose gradient is rounded to the operands' dtype.
-
-    The fp32 logits become hidden states in front of an identity head. Classes that a bias of -inf
-    removes are left to the new bias: 0 * inf would make every logit NaN.
-    """
-    logits, removed = hidden.float() @ weight.float().T, None
-    if bias is not None:
-        dead = bias.detach().isinf()  # +inf removes a class where the scale is negative
-        logits = logits + torch.where(dead, 0.0, bias.float())
-        removed = torch.where(dead, bias.detach().float(), 0.0)
-    rounded = RoundGradient.apply(logits, hidden.dtype)
-    return rounded, torch.eye(logits.shape[1], device=DEVICE), removed
 
 
 def plain(case: Case, divergence: Any, rounds_dz: bool = False) -> dict[str, Tensor]:

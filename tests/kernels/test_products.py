@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esr_kernels.common import full_precision, matmul
 from esr_kernels.common.widening import widening
+from tests.kernels import yardstick_logits
 
 VERSIONS = ["2.8.0", "2.9.1", "2.10.0", "2.11.0+cu128", "2.12.1", "2.13.0a0+git1234"]
 # (release, rocm) from which a product of 16-bit operands into fp32 exists, from ATen's checks:
@@ -113,6 +114,23 @@ def test_logits(aten, dtypes, ids):
     matmul.project(hidden, weight, out, rows)
     torch.testing.assert_close(out, _exactly(hidden, used.T).float(), rtol=1e-6, atol=0)
     assert torch.equal(out, _exactly(hidden, used.T).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_yardstick_multiplies_as_the_device(dtype, monkeypatch):
+    """Its logits are the product of the 16-bit operands, with the gradients of plain PyTorch."""
+    head = [_matrix(n, DEPTH, dtype, 5).requires_grad_() for n in (TOKENS, CLASSES)]
+    upstream = _matrix(TOKENS, CLASSES, torch.float32, 6)
+    plain = yardstick_logits.fp32_logits(*head)
+    expected = torch.autograd.grad(plain, head, upstream)
+    aten = Aten("2.11.0", rocm=False)
+    monkeypatch.setattr(torch, "mm", aten.mm)
+    monkeypatch.setattr(yardstick_logits, "multiplies_in_16_bits", lambda *head: True)
+    logits = yardstick_logits.fp32_logits(*head)
+    assert len(aten.settings) == 1, "one product, of operands that Aten does not refuse"
+    assert torch.equal(logits, _exactly(*(x.detach() for x in (head[0], head[1].T))).float())
+    for gradient, exact in zip(torch.autograd.grad(logits, head, upstream), expected, strict=True):
+        assert gradient.dtype == dtype and torch.equal(gradient, exact)
 
 
 @pytest.mark.parametrize("accumulate", [False, True], ids=["", "added"])
