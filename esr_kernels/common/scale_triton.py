@@ -18,8 +18,9 @@ def _scale_kernel(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
     # The upstream gradient of a loss is mostly 1; the host cannot know that without waiting.
     if factor != 1.0:
         lane = tl.arange(0, BLOCK)
+        zero = tl.zeros([1], tl.int64)  # offsets are of 64 bits
         for start in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
-            at = start.to(tl.int64) * BLOCK + lane
+            at = (zero + start) * BLOCK + lane
             x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
             tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < size)
 
