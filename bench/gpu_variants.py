@@ -25,8 +25,8 @@ from bench.gpu_suite import machine, measure, results_path
 from bench.gpu_timing import Clocks, Part, Record, device, seconds_of
 from bench.peers import make_operands
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence import rows_triton
-from esr_kernels.divergence.fused_triton import Blocks
+from esr_kernels.divergence import fused_triton, rows_triton
+from esr_kernels.divergence.fused_triton import GROUP, Blocks
 from esr_kernels.divergence.losses import ReverseKL
 from esr_kernels.divergence.statistics import RowNormalizers, RowSpec, Tile, merge_parts
 
@@ -53,6 +53,7 @@ _MORE_TILES = {
     )
     if v & (v - 1) == 0
 }
+_GROUPS = (4, 16, 64)  # token blocks that walk the classes together
 _SPEC = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
 
 
@@ -66,9 +67,20 @@ def fused(seconds: float) -> Iterator[Part]:
     truth = merge_parts(fused_variants.statistics(operands, *committed[1]))
     for name, how in (committed, *rest):
         yield f"fused tile: {name}", partial(_fused, operands, how, truth, seconds)
+    how = Blocks(128, 128, 64, 8, 4, True), False, False
+    for group in _GROUPS:
+        name = f"fused tile: described, groups of {group}"
+        yield name, partial(_fused, operands, how, truth, seconds, group)
 
 
-def _fused(operands: list[torch.Tensor], how: tuple, truth: tuple, seconds: float) -> Record:
+def _fused(
+    operands: list[torch.Tensor], how: tuple, truth: tuple, seconds: float, group: int = GROUP
+) -> Record:
+    with mock.patch.object(fused_triton, "GROUP", group):
+        return _fused_tile(operands, how, truth, seconds)
+
+
+def _fused_tile(operands: list[torch.Tensor], how: tuple, truth: tuple, seconds: float) -> Record:
     run = partial(fused_variants.statistics, operands, *how)
     # Log-sum-exps and mean differences: an argmax may change with the rounding of a tie.
     pairs = zip(merge_parts(run())[:5], truth[:5], strict=True)
