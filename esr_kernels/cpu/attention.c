@@ -22,6 +22,22 @@
 #endif
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+/* a * b + c, rounded once where the processor can. Left to choose, GCC fuses the two or not by how many
+ * sums a loop has, on processors for which it avoids chains of fused ones (`avoid-fma-max-bits`): a row
+ * would have other digits next to other rows. */
+#if defined(__AVX512F__)
+#define FUSED(a, b, c) ((vector)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)(b), (__m512)(c)))
+#elif defined(__FMA__)
+#define FUSED(a, b, c) ((vector)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)(b), (__m256)(c)))
+#else
+#define FUSED(a, b, c) ((c) + (a) * (b))
+#endif
+#ifdef __FMA__
+#define FUSED_SCALAR(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FUSED_SCALAR(a, b, c) ((c) + (a) * (b))
+#endif
+
 struct state { /* of up to QUERIES queries */
     float top[QUERIES], sum[QUERIES];   /* largest score so far, and sum of exp(score - top) */
     float query[QUERIES][MAX_HEAD_DIM]; /* scaled */
@@ -44,8 +60,10 @@ INLINE void product_tile(
                 sum[r][v] = (vector){0};
     for (int64_t k = 0; k < depth; k++)
         for (int r = 0; r < rows; r++)
-            for (int v = 0; v < vectors; v++)
-                sum[r][v] += a[r * a_stride + k] * *(const vector *)(b + k * b_stride + v * LANES);
+            for (int v = 0; v < vectors; v++) {
+                vector column = *(const vector *)(b + k * b_stride + v * LANES);
+                sum[r][v] = FUSED(a[r * a_stride + k], column, sum[r][v]);
+            }
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
             *(vector *)(out + r * out_stride + v * LANES) = sum[r][v];
@@ -63,7 +81,8 @@ INLINE void product_rows(
     for (; c < columns; c++)
         for (int r = 0; r < rows; r++) {
             float sum = out[r * out_stride + c] * shrink[r];
-            for (int64_t k = 0; k < depth; k++) sum += a[r * a_stride + k] * b[k * b_stride + c];
+            for (int64_t k = 0; k < depth; k++)
+                sum = FUSED_SCALAR(a[r * a_stride + k], b[k * b_stride + c], sum);
             out[r * out_stride + c] = sum;
         }
 }

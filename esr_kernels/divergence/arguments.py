@@ -99,7 +99,8 @@ def check_options(options: Options) -> None:
     # A compiler may hold a symbol in place of the number.
     if options.num_classes is not None and not torch.compiler.is_compiling():
         check_size("num_classes", options.num_classes, 1)
-    if group is not None and not hasattr(group, "size"):
+    # PyTorch 2.11's compiler cannot trace the question of a group.
+    if group is not None and not torch.compiler.is_compiling() and not hasattr(group, "size"):
         raise TypeError(
             f"group must be a torch.distributed process group, got {type(group).__name__} {group!r}"
         )

@@ -173,7 +173,7 @@ def _vocabulary_parallel(x: Shardable, weight: DTensor, axis: int, mapped: bool)
     grad: Any = x.weight_grad
     return Shardable(
         student_hidden=replicated("student_hidden", hidden),
-        student_weight=weight.to_local(),
+        student_weight=weight.to_local() if grad is None else _LocalWithoutGradient.apply(weight),
         student_bias=_bias_of(x.student_bias, weight, own),
         teacher_hidden=replicated("teacher_hidden", x.teacher_hidden),
         teacher_weight=_rows_of("teacher_weight", x.teacher_weight, weight, part),
@@ -188,6 +188,23 @@ def _vocabulary_parallel(x: Shardable, weight: DTensor, axis: int, mapped: bool)
         weight_grad=None if grad is None else grad.to_local(),
         group=group,
     )
+
+
+class _LocalWithoutGradient(torch.autograd.Function):
+    """This rank's part of a head whose gradient goes to `weight_grad`: the op returns none.
+
+    In PyTorch 2.11 the backward of `to_local` makes zeros of that.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: DTensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        return weight.to_local().detach()
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        assert gradient is None
+        return None
 
 
 def _shard(weight: DTensor, axis: int, rank: int) -> slice:

@@ -23,7 +23,7 @@ from esr_kernels import linear_divergence
 from esr_kernels.common import matmul
 from esr_kernels.divergence import reference as oracle_module
 from tests.kernels.yardstick_logits import RoundGradient as RoundGradient
-from tests.kernels.yardstick_logits import behind_rounding
+from tests.kernels.yardstick_logits import behind_identity, behind_rounding, multiplies_in_16_bits
 from tests.kernels.yardstick_logits import fp32_logits as fp32_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -279,6 +279,11 @@ def oracle(case: Case, divergence: Any) -> dict[str, Tensor]:
     return _results(case, leaves, output)
 
 
+def rounds_dz(impl: str) -> bool:
+    """Whether an implementation multiplies 16-bit gradients of the logits, as all on a GPU do."""
+    return impl == "triton" or DEVICE == "cuda"
+
+
 def plain(case: Case, divergence: Any, rounds_dz: bool = False) -> dict[str, Tensor]:
     """Plain PyTorch: fp32 logits, autograd, gradients rounded to the operands' dtype once.
 
@@ -289,8 +294,13 @@ def plain(case: Case, divergence: Any, rounds_dz: bool = False) -> dict[str, Ten
     if rounds_dz and hidden.dtype.itemsize < 4:
         hidden, weight, bias = behind_rounding(hidden, weight, options.get("student_bias"))
         options["student_bias"] = bias
+    elif multiplies_in_16_bits(hidden, weight):
+        hidden, weight = behind_identity(hidden, weight)
+    teacher = case.tensors[2:]
+    if multiplies_in_16_bits(*teacher):
+        teacher = behind_identity(*teacher)
     output = oracle_module.linear_divergence(
-        hidden, weight, *case.tensors[2:], divergence, dtype=torch.float32, **options
+        hidden, weight, *teacher, divergence, dtype=torch.float32, **options
     )
     return _results(case, leaves, output)
 

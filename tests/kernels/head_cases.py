@@ -172,6 +172,6 @@ def three(
     call = case, arguments, backward
     return (
         run(op, *call, impl=impl, memory_budget=memory_budget, **options),
-        run(partial(spec, dtype=torch.float32), *call, rounds_dz=impl == "triton", **options),
+        run(partial(spec, dtype=torch.float32), *call, rounds_dz=cases.rounds_dz(impl), **options),
         run(spec, *call, torch.float64, **options),
     )

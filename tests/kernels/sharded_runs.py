@@ -117,13 +117,13 @@ class Student(nn.Module):
         return linear_divergence(hidden, self.head.weight, *teacher, plan="recompute").loss
 
 
-def trained(inside: bool, tied: bool, policy: Any, rank: int) -> dict[str, Tensor]:
+def trained(inside: bool, tied: bool, policy: Any, rank: int, mesh: Any) -> dict[str, Tensor]:
     """Gradients of FSDP2's parameters with the loss inside or outside of the wrapped forward."""
     x, student = operands(), Student(tied)
     ids = x["labels"].clamp(min=0)[OWN[rank]]
     teacher = x["teacher_hidden"][OWN[rank]], x["teacher_weight"]
-    fully_shard(student.body, mp_policy=policy)
-    fully_shard(student, mp_policy=policy)
+    fully_shard(student.body, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy)
     for _ in range(2):  # accumulated, as over two micro-batches
         if inside:
             loss = student(ids, *teacher)
@@ -217,7 +217,7 @@ def all_runs(rank: int, directory: str) -> None:
     for name, policy in POLICIES.items():
         for tied in (False, True):
             for inside in (False, True):
-                results["fsdp2", name, tied, inside] = trained(inside, tied, policy, rank)
+                results["fsdp2", name, tied, inside] = trained(inside, tied, policy, rank, mesh)
     results["plain"], results["ours"] = (checked(ours, rank, mesh) for ours in (False, True))
     results["one head"] = one_head(own)
     results["one head, same tokens"] = one_head(x | heads | {"hidden": same(x["hidden"])})

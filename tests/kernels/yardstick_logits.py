@@ -43,6 +43,12 @@ def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.float() @ weight.float().T
 
 
+def behind_identity(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(hidden, weight) of the same fp32 logits: they are the hidden states of an identity head."""
+    logits = fp32_logits(hidden, weight)
+    return logits, torch.eye(logits.shape[1], device=logits.device)
+
+
 class RoundGradient(torch.autograd.Function):
     """Identity whose gradient is rounded to a dtype and back, as in front of a 16-bit GEMM."""
 

@@ -235,7 +235,9 @@ NAMES = (
     ],
 )
 def test_bad_input_names_the_argument(argument, change, message):
+    """On the CPU: the host does not wait for a GPU to read lengths and groups."""
     tensors, groups = _case()
+    tensors, groups = [x.cpu() for x in tensors], RowGroups(*(x.cpu() for x in groups))
     arguments = dict(zip(NAMES, tensors, strict=True), groups=groups)
     arguments[argument] = change(arguments.get(argument))
     with pytest.raises((TypeError, ValueError), match=message):

@@ -3,6 +3,11 @@ several blocks of keys, groups of queries, threads."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -57,6 +62,21 @@ def test_a_row_is_the_same_alone_and_with_any_threads(window):
         row_of = (query[one], pk, pv, lengths, sk[one], sv[one], own[one])
         alone = _attend(row_of, window=window)
         assert torch.equal(alone[0], together[row])
+
+
+def test_a_row_is_the_same_where_the_compiler_avoids_chains_of_fused_products(tmp_path):
+    """As GCC does by itself for some processors."""
+    command = f"{shutil.which('gcc')} --param avoid-fma-max-bits=512"
+    if subprocess.run([*command.split(), "-E", "-"], input=b"", capture_output=True).returncode:
+        pytest.skip("needs a GCC with this parameter")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "any_threads", __file__],
+        env={**os.environ, "CC": command, "ESR_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
+    assert list(tmp_path.glob("native/*.so")), "compiled anew"
 
 
 @pytest.mark.parametrize("std", [30.0, 1000.0])

@@ -32,11 +32,16 @@ def _filled(case):
 
 
 def _assert_added(case, before, after):
-    """What was added is the gradient with fp32's error, and one rounding of the sum."""
+    """What was added is the gradient with fp32's error, and one rounding of the sum. On a GPU a
+    gradient of 16-bit logits has rounded before, and is as good as plain PyTorch's."""
     truth = cases.oracle(case, "reverse_kl")["d student_weight"]
     added = after.double() - before.double()
     rounding = torch.finfo(torch.float32).eps * float(before.norm() / truth.norm())
-    assert cases.relative_error(added, truth) < 1e-5 + rounding
+    allowed = 1e-5
+    if DEVICE == "cuda" and case.student_hidden.dtype.itemsize == 2:
+        baseline = cases.plain(case, "reverse_kl", rounds_dz=True)["d student_weight"]
+        allowed = cases.ALLOWED_RATIO * cases.relative_error(baseline, truth)
+    assert cases.relative_error(added, truth) < allowed + rounding
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -78,7 +78,7 @@ ON_CPU += [
 )
 def test_no_worse_than_plain_pytorch(case_name, divergence, dtype, plan, impl):
     result = cases.ours(cases.CASES[case_name](dtype), divergence, plan=plan, impl=impl)
-    yardsticks = cases.yardsticks(case_name, divergence, dtype, rounds_dz=impl == "triton")
+    yardsticks = cases.yardsticks(case_name, divergence, dtype, cases.rounds_dz(impl))
     cases.assert_as_good_as_plain(result, *yardsticks)
 
 
@@ -149,8 +149,12 @@ def test_identical_models_have_no_divergence_and_no_gradient(divergence, plan, i
         assert result[name].norm() <= max(1e-6 * scale[name].norm(), baseline[name].norm())
 
 
+# On CPU ten of them are blocks of rows, for PyTorch's passes over them.
+FEW_MEBIBYTES = 14 if cases.DEVICE == "cpu" else 3
+
+
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize(("chunks", "mebibytes"), [("one", 24), ("many", 14)])
+@pytest.mark.parametrize(("chunks", "mebibytes"), [("one", 24), ("many", FEW_MEBIBYTES)])
 def test_chunking_does_not_change_the_result(plan, chunks, mebibytes):
     """Many tokens, a budget that forces several chunks, and still no worse than plain PyTorch."""
     case = cases._pair(300, 2501, (24, 40), (2.0, 2.0), torch.float32)

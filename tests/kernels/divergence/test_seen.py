@@ -89,13 +89,20 @@ def test_weights_and_labels_of_another_call(checks, monkeypatch):
 
 @values_are_read
 def test_bad_calls_after_a_good_one():
-    tensors = [tensor.cpu() for tensor in cases.random_pair(torch.float32).tensors]
+    tensors = cases.random_pair(torch.float32).tensors
     good = {**dict(zip(NAMES, tensors, strict=True)), "impl": "triton"}
     linear_divergence(**good)
     for change, message in _WRONG:
         assert len(call._calls) == 1
         with pytest.raises((ValueError, TypeError), match=message):
-            linear_divergence(**{**good, **change})
+            linear_divergence(**{**good, **_on_the_device(change)})
+
+
+def _on_the_device(change):
+    return {
+        name: x.to(cases.DEVICE) if isinstance(x, torch.Tensor) and not x.is_meta else x
+        for name, x in change.items()
+    }
 
 
 @pytest.mark.parametrize(
