@@ -37,7 +37,9 @@ def scale_logits(z, classes, inside, transform):
     bias_ptr, scale, _, _ = transform
     if bias_ptr is not None:
         z += tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
-    return z * scale
+    if scale is not None:
+        z = z * scale
+    return z
 
 
 @triton.jit
@@ -52,15 +54,17 @@ def cap_logits(x, transform):
             # A class that a bias of -inf removed stays removed: its tanh of -1 is a finite logit.
             z = tl.where(x == -float("inf"), x, z)
         x = z
-    return x * inv_temperature, capped
+    if inv_temperature is not None:
+        x = x * inv_temperature
+    return x, capped
 
 
 @triton.jit
 def transform_logits(z, classes, inside, transform):
     """(transformed logits, tanh of the softcap) of raw logits `z`.
 
-    `transform` is (bias_ptr, scale, softcap, inv_temperature), bias_ptr and softcap None for none
-    (`LogitTransform.kernel_argument`). `inside` masks the load of the bias; the caller overwrites
+    `transform` is (bias_ptr, scale, softcap, inv_temperature), each None for none: a factor of 1
+    would take an instruction for each logit (`LogitTransform.kernel_argument`). `inside` masks the load of the bias; the caller overwrites
     the logits outside.
     """
     return cap_logits(scale_logits(z, classes, inside, transform), transform)

@@ -23,10 +23,12 @@ class LogitTransform:
 
     def kernel_argument(
         self, bias: Tensor | None
-    ) -> tuple[Tensor | None, float, float | None, float]:
+    ) -> tuple[Tensor | None, float | None, float | None, float | None]:
         """The `transform` tuple of `logits_triton.transform_logits`."""
+        scale = None if self.scale == 1 else float(self.scale)
         softcap = None if self.softcap is None else float(self.softcap)
-        return bias, float(self.scale), softcap, 1.0 / self.temperature
+        inv_temperature = None if self.temperature == 1 else 1.0 / self.temperature
+        return bias, scale, softcap, inv_temperature
 
 
 def cap_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esr_kernels.common import matmul
 from esr_kernels.common.arguments import can_read_values
-from esr_kernels.common.triton_installed import TRITON
 from esr_kernels.divergence.call import Gradients, Operands, Wanted
 from esr_kernels.divergence.recompute import recompute_backward, recompute_forward
 from esr_kernels.divergence.stash import stash_forward
@@ -27,9 +25,8 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _scale_(gradient: Tensor, upstream: Tensor) -> None:
-    on_gpu = not can_read_values(upstream) and TRITON and not matmul.KERNELS_ON_CPU
-    if on_gpu and gradient.is_contiguous() and gradient.dtype.itemsize <= 4:
+def _scale_(gradient: Tensor, upstream: Tensor, by_kernel: bool) -> None:
+    if by_kernel and gradient.is_contiguous() and gradient.dtype.itemsize <= 4:
         from esr_kernels.common.scale_triton import scale_  # Triton may not be installed.
 
         scale_(gradient, upstream)
@@ -48,7 +45,7 @@ class StashFunction(torch.autograd.Function):
         wanted = wanted._replace(weight=wanted.weight or weight_grad is not None)
         outputs, gradients = stash_forward(call, active, row_weight, Operands(*operands), wanted)
         ctx.save_for_backward(*gradients)
-        ctx.weight_grad, ctx.classes = weight_grad, call.classes
+        ctx.weight_grad, ctx.by_kernel = weight_grad, call.plan.problem.rows == "triton"
         ctx.spent = False
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -75,7 +72,7 @@ class StashFunction(torch.autograd.Function):
         if not can_read_values(upstream) or upstream.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
-                    _scale_(gradient, upstream)
+                    _scale_(gradient, upstream, ctx.by_kernel)
         return _input_gradients(gradients)
 
 

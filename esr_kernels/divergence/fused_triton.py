@@ -112,7 +112,10 @@ def _present(inside, classes, bias_ptr, transform):
     """
     _, scale, softcap, _ = transform
     if bias_ptr is not None and softcap is not None:
-        inside = inside & (tl.load(bias_ptr + classes).to(tl.float32) * scale != -float("inf"))
+        bias = tl.load(bias_ptr + classes).to(tl.float32)
+        if scale is not None:
+            bias = bias * scale
+        inside = inside & (bias != -float("inf"))
     return inside
 
 
