@@ -190,8 +190,8 @@ def statistics(
         for shape in ((tokens, splits, COLUMNS), (programs, blocks.tokens, blocks.classes))
     )
     launch(_parked_kernel, (programs,), hidden)(
-        fused_triton._kernel_operands(hidden, head, None),
-        fused_triton._kernel_operands(t_hidden, t_head, None),
+        (hidden, head, None, hidden.stride(0), head.stride(0), hidden.shape[1]),
+        (t_hidden, t_head, None, t_hidden.stride(0), t_head.stride(0), t_hidden.shape[1]),
         parts,
         scratch,
         n_rows=tokens,

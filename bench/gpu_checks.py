@@ -37,7 +37,7 @@ from esr_kernels.divergence import reference
 from esr_kernels.divergence.losses import resolve_divergence
 from esr_kernels.divergence.plan import Plan
 from esr_kernels.scoring import reference as scoring
-from tests.kernels.cases import ALLOWED_RATIO, RoundGradient, relative_error
+from tests.kernels.cases import ALLOWED_RATIO, RoundGradient, fp32_logits, relative_error
 
 Result = dict[str, Any]  # errors by name, and "ok"
 Check = tuple[str, Callable[[], Result]]
@@ -180,10 +180,12 @@ def _by_autograd(x: Operands, divergence: Any, dtype: torch.dtype) -> dict[str, 
         leaf.detach().clone().to(to).requires_grad_()
         for leaf in (x.student_hidden, x.student_weight)
     )
-    s = hidden.to(dtype) @ weight.to(dtype).T
     if dtype == torch.float32:
-        s = RoundGradient.apply(s, hidden.dtype)
-    t = x.teacher_hidden.to(dtype) @ x.teacher_weight.to(dtype).T
+        s = RoundGradient.apply(fp32_logits(hidden, weight), hidden.dtype)
+        t = fp32_logits(x.teacher_hidden, x.teacher_weight)
+    else:
+        s = hidden.to(dtype) @ weight.to(dtype).T
+        t = x.teacher_hidden.to(dtype) @ x.teacher_weight.to(dtype).T
     per_token = reference.divergence_of_log_probs(
         s.log_softmax(-1), t.log_softmax(-1), resolve_divergence(divergence)
     )

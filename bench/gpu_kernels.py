@@ -183,7 +183,7 @@ def _measured_rates(sizes: Sizes) -> Rates:
     """Rates of `cost`: bytes by a copy, FLOPs by bare projections, the rest by what is left."""
 
     def median(run: Callable[[], object]) -> float:
-        return statistics.median(seconds_of(run, sizes.seconds))
+        return statistics.median(seconds_of(run, sizes.seconds)[0])
 
     on_gpu = torch.cuda.is_available()
     source = torch.zeros(_COPIED_BYTES if on_gpu else MIB, dtype=torch.uint8, device=device())

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import gpu_kernels, gpu_models, gpu_profile
+from bench import gpu_kernels, gpu_models, gpu_profile, host_calls
 from bench.floor import bare_gemms
 from bench.gpu_checks import Size, checks, large_checks
 from bench.gpu_timing import INTERPRETS, Clocks, Part, Record, device, timed
@@ -47,6 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 QWEN_CLASSES = 151_936
 QWEN_DIMS = ((1536, 3584), (1024, 2560))
 QWEN_TOKENS = (1600, 6400, 8192)
+_TIGHT = 1536 << 20  # about what TRL's chunks take
 _SECONDS_A_CONTENDER = 0.8
 
 
@@ -117,6 +118,7 @@ def timings(problems: list[dict[str, Any]], budget: float, compiles: bool) -> It
         "ours": lambda: ours("auto"),
         "ours, stash": lambda: ours("stash"),
         "ours, recompute": lambda: ours("recompute"),
+        "ours, 1,536 MiB": lambda: ours("auto", _TIGHT),
         **peers(gpu=True),
     }
     if not compiles:
@@ -186,6 +188,7 @@ def groups(dry: bool, calibration: Path | None) -> list[Group]:
         Group("checks at full size", 40, _both("check", large_checks(large))),
         Group("divergence", 90, _both("time", timings(problems[:2], budget, compiles=not dry))),
         Group("profiles", 20, _both("time", gpu_profile.profiles(profiled))),
+        Group("host", 5, _both("time", host_calls.host_times())),
         Group("draws", 15, _both("time", draws(rows, dim, classes, budget))),
         Group("kernels", 25, _both("time", gpu_kernels.parts(kernels))),
         Group("calibration", 20, _both("time", gpu_kernels.calibrations(kernels, calibration))),

@@ -25,23 +25,35 @@ from bench.gpu_suite import machine, measure, results_path
 from bench.gpu_timing import Clocks, Part, Record, device, seconds_of
 from bench.peers import make_operands
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence import rows_triton
-from esr_kernels.divergence.fused_triton import Blocks
+from esr_kernels.divergence import fused_triton, rows_triton
+from esr_kernels.divergence.fused_triton import GROUP, Blocks
 from esr_kernels.divergence.losses import ReverseKL
 from esr_kernels.divergence.statistics import RowNormalizers, RowSpec, Tile, merge_parts
 
 _TOKENS, _CLASSES, _DIMS, _ROWS = 8192, 151_936, (1536, 3584), 4096
 # Beside those whose code `bench.fused_variants` counts.
 _MORE_TILES = {
-    "committed, 3 stages": (Blocks(128, 128, 64, 8, 3), False, False),
-    "committed, 4 warps": (Blocks(128, 128, 64, 4, 4), False, False),
-    "64 x 256": (Blocks(64, 256, 64, 8, 3), False, False),
-    "student parked, high, 4 stages": (Blocks(256, 128, 64, 16, 4), True, False),
-    "student parked, high, 8 warps": (Blocks(256, 128, 64, 8, 3), True, False),
-    "student parked, 8 warps, descriptors": (Blocks(128, 256, 64, 8, 3), True, True),
-    "student parked, 16 warps, descriptors": (Blocks(128, 256, 64, 16, 3), True, True),
-    "student parked, high, 4 stages, descriptors": (Blocks(256, 128, 64, 16, 4), True, True),
+    f"described, {t} x {v} x {d}, {w} warps, {n} stages": (
+        Blocks(t, v, d, w, n, True),
+        False,
+        False,
+    )
+    for t, v, d, w, n in (
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 5),
+        (128, 128, 64, 8, 6),
+        (128, 128, 128, 8, 2),
+        (128, 128, 128, 8, 3),
+        (256, 64, 64, 8, 4),
+        (64, 256, 64, 8, 4),
+        (128, 160, 64, 8, 4),
+        (256, 128, 64, 16, 4),
+        (128, 256, 64, 16, 4),
+    )
+    if v & (v - 1) == 0
 }
+_GROUPS = (4, 16, 64)  # token blocks that walk the classes together
 _SPEC = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
 
 
@@ -55,9 +67,20 @@ def fused(seconds: float) -> Iterator[Part]:
     truth = merge_parts(fused_variants.statistics(operands, *committed[1]))
     for name, how in (committed, *rest):
         yield f"fused tile: {name}", partial(_fused, operands, how, truth, seconds)
+    how = Blocks(128, 128, 64, 8, 4, True), False, False
+    for group in _GROUPS:
+        name = f"fused tile: described, groups of {group}"
+        yield name, partial(_fused, operands, how, truth, seconds, group)
 
 
-def _fused(operands: list[torch.Tensor], how: tuple, truth: tuple, seconds: float) -> Record:
+def _fused(
+    operands: list[torch.Tensor], how: tuple, truth: tuple, seconds: float, group: int = GROUP
+) -> Record:
+    with mock.patch.object(fused_triton, "GROUP", group):
+        return _fused_tile(operands, how, truth, seconds)
+
+
+def _fused_tile(operands: list[torch.Tensor], how: tuple, truth: tuple, seconds: float) -> Record:
     run = partial(fused_variants.statistics, operands, *how)
     # Log-sum-exps and mean differences: an argmax may change with the rounding of a tie.
     pairs = zip(merge_parts(run())[:5], truth[:5], strict=True)
@@ -68,7 +91,7 @@ def _fused(operands: list[torch.Tensor], how: tuple, truth: tuple, seconds: floa
 
 
 def _timed(run: Callable[[], object], seconds: float) -> Record:
-    times = seconds_of(run, seconds)
+    times, _ = seconds_of(run, seconds)
     return {"ms": 1e3 * numbers.median(times), "runs": len(times)}
 
 
@@ -112,6 +135,7 @@ def _rows(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.3, help="for each variant")
+    parser.add_argument("--only", default="", help="variants with this in their name")
     parser.add_argument("--out", type=Path, help="JSON lines; default that of bench.gpu_suite")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -126,6 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     with Clocks() as clocks, out.open("a") as file:
         for parts in (rows(options.seconds), fused(options.seconds)):
             for name, part in parts:
+                if options.only not in name:
+                    continue
                 record = measure("variant", name, part, clocks)
                 print(record, flush=True)
                 file.write(json.dumps({**record, **where}) + "\n")

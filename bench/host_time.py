@@ -15,9 +15,7 @@ import os
 
 os.environ["ESR_TRITON_ON_CPU"] = "1"  # read when the package is imported
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -28,11 +26,9 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from bench import measure
-from esr_kernels import SampleKeys, SamplingParams, linear_divergence, sample_from_hidden
+from bench.host_calls import CALLS, CLASSES, DIM, ROUNDS, TOKENS, divergence, microseconds
 from esr_kernels.common import launch, matmul, workspace
 
-TOKENS, CLASSES, DIM = 8, 64, 16
-_ROUNDS, _CALLS = 40, 25
 BARE = "divergence, bare: the same products, buffers and outputs"
 
 
@@ -73,37 +69,6 @@ def stubbed_launches() -> Iterator[None]:
         yield
 
 
-def microseconds(calls: Sequence[Callable[[], object]]) -> tuple[float, ...]:
-    """Medians of the thread's own time in each call; they take turns, on a busy machine too."""
-    times: list[list[float]] = [[] for _ in calls]
-    for number in range(1 + _ROUNDS):
-        for call, taken in zip(calls, times, strict=True):
-            start = time.thread_time()
-            for _ in range(_CALLS):
-                call()
-            if number:
-                taken.append((time.thread_time() - start) / _CALLS)
-    return tuple(1e6 * statistics.median(taken) for taken in times)
-
-
-def _divergence() -> tuple[Callable[[], object], Callable[[], object]]:
-    """(ours, plain PyTorch): reverse KL, forward and backward, with a trained head."""
-    x, w = (torch.randn(n, DIM, requires_grad=True) for n in (TOKENS, CLASSES))
-    teacher, head = (torch.randn(n, DIM) for n in (TOKENS, CLASSES))
-
-    def ours() -> None:
-        x.grad = w.grad = None
-        linear_divergence(x, w, teacher, head, impl="triton").loss.backward()
-
-    def plain() -> None:
-        x.grad = w.grad = None
-        log_p = torch.log_softmax((x @ w.T).float(), 1)
-        log_q = torch.log_softmax((teacher @ head.T).float(), 1)
-        (log_p.exp() * (log_p - log_q)).sum(1).sum().backward()
-
-    return ours, plain
-
-
 class _Bare(torch.autograd.Function):
     """What a stash cannot do without: its buffers, four products, outputs and gradients."""
 
@@ -134,25 +99,9 @@ def _floor() -> tuple[Callable[[], object], Callable[[], object]]:
         x.grad = w.grad = None
         _Bare.apply(x, w, teacher, head)[0].backward()
 
-    return bare, _divergence()[1]
+    return bare, divergence("triton", "cpu")[1]
 
 
-def _draw() -> tuple[Callable[[], object], Callable[[], object]]:
-    """(ours, plain PyTorch): a token a row at a temperature."""
-    hidden, weight = torch.randn(TOKENS, DIM), torch.randn(CLASSES, DIM)
-    keys = SampleKeys(0, torch.arange(TOKENS), torch.zeros(TOKENS, dtype=torch.int64))
-    params = SamplingParams(0.7)
-
-    def ours() -> None:
-        sample_from_hidden(hidden, weight, keys, params, impl="triton")
-
-    def plain() -> None:
-        torch.multinomial(torch.softmax((hidden @ weight.T).float() / 0.7, 1), 1)
-
-    return ours, plain
-
-
-CALLS = {"linear_divergence, forward and backward": _divergence, "sample_from_hidden": _draw}
 LIMITS = {"linear_divergence, forward and backward": 1.5, "sample_from_hidden": 3.0}
 
 
@@ -160,7 +109,7 @@ def ratios() -> dict[str, tuple[float, float]]:
     """(ours, plain PyTorch) in microseconds of host time."""
     torch.set_num_threads(1)
     with stubbed_launches():
-        return {name: microseconds(make()) for name, make in CALLS.items()}
+        return {name: microseconds(make("triton", "cpu")) for name, make in CALLS.items()}
 
 
 def main() -> None:
@@ -173,7 +122,7 @@ def main() -> None:
         aim = f" (wanted: at most {row['aim']})" if row["aim"] else ""
         times = f"{row['us']:7.0f} us, plain PyTorch {row['plain_us']:7.0f} us"
         print(f"{name:<62} {times}: {row['ratio']:.2f} times{aim}")
-    measure.record("host_time_cpu", "a small call, launches stubbed", _ROUNDS, table)
+    measure.record("host_time_cpu", "a small call, launches stubbed", ROUNDS, table)
 
 
 if __name__ == "__main__":

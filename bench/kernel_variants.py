@@ -15,6 +15,7 @@ from torch import Tensor
 from esr_kernels.attention import prefix_triton
 from esr_kernels.attention.arguments import AttentionOptions, Cache
 from esr_kernels.attention.groups import RowGroups
+from esr_kernels.common import scale_triton
 from esr_kernels.common.transform import LogitTransform
 from esr_kernels.divergence import fused_triton, merge_triton, rows_triton
 from esr_kernels.divergence.call import Operands
@@ -55,6 +56,7 @@ KERNELS = (
     "cutoff_kernel",
     "draw_kernel",
     "fused_tiles_kernel",
+    "scale_kernel",
 )
 
 _TOKENS, _CLASSES, _DIMS = 1024, 151_936, (1536, 3584)
@@ -168,6 +170,10 @@ def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None
         sampling_fused_triton.sample(hidden, weight, classes, params, keys)
 
 
+def _scale(dtype: torch.dtype) -> None:
+    scale_triton.scale_(_empty(_CLASSES, _DIMS[0], dtype=dtype), _empty(1))
+
+
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 VARIANTS: dict[str, Callable[[], None]] = {
     "rows: forward": partial(_rows, ForwardKL(), _BF16, False),
@@ -187,6 +193,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "fused: fp32, all": partial(_fused, _FP32, True),
     "fused: bf16, all, odd D": partial(_fused, _BF16, True, (1535, 3585)),
     "fused: fp32, all, odd D": partial(_fused, _FP32, True, (1535, 3585)),
+    "scale: bf16": partial(_scale, _BF16),
+    "scale: fp32": partial(_scale, _FP32),
     "selected: bf16": partial(_selected, _BF16, False),
     "selected: bf16, one id": partial(_selected, _BF16, False, 1),
     "selected: bf16, all": partial(_selected, _BF16, True),

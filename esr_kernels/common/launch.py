@@ -53,14 +53,19 @@ def _variant(arguments: Iterable[Any]) -> tuple[Any, ...]:
     found: list[Any] = []
     for argument in arguments:
         kind = type(argument)
-        if kind is Tensor or isinstance(argument, Tensor):
-            found += argument.dtype, argument.data_ptr() % 16 == 0
-        elif argument is None or kind is int:
+        # The commonest first; asking a number whether it is a tensor takes as long as the rest.
+        if argument is None or kind is int:
             found.append(argument)
+        elif kind is Tensor:
+            found += argument.dtype, argument.data_ptr() % 16 == 0
         elif kind is float:
             found.append(float)
         elif kind is tuple:
             found.append(_variant(argument))
+        elif isinstance(argument, Tensor):
+            found += argument.dtype, argument.data_ptr() % 16 == 0
+        elif hasattr(argument, "block_shape"):  # a tensor descriptor
+            found += argument.base.dtype, tuple(argument.block_shape)
         else:
             found.append((kind, argument))
     return tuple(found)

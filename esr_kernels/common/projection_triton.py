@@ -40,6 +40,27 @@ def project(operands, rows, classes, BLOCK_D: tl.constexpr):
     return logits
 
 
+@triton.jit
+def project_described(
+    hidden, weight, bias_ptr, depth, row, classes, tile, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """`project` from tensor descriptors of hidden [T, D] and weight [V, D], for `ROWS` rows
+    from `row` on and `classes`, which follow one another from `tile` on. Where there is no such row
+    or class, products are 0.
+
+    Their loads are one instruction a block, which fills shared memory without the registers, and
+    the instructions for addresses, that loads by pointers take.
+    """
+    logits = tl.zeros([ROWS, classes.shape[0]], tl.float32)
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + classes).to(tl.float32)[None, :]
+    for start in range(0, depth, BLOCK_D):
+        h = hidden.load([row, start])
+        w = weight.load([tile, start])
+        logits = tl.dot(h, w.T, logits, input_precision="ieee")
+    return logits
+
+
 def check_fused(name: str, hidden: Tensor, weight: Tensor) -> None:
     """Raise unless `project` takes the operands; `name` is a prefix of the arguments, or empty."""
     if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:

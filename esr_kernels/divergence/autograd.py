@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from esr_kernels.common import matmul
 from esr_kernels.common.arguments import can_read_values
+from esr_kernels.common.triton_installed import TRITON
 from esr_kernels.divergence.call import Gradients, Operands, Wanted
 from esr_kernels.divergence.recompute import recompute_backward, recompute_forward
 from esr_kernels.divergence.stash import stash_forward
@@ -23,6 +25,18 @@ def _refuse_double_backward() -> None:
             "linear_divergence has no double backward (create_graph=True); "
             "use impl='reference' for second derivatives"
         )
+
+
+def _scale_(gradient: Tensor, upstream: Tensor) -> None:
+    on_gpu = not can_read_values(upstream) and TRITON and not matmul.KERNELS_ON_CPU
+    if on_gpu and gradient.is_contiguous() and gradient.dtype.itemsize <= 4:
+        from esr_kernels.common.scale_triton import scale_  # Triton may not be installed.
+
+        scale_(gradient, upstream)
+    else:
+        # A factor with as many dimensions makes PyTorch multiply in fp32. A 0-d factor would be
+        # rounded to 16 bits first, and overflow at a loss scale of 2**16.
+        gradient.mul_(upstream.view((1,) * gradient.dim()))
 
 
 class StashFunction(torch.autograd.Function):
@@ -61,9 +75,7 @@ class StashFunction(torch.autograd.Function):
         if not can_read_values(upstream) or upstream.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
-                    # A factor with as many dimensions makes PyTorch multiply in fp32. A 0-d factor
-                    # would be rounded to 16 bits first, and overflow at a loss scale of 2**16.
-                    gradient.mul_(upstream.view((1,) * gradient.dim()))
+                    _scale_(gradient, upstream)
         return _input_gradients(gradients)
 
 

@@ -24,10 +24,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esr_kernels.common.launch import ceil_div, launch, processors
 from esr_kernels.common.logits_triton import online_softmax, transform_logits
-from esr_kernels.common.projection_triton import check_fused, current_arch, operand_kind, project
+from esr_kernels.common.projection_triton import (
+    check_fused,
+    current_arch,
+    operand_kind,
+    project,
+    project_described,
+)
 from esr_kernels.divergence.call import Operands
 from esr_kernels.divergence.rows_triton import store_statistics
 from esr_kernels.divergence.statistics import COLUMNS, RowSpec
@@ -41,6 +48,7 @@ class Blocks(NamedTuple):
     depth: int
     warps: int
     stages: int
+    descriptors: bool = False  # of the operands' blocks, where their rows start at 16 bytes
 
 
 # (operand, arch) -> tile, keyed on nothing that changes from step to step. The register file limits
@@ -97,12 +105,11 @@ def _fold(z, difference, classes, n_classes, state):
 
 
 @triton.jit
-def _present(inside, classes, operands, transform):
+def _present(inside, classes, bias_ptr, transform):
     """`inside` without the classes that a bias of -inf removes, which a softcap would bring back.
 
     A mask of [BLOCK_V] takes fewer registers than a comparison of the tile's logits.
     """
-    bias_ptr = operands[2]
     _, scale, softcap, _ = transform
     if bias_ptr is not None and softcap is not None:
         inside = inside & (tl.load(bias_ptr + classes).to(tl.float32) * scale != -float("inf"))
@@ -117,9 +124,30 @@ def _masked_transform(z, inside, transform):
 
 
 @triton.jit
+def _logits(
+    hidden, weight, layout, row, tile, n_rows, classes, DEPTH: tl.constexpr, T: tl.constexpr
+):
+    """A tile of one model's logits: `hidden` and `weight` are pointers or descriptors."""
+    bias_ptr, hidden_stride, weight_stride, depth = layout
+    if hidden_stride is None:
+        z = project_described(hidden, weight, bias_ptr, depth, row, classes, tile, T, DEPTH)
+    else:
+        # Rows and classes beyond the last repeat it: loads need no mask, and what they compute is
+        # dropped at the store and by the -inf.
+        rows = tl.minimum(row + tl.arange(0, T), n_rows - 1)
+        operands = (hidden, weight, bias_ptr, hidden_stride, weight_stride, depth)
+        z = project(operands, rows, classes, DEPTH)
+    return z
+
+
+@triton.jit
 def _fused_statistics_kernel(
-    s_operands,
-    t_operands,
+    s_hidden,
+    s_weight,
+    t_hidden,
+    t_weight,
+    s_layout,
+    t_layout,
     parts_ptr,
     n_rows,
     n_classes,
@@ -139,10 +167,8 @@ def _fused_statistics_kernel(
     height = tl.minimum(tl.cdiv(n_rows, BLOCK_T) - first, GROUP)
     in_group = tl.program_id(0) % of_a_group
     split = in_group // height
-    rows = (first + in_group % height) * BLOCK_T + tl.arange(0, BLOCK_T)
-    # Rows and classes beyond the last repeat it: loads need no mask, and what they compute is
-    # dropped at the store and by the -inf.
-    live_rows = tl.minimum(rows, n_rows - 1)
+    row = (first + in_group % height) * BLOCK_T
+    rows = row + tl.arange(0, BLOCK_T)
     start = split * split_classes
     stop = tl.minimum(start + split_classes, n_classes)
 
@@ -160,10 +186,10 @@ def _fused_statistics_kernel(
         classes = tile + tl.arange(0, BLOCK_V)
         inside = classes < stop
         live = tl.minimum(classes, n_classes - 1)
-        s = project(s_operands, live_rows, live, BLOCK_D)
-        s = _masked_transform(s, _present(inside, live, s_operands, student), student)
-        t = project(t_operands, live_rows, live, BLOCK_D)
-        t = _masked_transform(t, _present(inside, live, t_operands, teacher), teacher)
+        s = _logits(s_hidden, s_weight, s_layout, row, tile, n_rows, live, BLOCK_D, BLOCK_T)
+        s = _masked_transform(s, _present(inside, live, s_layout[0], student), student)
+        t = _logits(t_hidden, t_weight, t_layout, row, tile, n_rows, live, BLOCK_D, BLOCK_T)
+        t = _masked_transform(t, _present(inside, live, t_layout[0], teacher), teacher)
         difference = t - s
         s_state = (s_top, s_total, s_centred, s_difference, s_where)
         t_state = (t_top, t_total, t_centred, t_difference, t_where)
@@ -197,10 +223,29 @@ def _split_classes(rows: int, classes: int, blocks: Blocks, processors: int) -> 
     return ceil_div(classes, each), each
 
 
-def _kernel_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    """The `operands` of `project`."""
+class _Side(NamedTuple):
+    """One model's arguments of the kernel."""
+
+    hidden: Any
+    weight: Any
+    layout: tuple[Any, ...]  # (bias, stride of hidden rows, of head rows, depth)
+
+
+def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None, blocks: Blocks) -> _Side:
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
-    return hidden, weight, bias, hidden.stride(0), weight.stride(0), hidden.shape[1]
+    depth = hidden.shape[1]
+    if not (blocks.descriptors and _starts_at_16_bytes(hidden) and _starts_at_16_bytes(weight)):
+        return _Side(hidden, weight, (bias, hidden.stride(0), weight.stride(0), depth))
+    described = (
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, blocks.depth])
+        for x, rows in ((hidden, blocks.tokens), (weight, blocks.classes))
+    )
+    return _Side(*described, (bias, None, None, depth))
+
+
+def _starts_at_16_bytes(x: Tensor) -> bool:
+    """Whether every row does, and there is one, as descriptors want it."""
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def _removes_by_bias(x: Operands, spec: RowSpec) -> bool:
@@ -250,9 +295,15 @@ def fused_stats(x: Operands, spec: RowSpec, blocks: Blocks | None = None) -> Ten
     if not tokens:
         return parts
     programs = ceil_div(tokens, blocks.tokens) * splits
+    student = _side(x.student_hidden, x.student_weight, x.student_bias, blocks)
+    teacher = _side(x.teacher_hidden, x.teacher_weight, x.teacher_bias, blocks)
     launch(_fused_statistics_kernel, (programs,), x.student_hidden)(
-        _kernel_operands(x.student_hidden, x.student_weight, x.student_bias),
-        _kernel_operands(x.teacher_hidden, x.teacher_weight, x.teacher_bias),
+        student.hidden,
+        student.weight,
+        teacher.hidden,
+        teacher.weight,
+        student.layout,
+        teacher.layout,
         parts_ptr=parts,
         n_rows=tokens,
         n_classes=classes,

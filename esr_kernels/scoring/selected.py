@@ -98,6 +98,9 @@ def select_classes(
     compact = live is not None and can_read_values(live)
     active = active_rows(live, compact)
     hidden = take_rows(head.hidden, active)
+    if live is not None and not compact:
+        # dz of such a row is 0, and 0 * NaN must not reach the gradient of the head.
+        hidden = torch.where(live[:, None], hidden, 0)
     width = tile_width(hidden.shape[0], head.classes, element_bytes, hidden.device, memory_budget)
     fields = _Select.apply(
         hidden,

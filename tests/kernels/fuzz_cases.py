@@ -29,6 +29,7 @@ from esr_kernels import (
     token_logprob,
 )
 from esr_kernels.attention.groups import RowGroups
+from tests.kernels import cases
 from tests.kernels.fuzz_dice import (
     NARROW,
     Call,
@@ -161,7 +162,7 @@ def divergence_call(dice: Dice) -> Call:
         "teacher_dim": dims[1],
         "divergence": divergence,
         "dtype": dtype,
-        "device": "cpu",
+        "device": cases.DEVICE,
         "reduction": reduction,
         "ids": "student_ids" in options,
         "impl": impl,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esr_kernels import shared_prefix_attention
+from esr_kernels import SampleKeys, SamplingParams, shared_prefix_attention
 from esr_kernels.attention import reference as attention_reference
 from esr_kernels.attention.arguments import Cache, checked_options
+from esr_kernels.attention.groups import RowGroups
 from esr_kernels.divergence import reference as divergence_reference
 from esr_kernels.scoring import reference as scoring_reference
 from tests.kernels import cases
@@ -33,9 +35,25 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
     return found
 
 
+def _on_device(x: Any) -> Any:
+    """A tensor, or a tuple or dataclass of some, on the GPU if there is one, each with the strides
+    and the offset that it has."""
+    if isinstance(x, Tensor):
+        storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+        return storage.to(cases.DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())
+    if isinstance(x, RowGroups | SampleKeys):
+        return type(x)(*map(_on_device, x))
+    if isinstance(x, SamplingParams):
+        return replace(x, **{name: _on_device(value) for name, value in vars(x).items()})
+    return x
+
+
 def ours(call: Call, **changed: Any) -> Results:
-    """Outputs and gradients of a call with some of its arguments replaced."""
+    """Outputs and gradients of a call with some of its arguments replaced, computed where the
+    kernels run: on a GPU if there is one."""
     arguments = call.arguments | changed
+    if cases.DEVICE != "cpu":
+        arguments = {name: _on_device(value) for name, value in arguments.items()}
     leaves = {name: arguments[name].detach().requires_grad_() for name in call.trained}
     buffer = arguments.get("weight_grad")
     if buffer is not None:
@@ -46,7 +64,7 @@ def ours(call: Call, **changed: Any) -> Results:
     if buffer is not None:
         assert leaves["student_weight"].grad is None
         results["d student_weight"] = buffer
-    return results
+    return {name: value.cpu() for name, value in results.items()}
 
 
 def _with_gradients(
@@ -54,7 +72,10 @@ def _with_gradients(
 ) -> Results:
     """`factor`: of the loss, taken back from the gradients: they are rounded elsewhere."""
     if leaves:
-        upstream = [fields[name].mul(u * factor).sum() for name, u in call.upstream.items()]
+        upstream = [
+            fields[name].mul((u * factor).to(fields[name].device)).sum()
+            for name, u in call.upstream.items()
+        ]
         torch.stack(upstream).sum().backward()
     gradients = {f"d {name}": leaf.grad for name, leaf in leaves.items()}
     if factor != 1.0:

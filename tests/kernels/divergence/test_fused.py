@@ -12,6 +12,7 @@ from torch import Tensor
 from esr_kernels import plan_linear_divergence
 from esr_kernels.common.reference import transformed_logits
 from esr_kernels.common.transform import LogitTransform
+from esr_kernels.divergence import fused_triton
 from esr_kernels.divergence.call import Operands
 from esr_kernels.divergence.fused_triton import BLOCKS, Blocks, _split_classes, fused_stats
 from esr_kernels.divergence.losses import ReverseKL
@@ -274,3 +275,35 @@ def test_the_last_round_of_programs_is_full(rows, processors):
     assert busiest <= 1.04 * mean
     plan = plan_linear_divergence(rows, 151_936, 64, 64, plan="fused", train_hidden=False)
     assert plan._fused_splits >= splits, "the plan's memory is an upper bound"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_descriptors_load_what_pointers_load(dtype, bias, monkeypatch):
+    """Rows, classes and a depth that fill no whole block, several tiles to a split."""
+    monkeypatch.setattr(fused_triton, "_WANTED_PROGRAMS", 3)
+    operands = _operands(dtype)
+    biases = tuple(torch.randn(CLASSES).to(operands[0]) for _ in range(2)) if bias else (None, None)
+    spec, x = RowSpec(ReverseKL(), PLAIN, PLAIN), _as_operands(operands, biases)
+    described = TINY._replace(descriptors=True)
+    side = fused_triton._side(*operands[:2], None, described)
+    assert hasattr(side.hidden, "block_shape") and hasattr(side.weight, "block_shape")
+    assert torch.equal(fused_stats(x, spec, described), fused_stats(x, spec, TINY))
+
+
+@pytest.mark.parametrize("broken", ["offset", "stride", "no depth"])
+def test_rows_that_descriptors_cannot_load_are_loaded_by_pointers(broken):
+    operands = _operands(torch.bfloat16)
+    hidden = operands[0]
+    if broken == "offset":
+        storage = hidden.new_empty(hidden.numel() + 1)
+        operands[0] = storage[1:].view_as(hidden).copy_(hidden)
+    elif broken == "stride":
+        storage = hidden.new_empty(len(hidden), hidden.shape[1] + 1)
+        operands[0] = storage[:, :-1].copy_(hidden)
+    else:
+        operands[:2] = (x[:, :0] for x in operands[:2])
+    described = TINY._replace(descriptors=True)
+    assert not hasattr(fused_triton._side(*operands[:2], None, described).hidden, "block_shape")
+    spec, x = RowSpec(ReverseKL(), PLAIN, PLAIN), _as_operands(operands)
+    assert torch.equal(fused_stats(x, spec, described), fused_stats(x, spec, TINY))

@@ -1,0 +1,173 @@
+"""What `gpu_suite` has measured, as the tables of README.md and docs/gpu.md: no number is typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+H100 = "gpu_nvidia_h100_80gb_hbm3"
+_NO_CONTENDER = "bare GEMMs (4)"
+
+Record = dict[str, Any]
+
+
+def records(name: str = H100) -> dict[str, Record]:
+    """The newest record of each part, by its name."""
+    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return {record["name"]: record for record in sorted(map(json.loads, lines), key=_date)}
+
+
+def _date(record: Record) -> str:
+    return record["date"]
+
+
+def machine(found: Iterable[Record]) -> str:
+    """What ran where, for all the records of a table."""
+    keys = ("gpu", "driver", "torch", "triton", "commit")
+    values = {key: sorted({str(r[key]) for r in found}) for key in keys}
+    gpu, driver, torch, triton, commit = (", ".join(values[key]) for key in keys)
+    return f"{gpu}, driver {driver}, torch {torch}, triton {triton}, at commit {commit}"
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _note(used: list[Record], more: str = "") -> str:
+    return f"{more}{machine(used)}. By `python -m bench.gpu_suite`."
+
+
+def checks() -> str:
+    """How many checks passed, and the worst ratio to plain PyTorch's error."""
+    found = [r for r in records().values() if r["section"] == "check"]
+    wrong = [r["name"] for r in found if not r.get("ok")]
+    text = f"{len(found) - len(wrong)} of {len(found)} checks passed"
+    text += f"; failed: {', '.join(wrong)}" if wrong else ""
+    return f"{text}. {_note(found)}"
+
+
+_PROBLEM = re.compile(r"T=(\d+) Ds=(\d+) Dt=(\d+) V=(\d+) beta=([\d.]+) (\w+) head: (.+)")
+_LOSS = {"0.0": "forward KL", "1.0": "reverse KL"}
+
+
+def divergence(only: str = "") -> str:
+    """Forward + backward of every contender, one table for each problem that has `only` in it."""
+    problems: dict[str, dict[str, Record]] = {}
+    for name, record in records().items():
+        match = _PROBLEM.fullmatch(name)
+        if match and only in name:
+            tokens, student, teacher, _, beta, head, contender = match.groups()
+            loss = _LOSS.get(beta, f"JSD({beta})")
+            what = f"T = {int(tokens):,}, D = {student}/{teacher}, {loss}, {head} head"
+            problems.setdefault(what, {})[contender] = record
+    parts = []
+    for what, table in problems.items():
+        [(floor_name, floor)] = [(n, r) for n, r in table.items() if n.startswith("bare GEMMs")]
+        rows = [[floor_name, f"{floor['ms']:.2f}", "1.00", "", ""]]
+        for contender, r in table.items():
+            if "ms" in r and contender != floor_name:
+                ratio = f"{r['ms'] / floor['ms']:.2f}"
+                rows.append(
+                    [contender, f"{r['ms']:.2f}", ratio, f"{r['extra MiB']:,.0f}", _host(r)]
+                )
+        header = ["", "ms", "times the products", "extra MiB", "host ms"]
+        parts.append(f"{what}:\n\n{_table(header, rows)}")
+    used = [r for table in problems.values() for r in table.values()]
+    note = _note(
+        used,
+        "bf16, V = 151,936. Median of up to 50 runs between CUDA events, L2 flushed, the host "
+        "ahead; its own time beside it. Extra: the peak beyond inputs and returned gradients. ",
+    )
+    return "\n\n".join([*parts, note])
+
+
+def _host(record: Record) -> str:
+    return f"{record['host ms']:.2f}" if "host ms" in record else ""
+
+
+def calls() -> str:
+    """The predictor's calls: measured beside predicted, by term."""
+    predicted = {
+        call["call"]: call
+        for call in json.loads((RESULTS / "predict.json").read_text())["calls"]
+        if call["gpu"] == "H100"
+    }
+    found, used, rows = records(), [], []
+    for name, call in predicted.items():
+        record = found.get(name)
+        if record is None or "ms" not in record:
+            continue
+        used.append(record)
+        floor = found.get(_floor_of(name))
+        measured = f"{record['ms']:.2f}"
+        ratio = f"{record['ms'] / floor['ms']:.2f}" if floor else ""
+        model = call["ms"] / call["products alone ms"]
+        rows.append([f"**{name}**", measured, ratio, f"{call['ms']:.2f}", f"{model:.2f}"])
+        terms: dict[str, float] = {}
+        for term, value in call["terms"].items():
+            kind = "products" if term in ("projections", "gradient products") else term
+            terms[kind] = terms.get(kind, 0.0) + 1e3 * value["seconds"]
+        for term in sorted({*terms, *record.get("terms", {})}, key=lambda t: -terms.get(t, 0.0)):
+            measured_ms = record.get("terms", {}).get(term, {}).get("ms")
+            cells = ["" if x is None else f"{x:.3f}" for x in (measured_ms, terms.get(term))]
+            rows.append([term, cells[0], "", cells[1], ""])
+    header = ["", "measured ms", "times the products", "predicted ms", "predicted ratio"]
+    return f"{_table(header, rows)}\n\n{_note(used, 'Terms are of a profile of five calls. ')}"
+
+
+def _floor_of(call: str) -> str:
+    """The name of the record of a call's products alone."""
+    if call.startswith("fused statistics, "):
+        return call.replace("fused statistics, ", "products, ") + ", projections"
+    return call.replace("stash, ", "products, ")
+
+
+def parts(*prefixes: str, columns: tuple[str, ...] = ("ms", "host ms")) -> str:
+    """The records whose names start so, with some of their numbers."""
+    used, rows = [], []
+    for name, record in records().items():
+        if name.startswith(prefixes) and not {"error", "not installed"} & set(record):
+            used.append(record)
+            rows.append([name, *(_number(record.get(column)) for column in columns)])
+    return f"{_table(['', *columns], rows)}\n\n{_note(used)}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def tiles() -> str:
+    """Fused statistics with other tiles, beside the products alone."""
+    found = records()
+    floor = found["products, T=8192, D=1536/3584, projections"]
+    used, rows = [floor], []
+    for name, record in found.items():
+        if name.startswith("fused tile: ") and "ms" in record:
+            used.append(record)
+            tile = " x ".join(map(str, record["tile"][:3]))
+            ms, ratio = record["ms"], record["ms"] / floor["ms"]
+            rows.append([name[12:], tile, f"{ms:.1f}", f"{ratio:.2f}"])
+    rows.sort(key=lambda row: float(row[2]))
+    table = _table(["", "tokens x classes x depth", "ms", "times the products"], rows)
+    note = f"{machine(used)}. By `python -m bench.gpu_variants`."
+    return f"{table}\n\nT = 8,192, D = 1536/3584, bf16. {note}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "gpu_checks": checks,
+    "gpu_divergence": divergence,
+    "gpu_calls": calls,
+    "gpu_tiles": tiles,
+    "gpu_draws": lambda: parts("draw, B", "attention, "),
+    "gpu_models": lambda: parts(
+        "step, ", "rollout, ", columns=("s", "update s", "rollout s", "tokens/s")
+    ),
+    "gpu_host": lambda: parts("host, tiny", columns=("us", "plain us", "ratio")),
+}
