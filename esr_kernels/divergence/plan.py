@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from esr_kernels.common.calibration import rates_of
+from esr_kernels.common.launch import split_columns
 from esr_kernels.common.matmul import strip_rows
 from esr_kernels.common.workspace import row_stride
 
@@ -46,6 +47,8 @@ _FUSED_TILE, _FUSED_GROUP, _FUSED_PROGRAMS, _FUSED_WAVE = 128, 8, 512, 128
 _FUSED_MOST_TIMES = 5
 # Bytes of a token's statistics from one split of the classes, and of merging them.
 _PART_BYTES = 2 * 4 * 10
+# Classes of a split of the row passes at least: with Triton before 3.7.
+_NARROWEST_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ class Plan:
         tile = 2 * p.logit_bytes if self._has_tiles else 0
         if p.needs_gradient and not p.in_place:
             tile += p.gradient_bytes
-        parts = _PART_BYTES * self._fused_splits if self.kind == "fused" else 0
-        by_token = p.tokens * (self.vocab_chunk * tile + parts)
+        parts = self._fused_splits if self.kind == "fused" else self._tile_splits
+        by_token = p.tokens * (self.vocab_chunk * tile + parts * _PART_BYTES)
         buffers_of_call = self._accumulator_bytes + self._gathered_bytes + self._merged_bytes
         return by_token + buffers_of_call + scratch
 
@@ -141,6 +144,15 @@ class Plan:
         programs = math.ceil(self.problem.tokens / _FUSED_TILE)
         tiles = math.ceil(self.problem.classes / SMALLEST_TILE)
         return min(tiles, _FUSED_MOST_TIMES * max(1, _FUSED_PROGRAMS // max(programs, 1)))
+
+    @property
+    def _tile_splits(self) -> int:
+        """Splits of the classes of all tiles, whose statistics are held until they are merged."""
+        if self.problem.rows != "triton":
+            return 0  # one a tile, which does not count
+        tokens, classes = max(1, self.problem.tokens), self.problem.classes
+        splits, _ = split_columns(tokens, self.vocab_chunk, _NARROWEST_BLOCK)
+        return math.ceil(classes / self.vocab_chunk) * splits
 
     @property
     def sums_hidden_apart(self) -> bool:

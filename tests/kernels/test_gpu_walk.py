@@ -22,6 +22,7 @@ from esr_kernels import (
 )
 from esr_kernels.attention.groups import RowGroups
 from esr_kernels.common import matmul
+from esr_kernels.divergence import rows_triton
 from tests.kernels import imagined_gpu
 
 GPU = torch.device("cuda", 0)
@@ -240,6 +241,21 @@ def test_a_call_of_full_size(name):
     assert all(min(x) >= 256 and max(x) >= 8192 for x in imagined_gpu.products)
 
 
+def test_the_statistics_of_many_tiles_are_counted(monkeypatch):
+    """In blocks as narrow as Triton 3.6 has them."""
+    monkeypatch.setattr(rows_triton, "STATISTICS_BLOCK", (1, 4))
+    tokens, classes, dim = 4096, 60_000, 64
+    operands = [_empty(rows, dim) for rows in (tokens, classes) * 2]
+    plan = plan_linear_divergence(
+        tokens, classes, dim, dim, plan="recompute", memory_budget=96 << 20, dtype=torch.float32
+    )
+    before = imagined_gpu.memory.restart()
+    with torch.no_grad():
+        linear_divergence(*operands, plan=plan)
+    peak = imagined_gpu.memory.peak - before
+    assert 0.9 * plan.extra_bytes < peak <= plan.extra_bytes + (1 << 20)
+
+
 MISTAKES = {
     "reads a value": (lambda x: x.sum().item(), "makes the host wait"),
     "asks for truth": (lambda x: bool(x.any()), "makes the host wait"),
@@ -266,7 +282,6 @@ def test_the_walk_notices(mistake):
 def test_a_launch_notices(damage, monkeypatch):
     """What a kernel is given, checked where it would be launched."""
     from esr_kernels.common.transform import LogitTransform
-    from esr_kernels.divergence import rows_triton
     from esr_kernels.divergence.losses import ReverseKL
     from esr_kernels.divergence.statistics import RowSpec, Tile
 
