@@ -64,8 +64,8 @@ def transform_logits(z, classes, inside, transform):
     """(transformed logits, tanh of the softcap) of raw logits `z`.
 
     `transform` is (bias_ptr, scale, softcap, inv_temperature), each None for none: a factor of 1
-    would take an instruction for each logit (`LogitTransform.kernel_argument`). `inside` masks the load of the bias; the caller overwrites
-    the logits outside.
+    would take an instruction for each logit (`LogitTransform.kernel_argument`). `inside` masks the
+    load of the bias; the caller overwrites the logits outside.
     """
     return cap_logits(scale_logits(z, classes, inside, transform), transform)
 

@@ -239,11 +239,12 @@ def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None, blocks: Blocks) -
     depth = hidden.shape[1]
     if not (blocks.descriptors and _starts_at_16_bytes(hidden) and _starts_at_16_bytes(weight)):
         return _Side(hidden, weight, (bias, hidden.stride(0), weight.stride(0), depth))
-    described = (
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, blocks.depth])
-        for x, rows in ((hidden, blocks.tokens), (weight, blocks.classes))
-    )
-    return _Side(*described, (bias, None, None, depth))
+
+    def described(x: Tensor, rows: int) -> TensorDescriptor:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, blocks.depth])
+
+    layout = bias, None, None, depth
+    return _Side(described(hidden, blocks.tokens), described(weight, blocks.classes), layout)
 
 
 def _starts_at_16_bytes(x: Tensor) -> bool:

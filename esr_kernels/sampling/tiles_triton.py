@@ -131,7 +131,7 @@ def tile_statistics(
 
 def kernel_transform(
     classes: Classes, params: RowParams
-) -> tuple[Tensor | None, float, float | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, float | None, float | None, Tensor | None, Tensor | None]:
     """The `transform` tuple of a launch."""
     bias = None if classes.bias is None else classes.bias.contiguous()
     invalid = None if classes.invalid is None else classes.invalid.contiguous().view(torch.uint8)
