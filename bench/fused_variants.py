@@ -43,7 +43,7 @@ _TOKENS, _CLASSES, _DIMS = 8192, 151_936, (1536, 3584)
 _STRIPS = tl.constexpr(8)
 # name -> tile, whether the student's logits wait in a scratch, and whether descriptors load.
 VARIANTS = {
-    "committed": (Blocks(128, 128, 64, 8, 4), False, False),
+    "pointers": (Blocks(128, 128, 64, 8, 4), False, False),
     "both in registers, 8 warps": (Blocks(128, 256, 64, 8, 3), False, False),
     "both in registers, 16 warps": (Blocks(128, 256, 64, 16, 3), False, False),
     "both in registers, high": (Blocks(256, 128, 64, 16, 3), False, False),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics as numbers
 import sys
 from collections.abc import Callable, Iterator
@@ -135,7 +136,7 @@ def _rows(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.3, help="for each variant")
-    parser.add_argument("--only", default="", help="variants with this in their name")
+    parser.add_argument("--only", default="", help="variants whose name has this expression")
     parser.add_argument("--out", type=Path, help="JSON lines; default that of bench.gpu_suite")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -150,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     with Clocks() as clocks, out.open("a") as file:
         for parts in (rows(options.seconds), fused(options.seconds)):
             for name, part in parts:
-                if options.only not in name:
+                if not re.search(options.only, name):
                     continue
                 record = measure("variant", name, part, clocks)
                 print(record, flush=True)
