@@ -69,7 +69,7 @@ class Blocks(NamedTuple):
 # bench/gpu_static.py prints registers and spills of every entry.
 BLOCKS: dict[tuple[str, str], Blocks] = {
     ("16-bit", "sm_80"): Blocks(128, 64, 64, 8, 3),
-    ("16-bit", "sm_90"): Blocks(128, 128, 64, 8, 4, True),
+    ("16-bit", "sm_90"): Blocks(128, 128, 64, 8, 5, True),
     ("16-bit", "sm_100"): Blocks(128, 64, 64, 8, 3),
     ("16-bit", "gfx942"): Blocks(128, 128, 64, 8, 2),
     ("fp32", "sm_80"): Blocks(64, 64, 32, 8, 3),
