@@ -18,7 +18,10 @@ Record = dict[str, Any]
 def records(name: str = H100) -> dict[str, Record]:
     """The newest record of each part, by its name."""
     lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return {record["name"]: record for record in sorted(map(json.loads, lines), key=_date)}
+    found = {record["name"]: record for record in sorted(map(json.loads, lines), key=_date)}
+    # What the committed tile was in the first runs has a name of its own since.
+    found.pop("fused tile: committed", None)
+    return found
 
 
 def _date(record: Record) -> str:
@@ -91,10 +94,10 @@ def _host(record: Record) -> str:
 
 
 def calls() -> str:
-    """The predictor's calls: measured beside predicted, by term."""
+    """The predictor's calls: measured beside what was predicted before the first run, by term."""
     predicted = {
         call["call"]: call
-        for call in json.loads((RESULTS / "predict.json").read_text())["calls"]
+        for call in json.loads((RESULTS / "predict_before_gpu.json").read_text())["calls"]
         if call["gpu"] == "H100"
     }
     found, used, rows = records(), [], []
@@ -148,16 +151,60 @@ def tiles() -> str:
     found = records()
     floor = found["products, T=8192, D=1536/3584, projections"]
     used, rows = [floor], []
+    compiled = json.loads((RESULTS / "fused_variants.json").read_text())["table"]
     for name, record in found.items():
         if name.startswith("fused tile: ") and "ms" in record:
             used.append(record)
-            tile = " x ".join(map(str, record["tile"][:3]))
+            variant, tile = (
+                name[12:].replace("committed", "pointers"),
+                " x ".join(map(str, record["tile"][:3])),
+            )
+            spilled = str(compiled.get(variant, {}).get("spilled_bytes", ""))
             ms, ratio = record["ms"], record["ms"] / floor["ms"]
-            rows.append([name[12:], tile, f"{ms:.1f}", f"{ratio:.2f}"])
-    rows.sort(key=lambda row: float(row[2]))
-    table = _table(["", "tokens x classes x depth", "ms", "times the products"], rows)
+            rows.append([variant, tile, spilled, f"{ms:.1f}", f"{ratio:.2f}"])
+    rows.sort(key=lambda row: float(row[3]))
+    header = ["", "tokens x classes x depth", "spilled bytes", "ms", "times the products"]
+    table = _table(header, rows)
     note = f"{machine(used)}. By `python -m bench.gpu_variants`."
     return f"{table}\n\nT = 8,192, D = 1536/3584, bf16. {note}"
+
+
+def short() -> str:
+    """README's table: two problems, and what a step and a rollout of whole models take."""
+    found = records()
+    problem = "T={} Ds=1536 Dt=3584 V=151936 beta=1.0 trainable head: "
+    names = [n.partition("head: ")[2] for n in found if n.startswith(problem.format(6400))]
+    rows, used = [], []
+    for name in names:
+        both = [found[problem.format(tokens) + name] for tokens in (1600, 6400)]
+        if not all("ms" in r for r in both) or name in ("ours, stash", "ours, recompute"):
+            continue
+        used += both
+        floor = name.startswith("bare GEMMs")
+        cells = [
+            cell
+            for r in both
+            for cell in (f"{r['ms']:.1f}", "" if floor else f"{r['extra MiB']:,.0f}")
+        ]
+        rows.append(["the four products alone" if floor else name, *cells])
+    header = ["", "T=1,600: ms", "extra MiB", "T=6,400: ms", "extra MiB"]
+    table = _table(header, rows)
+    step, full = (
+        next(r for n, r in found.items() if n.startswith("step, ") and end in n and "ours" in n)
+        for end in (" 100 tokens", " 1000 tokens")
+    )
+    ours, generate = (
+        next(r for n, r in found.items() if n.startswith("rollout, D=896") and end in n)
+        for end in ("ours, with graphs", "generate")
+    )
+    gpu, torch = used[0]["gpu"], used[0]["torch"]
+    return (
+        "reverse KL, trainable head, Ds=1536, Dt=3584, V=151936, bf16, forward + backward:\n\n"
+        f"{table}\n\nA training step of 64 responses (random weights, Qwen2.5-0.5B's shape under "
+        f"1.5B's) takes {step['s']:.1f} s with 100 tokens each and {full['s']:.1f} s with 1,000; "
+        f"rollouts of 100 tokens are {generate['s'] / ours['s']:.1f} times faster than `generate`. "
+        f"{gpu}, torch {torch}; [all figures](docs/gpu.md), [a CPU's](docs/results.md)."
+    )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
