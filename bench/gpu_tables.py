@@ -19,8 +19,10 @@ def records(name: str = H100) -> dict[str, Record]:
     """The newest record of each part, by its name."""
     lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     found = {record["name"]: record for record in sorted(map(json.loads, lines), key=_date)}
-    # What the committed tile was in the first runs has a name of its own since.
-    found.pop("fused tile: committed", None)
+    # The committed tile of the first runs, which loads by pointers, has a name of its own since.
+    first = found.get("fused tile: committed")
+    if first is not None and first.get("tile", [True])[-1] is not True:
+        del found["fused tile: committed"]
     return found
 
 
@@ -155,10 +157,9 @@ def tiles() -> str:
     for name, record in found.items():
         if name.startswith("fused tile: ") and "ms" in record:
             used.append(record)
-            variant, tile = (
-                name[12:].replace("committed", "pointers"),
-                " x ".join(map(str, record["tile"][:3])),
-            )
+            variant, tile = name[12:], " x ".join(map(str, record["tile"][:3]))
+            if record["tile"][-1] is not True:
+                variant = variant.replace("committed", "pointers")
             spilled = str(compiled.get(variant, {}).get("spilled_bytes", ""))
             ms, ratio = record["ms"], record["ms"] / floor["ms"]
             rows.append([variant, tile, spilled, f"{ms:.1f}", f"{ratio:.2f}"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_kernels, gpu_suite
+from bench import gpu_kernels, gpu_suite, gpu_tables
 from bench.gpu_timing import Clocks
 from esr_kernels.common.calibration import read
 
@@ -177,3 +177,20 @@ def test_the_rates_of_the_fused_kernel_solve_its_two_times():
     assert gpu_kernels._fused_rates(times, per_byte, pairs) == pytest.approx((rate, epilogue))
     noise = [(1e10, 1e8), (3e10, 4e8)]  # a negative epilogue
     assert gpu_kernels._fused_rates(noise, per_byte, pairs) == pytest.approx((4e10 / 5e8 / 200, 0))
+
+
+def test_the_committed_tile_of_the_first_runs_is_not_todays(tmp_path, monkeypatch):
+    """That one loads by pointers, and today's by descriptors."""
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    name = "fused tile: committed"
+    runs = [
+        {"name": name, "date": "1", "tile": [128, 128, 64, 8, 4], "ms": 25.4},
+        {"name": name, "date": "2", "tile": [128, 128, 64, 8, 4, False], "ms": 25.2},
+        {"name": name, "date": "3", "tile": [128, 128, 64, 8, 5, True], "ms": 20.8},
+        {"name": name, "date": "4", "error": "statistics differ"},
+    ]
+    found = []
+    for last in range(1, 5):
+        (tmp_path / "gpu.jsonl").write_text("\n".join(map(json.dumps, runs[:last])))
+        found.append(gpu_tables.records("gpu").get(name))
+    assert found == [None, None, *runs[2:]]
