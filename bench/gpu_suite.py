@@ -318,13 +318,16 @@ def main(arguments: list[str] | None = None) -> int:
         parts = chosen(groups(options.dry_run, calibration), names, options.share, options.seconds)
         if calibration is not None and calibration.exists():
             read(calibration)  # now, not when it is written
-        if out is not None:
-            out.open("a").close()
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu_suite needs a CUDA device and finds none; --dry-run runs it on tiny shapes")
         return 2
+    try:
+        if out is not None:
+            out.open("a").close()
+    except OSError as error:
+        parser.error(f"--out: {error}")
     only_times = names is not None and not any("checks" in name for name in names)
     wrong, skipped, shown, ran, cut = 0, 0, 0, 0, False
     with Clocks() as clocks:

@@ -36,8 +36,10 @@ def records() -> dict[str, Record]:
     """The newest record of each part that was measured or checked, by its name."""
     failed = {"error", "not installed"}
     found = {r["name"]: r for r in all_records() if r["section"] == "check" or not failed & set(r)}
-    # What the committed tile was in the first runs has a name of its own since.
-    found.pop("fused tile: committed", None)
+    # The committed tile of the first runs, which loads by pointers, has a name of its own since.
+    first = found.get("fused tile: committed")
+    if first is not None and first.get("tile", [True])[-1] is not True:
+        del found["fused tile: committed"]
     return found
 
 
@@ -180,10 +182,9 @@ def tiles() -> str:
     for name, record in found.items():
         if name.startswith("fused tile: ") and "ms" in record:
             used.append(record)
-            variant, tile = (
-                name[12:].replace("committed", "pointers"),
-                " x ".join(map(str, record["tile"][:3])),
-            )
+            variant, tile = name[12:], " x ".join(map(str, record["tile"][:3]))
+            if record["tile"][-1] is not True:
+                variant = variant.replace("committed", "pointers")
             spilled = str(compiled.get(variant, {}).get("spilled_bytes", ""))
             # Clocks differ from run to run: the floor of the run that is nearest in time.
             floor = min(floors, key=lambda r, at=record: abs(_seconds(r) - _seconds(at)))

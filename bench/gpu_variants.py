@@ -42,7 +42,6 @@ _MORE_TILES = {
     for t, v, d, w, n in (
         (128, 128, 64, 8, 4),
         (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 5),
         (128, 128, 64, 8, 6),
         (128, 128, 128, 8, 2),
         (128, 128, 128, 8, 3),
@@ -68,10 +67,9 @@ def fused(seconds: float) -> Iterator[Part]:
     truth = merge_parts(fused_variants.statistics(operands, *committed[1]))
     for name, how in (committed, *rest):
         yield f"fused tile: {name}", partial(_fused, operands, how, truth, seconds)
-    how = Blocks(128, 128, 64, 8, 4, True), False, False
     for group in _GROUPS:
-        name = f"fused tile: described, groups of {group}"
-        yield name, partial(_fused, operands, how, truth, seconds, group)
+        name = f"fused tile: committed, groups of {group}"
+        yield name, partial(_fused, operands, committed[1], truth, seconds, group)
 
 
 def _fused(

@@ -235,3 +235,23 @@ def test_a_damaged_record_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_tables, "_source", path)
     with pytest.raises(ValueError, match="gpu_x.jsonl, line 2 is no record"):
         gpu_tables.checks()
+
+
+def test_the_committed_tile_of_the_first_runs_is_not_todays(tmp_path, monkeypatch):
+    """That one loads by pointers, and today's by descriptors. A run that failed hides no other."""
+    path, name = tmp_path / "gpu.jsonl", "fused tile: committed"
+    monkeypatch.setattr(gpu_tables, "_source", path)
+    runs = [
+        {"tile": [128, 128, 64, 8, 4], "ms": 25.4},
+        {"tile": [128, 128, 64, 8, 4, False], "ms": 25.2},
+        {"tile": [128, 128, 64, 8, 5, True], "ms": 20.8},
+        {"error": "statistics differ"},
+    ]
+    runs = [
+        {"name": name, "date": str(k), "section": "variant", **run} for k, run in enumerate(runs)
+    ]
+    found = []
+    for last in range(1, 5):
+        path.write_text("\n".join(map(json.dumps, runs[:last])))
+        found.append(gpu_tables.records().get(name))
+    assert found == [None, None, runs[2], runs[2]]
