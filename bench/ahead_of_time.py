@@ -12,6 +12,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,7 +46,7 @@ class Launched:
     function: JITFunction
     kernel: Any
     programs: int
-    tensor_bytes: int  # of its tensor arguments; those given in tuples count too
+    tensor_bytes: int  # of its tensor arguments, those in tuples and of descriptors included
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -83,5 +84,7 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             yield argument
+        elif isinstance(argument, TensorDescriptor):
+            yield argument.base
         elif isinstance(argument, tuple):
             yield from _tensors(argument)

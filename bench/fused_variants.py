@@ -5,9 +5,9 @@
 The committed kernel is bound by the cache: a tile of 128 x 128 loads its operands at 64 FLOPs a
 byte. A larger tile loads fewer, if its logits find a place: in the registers of both models at
 once, or, the student's, in a scratch of each program that stays in the cache and is read back in
-strips (`_parked_kernel` below). Tensor descriptors, whose loads need no registers for addresses,
-take the place of pointers in the last. The time is `bench.kernel_time`'s, and takes no account of
-what spilled registers cost.
+strips (`_parked_kernel` below). The committed kernel, and of the others the last, load by tensor
+descriptors, which need no registers for addresses. The time is `bench.kernel_time`'s, and takes no
+account of what spilled registers cost, nor of how loads are issued.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.ahead_of_time import TARGETS, Launched, launches_compile
 from bench.gpu_static import resources
 from bench.gpus import GPUS, ISSUE_SHARE
 from bench.kernel_time import slots
-from bench.machine_code import Code, code_of, is_local, is_product
+from bench.machine_code import code_of, is_local
 from bench.predict import _product
 from bench.products import product_seconds
 from bench.walk import empty
@@ -41,8 +41,10 @@ from esr_kernels.divergence.statistics import COLUMNS, RowSpec
 RESULTS = Path(__file__).parent / "results" / "fused_variants.json"
 _TOKENS, _CLASSES, _DIMS = 8192, 151_936, (1536, 3584)
 _STRIPS = tl.constexpr(8)
-# name -> tile, whether the student's logits wait in a scratch, and whether descriptors load.
+# name -> tile, whether the student's logits wait in a scratch, and whether descriptors that the
+# kernel makes load it.
 VARIANTS = {
+    "committed": (fused_triton.BLOCKS["16-bit", "sm_90"], False, False),
     "pointers": (Blocks(128, 128, 64, 8, 4), False, False),
     "both in registers, 8 warps": (Blocks(128, 256, 64, 8, 3), False, False),
     "both in registers, 16 warps": (Blocks(128, 256, 64, 16, 3), False, False),
@@ -220,11 +222,8 @@ def _compiled(blocks: Blocks, parked: bool, descriptors: bool) -> Launched:
 
 def _counted(blocks: Blocks, parked: bool, launched: Launched) -> dict[str, Any]:
     kernel, gpu = launched.kernel, GPUS["H100"]
-    code: Code = code_of(kernel)
-    multiply: set[int] = set()
-    for loop in code.loops:
-        if loop.inner and code.count(is_product, loop.body):
-            multiply |= loop.body
+    code = code_of(kernel)
+    multiply = frozenset().union(*(loop.body for loop in code.product_loops))
     rest = set(range(len(code.instructions))) - multiply
     registers, spilled, _ = resources(kernel)
     pairs_of_lane = blocks.tokens * blocks.classes / (32 * blocks.warps)

@@ -99,7 +99,9 @@ def predict(launched: Launched, gpu: Gpu, sizes: Sizes) -> Prediction:
 
 def _moved(launched: Launched, sizes: Sizes) -> float:
     """Bytes of memory. Every kernel passes its tensors once, but the draw, which reads one tile of
-    the head for each row."""
+    the head for each row, and the scaling by a loss's upstream gradient, which is 1 here."""
+    if launched.function.fn.__name__ == "_scale_kernel":
+        return 0.0
     if launched.function.fn.__name__ == "_draw_kernel" and "BLOCK_D" in launched.constants:
         classes = launched.constants["TILE"]
         return launched.programs * classes * sizes.dims[0] * 2
@@ -146,10 +148,7 @@ def _tiled(launched: Launched, code: Code, gpu: Gpu, sizes: Sizes) -> Prediction
     columns = constants.get("BLOCK_V") or constants["TILE"]
     tiles = math.ceil(sizes.tokens / rows) * math.ceil(sizes.classes / columns)
     warps = launched.kernel.metadata.num_warps
-    multiply = set()
-    for loop in code.loops:
-        if loop.inner and code.count(is_product, loop.body):
-            multiply |= loop.body
+    multiply = frozenset().union(*(loop.body for loop in code.product_loops))
     rest = set(range(len(code.instructions))) - multiply
     cycles = tiles * warps * slots(code, rest, gpu)
     asked = tiles * (rows + columns) * sum(sizes.dims) * 2.0

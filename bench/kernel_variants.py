@@ -170,8 +170,12 @@ def _sampling(dtype: torch.dtype, everything: bool, fused_dim: int | None = None
         sampling_fused_triton.sample(hidden, weight, classes, params, keys)
 
 
-def _scale(dtype: torch.dtype) -> None:
-    scale_triton.scale_(_empty(_CLASSES, _DIMS[0], dtype=dtype), _empty(1))
+def _scale(dtype: torch.dtype, adds: bool) -> None:
+    x = _empty(_CLASSES, _DIMS[0], dtype=dtype)
+    if adds:
+        scale_triton.add_scaled_(_empty(*x.shape), x, _empty(1))
+    else:
+        scale_triton.scale_(x, _empty(1))
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -193,8 +197,9 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "fused: fp32, all": partial(_fused, _FP32, True),
     "fused: bf16, all, odd D": partial(_fused, _BF16, True, (1535, 3585)),
     "fused: fp32, all, odd D": partial(_fused, _FP32, True, (1535, 3585)),
-    "scale: bf16": partial(_scale, _BF16),
-    "scale: fp32": partial(_scale, _FP32),
+    "scale: bf16": partial(_scale, _BF16, False),
+    "scale: fp32": partial(_scale, _FP32, False),
+    "scale: fp32, adds": partial(_scale, _FP32, True),
     "selected: bf16": partial(_selected, _BF16, False),
     "selected: bf16, one id": partial(_selected, _BF16, False, 1),
     "selected: bf16, all": partial(_selected, _BF16, True),

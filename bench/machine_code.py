@@ -24,7 +24,8 @@ _AMD = re.compile(r"^\s+([a-z]+_\w+)(.*)$")
 _LABEL = re.compile(r"^(\.LBB\w+):")
 _PRODUCTS = ("HGMMA", "UTCHMMA", "UTCMMA", "HMMA", "v_mfma")
 _WIDE_LOADS = ("LDG.E.128", "LDG.E.EF.128", "global_load_dwordx4", "buffer_load_dwordx4")
-_ASYNC = ("LDGSTS", "UTMALDG", "UBLKCP")
+_TENSOR_COPIES = ("UTMALDG",)
+_ASYNC = ("LDGSTS", "UBLKCP", *_TENSOR_COPIES)
 _LOCAL = ("LDL", "STL", "scratch_load", "scratch_store")
 
 
@@ -50,7 +51,9 @@ def _starts_with(prefixes: Iterable[str]) -> Callable[[str], bool]:
 is_product = _starts_with(_PRODUCTS)
 is_wide_load = _starts_with(_WIDE_LOADS)
 is_async_copy = _starts_with(_ASYNC)
+is_tensor_copy = _starts_with(_TENSOR_COPIES)  # of a tile, by its descriptor
 is_local = _starts_with(_LOCAL)
+_is_fp32_product = _starts_with(("FFMA",))
 is_warpgroup_product = _starts_with(("HGMMA",))
 
 
@@ -98,6 +101,15 @@ class Code:
         real = [body for body in instructions.values() if len(body) > _WAITING]
         loops = [Loop(body, not any(other < body for other in real)) for body in real]
         return tuple(loops)
+
+    @cached_property
+    def product_loops(self) -> tuple[Loop, ...]:
+        """Innermost loops that multiply tiles: on matrix units, or, in code without any of their
+        instructions, by the fp32 multiply-adds that are a fifth of the loop's and more."""
+        inner = [loop for loop in self.loops if loop.inner]
+        if self.count(is_product):
+            return tuple(loop for loop in inner if self.count(is_product, loop.body))
+        return tuple(x for x in inner if 5 * self.count(_is_fp32_product, x.body) >= len(x.body))
 
     def _blocks(self) -> tuple[list[int], list[list[int]]]:
         """(first instruction, successors) of every basic block."""

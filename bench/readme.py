@@ -9,9 +9,9 @@ cards of configs/sudoku and configs/tally/adapter, bench/results.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import curve_figures, frozen_head
+from bench import curve_figures, gpu_tables
 from esr_train.config import arm_config, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 def pages() -> dict[str, dict[str, Callable[[], str]]]:
     """The blocks of each page: its name between the markers, and what makes its text."""
     return {
-        "README.md": {"demo": lambda: _headline("demo"), "bench": _bench_short},
+        "README.md": {"demo": lambda: _headline("demo"), "gpu": gpu_tables.short},
         "docs/results.md": {
             "demo": lambda: _report("demo"),
             "smollm2": lambda: _report("smollm2"),
@@ -40,8 +40,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/from-trl.md": {"train_step": _train_step},
         "docs/gpu.md": {
             "host_time": _host_time,
-            "frozen_head": frozen_head.block,
-            "fused_variants": _fused_variants,
+            **gpu_tables.BLOCKS,
         },
         "docs/tally.md": {"adapter": _adapter, "tally": lambda: _report("tally"), "ends": _ends},
         "docs/sudoku.md": {"card": _puzzles, "sudoku": lambda: _report("sudoku")},
@@ -238,19 +237,6 @@ def _newest(name: str) -> dict[str, Any]:
     return {record["problem"]: record for record in map(json.loads, lines)}
 
 
-def _bench_short() -> str:
-    """Seconds and memory of the first problem, of ours and the peers."""
-    problem, record = next(iter(_newest("linear_divergence_cpu").items()))
-    lines = [f"{problem}, forward + backward:", "", "| | seconds | extra memory, MiB |"]
-    lines += ["| --- | ---: | ---: |"]
-    for name, row in record["table"].items():
-        peer = name != "ours, recompute" and "one model" not in name
-        if row["extra_mib"] is not None and peer:
-            lines.append(f"| {name} | {row['seconds']:.2f} | {row['extra_mib']:,.0f} |")
-    note = f"{_machine(record)}; [all tables](docs/results.md)."
-    return "\n".join([*lines, "", note])
-
-
 def _bench() -> str:
     """The newest record of each problem as a table."""
     parts = []
@@ -340,26 +326,6 @@ def _host_time() -> str:
     return "\n".join([*lines, "", note])
 
 
-def _fused_variants() -> str:
-    """Other tiles of the fused statistics kernel, as compiled."""
-    record = json.loads((ROOT / "bench" / "results" / "fused_variants.json").read_text())
-    lines = [
-        "| the student's logits | tile | warps | registers | spilled bytes | instructions a pair "
-        "| from the cache, GB | times the products |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, row in record["table"].items():
-        cells = [name, row["tile"], row["warps"], row["registers"], row["spilled_bytes"]]
-        cells += [f"{row['instructions_a_pair']:.0f}", f"{row['cache_gb']:.0f}"]
-        cells += [f"{row['over_products']:.2f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    note = (
-        "T = 8,192, D = 1536/3584, bf16, H100. The last column is predicted, without the cost of "
-        f"spills. Triton {record['triton']}; by `python -m bench.fused_variants`."
-    )
-    return "\n".join([*lines, "", note])
-
-
 def _train_step() -> str:
     """A whole step by phase, of the newest record of each problem."""
     parts = []
@@ -385,8 +351,11 @@ def _train_step() -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where out of date")
+    options = parser.parse_args()
     stale = [name for name in pages() if filled(name) != (ROOT / name).read_text(encoding="utf-8")]
-    if "--check" in sys.argv[1:]:
+    if options.check:
         for name in stale:
             print(f"{name} is out of date: python -m bench.readme")
         return int(bool(stale))

@@ -4,8 +4,8 @@
     python -m bench.scaling --check    # exit 1 where they are out of date
 
 `esr_train.estimate` gives what one GPU does with its share of the batch; this adds what fully
-sharded data parallelism keeps and sends. docs/scaling.md states every formula. Nothing here has
-been compared with a run on a GPU.
+sharded data parallelism keeps and sends. docs/scaling.md states every formula, and which two rates
+have been compared with a run on a GPU.
 """
 
 from __future__ import annotations

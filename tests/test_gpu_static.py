@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +15,15 @@ import pytest
 from triton.runtime.jit import KernelInterface
 
 import esr_kernels
-from bench.gpu_static import Compiled, cdna3_resident_warps, cuda_resident_warps
+from bench.gpu_static import (
+    Compiled,
+    cdna3_resident_warps,
+    copies_in_loops,
+    cuda_resident_warps,
+    pointee,
+)
 from bench.kernel_variants import KERNELS
+from bench.machine_code import read_sass
 from esr_kernels.divergence.fused_triton import BLOCKS
 
 ROOT = Path(__file__).parents[1]
@@ -34,11 +42,30 @@ GOOD = Compiled(
     matrix_instructions=8,
     products=8,
     wide_loads=0,
-    async_copies_in_loops=8,
+    descriptors=4,
+    async_copies_in_loops=2,
+    wide_copies_in_loops=2,
+    tensor_copies_in_loops=2,
     local_accesses=0,
     warpgroup_products=8,
     wide_copies=8,
 )
+# Fills shared memory ahead of a loop of products, and in it where `COPY` copies.
+LOOP = """
+        /*0000*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], [R2] ;
+        /*0020*/                   COPY ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4] ;
+        /*0040*/                   FADD R1, R1, R2 ;
+        /*0050*/                   FADD R1, R1, R2 ;
+        /*0060*/                   FADD R1, R1, R2 ;
+        /*0070*/                   FADD R1, R1, R2 ;
+        /*0080*/                   FADD R1, R1, R2 ;
+        /*0090*/                   FADD R1, R1, R2 ;
+        /*00a0*/              @!P0 BRA 0x20 ;
+        /*00b0*/              @!P1 BRA 0x0 ;
+        /*00c0*/                   EXIT ;
+"""
 
 
 def test_every_kernel_is_listed():
@@ -77,6 +104,9 @@ def test_sm_90_passes(tmp_path):
     # Narrower than in the table: the variant has a bias and a softcap.
     blocks = BLOCKS["16-bit", "sm_90"]._replace(classes=64)
     assert fused["blocks"] == "x".join(map(str, blocks[:3]))
+    # Both operands of both models, whose two loops of products load a block of each.
+    assert fused["descriptors"] == 4 and fused["operand"] == "*fp16"
+    assert fused["tensor_copies_in_loops"] == fused["async_copies_in_loops"] == 2
     for variants in kernels.values():
         for row in variants.values():
             assert 16 <= row["registers"] <= 255 and row["resident_warps"] >= row["warps"]
@@ -108,15 +138,65 @@ def test_products_of_warpgroups_on_hopper_alone_where_tiles_have_the_rows():
 def test_what_the_machine_code_lacks_is_a_fault():
     assert "local memory" in replace(GOOD, local_accesses=2).faults[0]
     assert "no product" in replace(GOOD, products=0).faults[0]
-    assert "asynchronously" in replace(GOOD, async_copies_in_loops=0).faults[0]
-    assert not replace(GOOD, arch="gfx942", async_copies_in_loops=0).faults
+    none = dict.fromkeys(("async", "wide", "tensor"), 0)
+    bare = replace(GOOD, **{f"{kind}_copies_in_loops": n for kind, n in none.items()})
+    assert "asynchronously" in bare.faults[0]
+    assert not replace(bare, arch="gfx942").faults
+    assert "by them" in replace(GOOD, tensor_copies_in_loops=0).faults[0]
+    assert not replace(GOOD, tensor_copies_in_loops=0, descriptors=0).faults
+    assert "fewer than 16 bytes" in replace(GOOD, wide_copies_in_loops=1).faults[0]
     narrow = replace(GOOD, kernel="gradient_kernel", wide_copies=0)
     assert "16 bytes" in narrow.faults[0]
     assert not replace(narrow, wide_loads=4).faults
 
 
+@pytest.mark.parametrize(
+    ("instruction", "copies"),
+    [
+        ("UTMALDG.2D [UR8], [UR4]", (1, 1, 1)),
+        ("LDGSTS.E.BYPASS.128 [R1], [R2]", (1, 1, 0)),
+        ("LDGSTS.E [R1], [R2]", (1, 0, 0)),
+        ("LDG.E.128 R4, [R2]", (0, 0, 0)),
+        ("NOP", (0, 0, 0)),
+    ],
+)
+@pytest.mark.parametrize("product", ["HGMMA.64x128x16.F32.BF16", "FFMA"])
+def test_copies_count_in_the_loop_of_products(instruction, copies, product):
+    listing = LOOP.replace("COPY", instruction).replace("HGMMA.64x128x16.F32.BF16", product)
+    code = read_sass(listing.replace("FADD", "FFMA") if product == "FFMA" else listing)
+    assert copies_in_loops(code) == copies
+
+
+def test_code_without_a_loop_of_products_copies_nothing_in_one():
+    assert copies_in_loops(read_sass(LOOP.replace("HGMMA", "FADD"))) == (0, 0, 0)
+
+
+def test_the_loop_with_the_fewest_copies_counts():
+    first = LOOP.replace("COPY", "UTMALDG.2D [UR8], [UR4]").replace("EXIT", "NOP")
+    second = LOOP.replace("COPY", "LDG.E.128 R4, [R2]").replace("/*00", "/*01")
+    second = re.sub(r"BRA 0x(\w+)", lambda to: f"BRA {int(to.group(1), 16) + 256:#x}", second)
+    first += "        /*00d0*/                   NOP ;\n"
+    code = read_sass(first + second)
+    assert len(code.product_loops) == 2
+    assert copies_in_loops(code) == (0, 0, 0)
+
+
+def test_the_operand_of_a_descriptor_is_what_it_describes():
+    """By its type a kernel must have products of the matrix units."""
+    assert pointee("tensordesc<bf16[128, 64]>") == pointee("*bf16") == "*bf16"
+    assert pointee("i32") is pointee("constexpr") is None
+
+
 def test_an_exception_excuses_what_it_names():
-    unaligned = replace(GOOD, async_copies_in_loops=0, wide_copies=0, variant="bf16, all, odd D")
+    unaligned = replace(
+        GOOD,
+        variant="bf16, all, odd D",
+        descriptors=0,
+        async_copies_in_loops=0,
+        wide_copies_in_loops=0,
+        tensor_copies_in_loops=0,
+        wide_copies=0,
+    )
     assert not unaligned.faults and len(unaligned.exceptions) == 2
     assert len(replace(unaligned, variant="bf16, all").faults) == 2
     assert len(replace(unaligned, kernel="prefix_attention_kernel").faults) == 2

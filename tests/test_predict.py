@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from types import SimpleNamespace
 
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bench.ahead_of_time import Launched, _tensors
 from bench.gpus import GPUS
+from bench.kernel_time import Sizes, _moved
 from bench.l2_model import steady_traffic
 from bench.machine_code import is_async_copy, is_product, read_amd, read_sass
 from bench.products import product_seconds
@@ -67,6 +72,24 @@ def test_a_walk_counts_products_and_the_rest_with_their_bytes():
     assert product == Product(8, 100, 32, torch.bfloat16, torch.bfloat16, False)
     assert cast == Elementwise("_to_copy", 8 * 100 * (2 + 4))
     assert scaled == Elementwise("mul_", 8 * 100 * (4 + 4))
+
+
+def test_the_bytes_of_a_launch_are_those_of_its_tensors_described_ones_too():
+    x = torch.empty(16, 64, dtype=torch.bfloat16)
+    described = TensorDescriptor(x, [16, 64], [64, 1], [16, 32])
+    found = list(_tensors([described, (x, None, 3), 1.5]))
+    assert len(found) == 2 and all(tensor is x for tensor in found)
+
+
+def test_the_gradient_of_a_loss_is_not_passed_for_a_factor_of_one():
+    def launched(name: str) -> Launched:
+        function = SimpleNamespace(fn=SimpleNamespace(__name__=name))
+        kernel = SimpleNamespace(src=SimpleNamespace(constants={}))
+        return Launched(function, kernel, 1, 4096)
+
+    sizes = Sizes(8, 100, (32,))
+    assert _moved(launched("_scale_kernel"), sizes) == 0
+    assert _moved(launched("gradient_kernel"), sizes) == 4096
 
 
 def test_what_does_not_fit_the_cache_is_loaded_again_each_time():

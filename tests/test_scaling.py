@@ -29,7 +29,8 @@ def test_shards_and_links_are_as_the_page_says(small: dict[tuple[int, str], scal
     assert many.shards == 1
     assert many.received == pytest.approx(2 * 63 / 64 * 4 * student)
     assert many.exposed == pytest.approx(many.received / (0.7 * 50e9))
-    assert many.seconds < one.seconds / 8
+    # The launches of decoding are not divided among GPUs.
+    assert many.seconds < one.seconds / 5
     # Six fp32 arrays of the largest pass: 46 responses x 100 tokens.
     assert one.logits == 6 * 4 * 46 * 100 * 151_936
 
@@ -61,15 +62,15 @@ def test_what_the_page_says_in_words_is_what_the_record_has() -> None:
         for key in fits
         if rows[(*key[:2], "full")].fits
     }
-    assert sorted(round(x) for (_, gpus), x in shorter.items() if gpus == 1) == [10, 14]
+    assert sorted(round(x) for (_, gpus), x in shorter.items() if gpus == 1) == [11, 18]
     many = [round(x) for (_, gpus), x in shorter.items() if gpus == 64]
-    assert (min(many), max(many)) == (9, 12)
+    assert (min(many), max(many)) == (12, 15)
     shares = [rows[key].exposed / rows[key].seconds for key in fits if key[1] == 64]
-    assert 0.09 < min(shares) < 0.11 and 0.45 < max(shares) < 0.5  # a tenth to a half
+    assert 0.08 < min(shares) < 0.11 and 0.3 < max(shares) < 0.35  # a tenth to a third
     shares = [round(100 * rows[pair[0], 1, "full"].loss_share) for pair in scaling.PAIRS[:2]]
-    assert shares == [12, 5]
+    assert shares == [10, 4]
     larger = [row for (student, _, _), row in rows.items() if "8B" in student and row.fits]
-    assert all(0.004 < row.loss_share < 0.025 for row in larger)  # at most 2 % from 8B on
+    assert all(0.003 < row.loss_share < 0.025 for row in larger)  # at most 2 % from 8B on
     for (student, gpus, arm), row in rows.items():
         if gpus == 8 and arm == "full" and student != scaling.PAIRS[0][0]:
             assert row.peak - row.loss_bytes + row.logits > 80e9, "whole logits would fit"

@@ -41,6 +41,15 @@ def _scale_(gradient: Tensor, upstream: Tensor, by_kernel: bool) -> None:
         gradient.mul_(upstream.view((1,) * gradient.dim()))
 
 
+def _add_scaled_(total: Tensor, gradient: Tensor, upstream: Tensor, by_kernel: bool) -> None:
+    if by_kernel and total.is_contiguous() and total.dtype.itemsize <= 4:
+        from esr_kernels.common.scale_triton import add_scaled_  # Triton may not be installed.
+
+        add_scaled_(total, gradient, upstream)
+    else:
+        total.addcmul_(gradient, upstream.to(gradient.dtype))
+
+
 class Work(NamedTuple):
     """One call, and where its results besides the loss go."""
 
@@ -83,7 +92,8 @@ class StashFunction(torch.autograd.Function):
         if ctx.weight_grad is not None:
             # Not in the forward: the factor is known only now, and checkpointing runs the forward
             # twice.
-            ctx.weight_grad.addcmul_(gradients.weight, upstream.to(gradients.weight.dtype))
+            by_kernel = ctx.by_kernel and not can_read_values(upstream)
+            _add_scaled_(ctx.weight_grad, gradients.weight, upstream, by_kernel)
             gradients = gradients._replace(weight=None)
         # Reading the factor would synchronise a GPU; on CPU it saves a pass over the gradients.
         if not can_read_values(upstream) or upstream.item() != 1.0:

@@ -56,7 +56,7 @@ class Blocks(NamedTuple):
 # 2 * tokens * classes / threads of them, the epilogue about as many again for the log-ratio and one
 # model's probabilities on their way into the sums, the ten statistics and the addresses the rest.
 #   sm_90   128 x 128 on 256 threads: 128 registers of accumulators, 255 in all. wgmma reads its
-#           operands from shared memory, (128 + 128) * 64 * 2 bytes a stage: 4 stages, 128 KiB,
+#           operands from shared memory, (128 + 128) * 64 * 2 bytes a stage: 5 stages, 160 KiB,
 #           hide the latency of loads, which 8 warps alone would not. A larger tile spills.
 #   sm_80   mma.sync holds fragments of the operands in registers too: half the tile.
 #   sm_100  tcgen05 accumulates in tensor memory, but the epilogue needs both tiles in registers at
@@ -248,8 +248,9 @@ def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None, blocks: Blocks) -
 
 
 def _starts_at_16_bytes(x: Tensor) -> bool:
-    """Whether every row does, and there is one, as descriptors want it."""
-    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """Whether every row does, none overlaps the next, and there is one, as descriptors want it."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x.numel() > 0 and aligned and x.stride(0) >= x.shape[1]
 
 
 def _removes_by_bias(x: Operands, spec: RowSpec) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from esr_kernels import plan_linear_divergence
 from esr_kernels.common import calibration
-from esr_kernels.common.calibration import COUNTED, Rates, rates_of, read, write
+from esr_kernels.common.calibration import COUNTED, MEASURED, Rates, rates_of, read, write
 from esr_kernels.divergence.planner import make_plan
 
 SLOW_FUSED = replace(COUNTED, fused_rate=0.1, draw_rows=7)
@@ -34,13 +34,22 @@ def on_h100(monkeypatch, tmp_path):
     return path
 
 
-def test_without_a_file_rates_are_the_counted_ones(on_h100):
+def test_without_a_file_rates_are_those_that_come_with_the_package(on_h100):
+    rates, source = rates_of("cuda:0")
+    assert (
+        rates == MEASURED["NVIDIA H100 80GB HBM3"] and source == "measured, NVIDIA H100 80GB HBM3"
+    )
+    assert rates == calibration.checked("shipped", asdict(rates))
+
+
+def test_a_gpu_that_nobody_measured_has_the_counted_ones(on_h100, monkeypatch):
+    monkeypatch.setattr(calibration, "_gpu_name", lambda device: "NVIDIA B300")
     assert rates_of("cuda:0") == (COUNTED, "counted")
 
 
-def test_another_gpu_has_the_counted_ones(on_h100):
+def test_a_file_comes_before_what_comes_with_the_package(on_h100):
     write(on_h100, "NVIDIA A100", SLOW_FUSED)
-    assert rates_of("cuda:0") == (COUNTED, "counted")
+    assert rates_of("cuda:0")[0] == MEASURED["NVIDIA H100 80GB HBM3"]
     write(on_h100, "NVIDIA H100 80GB HBM3", SLOW_FUSED)
     rates_of.cache_clear()
     rates, source = rates_of("cuda:0")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import esr_kernels
 from esr_kernels.common import launch
@@ -56,6 +57,19 @@ def test_an_operand_on_the_cpu_changes_no_device(_searches):
     ran = []
     launch.launch({(1,): lambda **kwargs: ran.append(1)}, (1,), torch.ones(2))()
     assert ran == [1]
+
+
+def test_a_descriptor_takes_the_kernel_of_its_dtype_and_block():
+    """What Triton compiles for; sizes and strides are arguments of the launch."""
+
+    def variant(rows: int, dtype: torch.dtype, block: list[int]) -> tuple:
+        x = torch.empty(rows, 64, dtype=dtype)
+        return launch._variant([TensorDescriptor(x, [rows, 64], [64, 1], block)])
+
+    half = variant(8, torch.float16, [16, 32])
+    assert half == variant(9, torch.float16, [16, 32])
+    assert half != variant(8, torch.bfloat16, [16, 32])
+    assert half != variant(8, torch.float16, [32, 32])
 
 
 def _bare_launches(source: str) -> list[int]:

@@ -27,6 +27,20 @@ def test_it_multiplies_in_fp32_and_rounds_once(dtype, factor, programs, monkeypa
     assert torch.equal(x.isnan(), expected.isnan())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("factor", [1.0, -0.3, 0.0])
+def test_it_adds_to_another_tensor(dtype, factor, monkeypatch):
+    monkeypatch.setattr(scale_triton, "_BLOCK", 64)
+    monkeypatch.setattr(scale_triton, "processors", lambda device: 1)
+    x, total = (torch.randn(9, 71, device=DEVICE) for _ in range(2))
+    x = x.to(dtype)
+    # A GPU fuses product and sum; the interpreter rounds both.
+    expected, before = total.double() + x.double() * factor, x.clone()
+    scale_triton.add_scaled_(total, x, torch.tensor(factor, device=DEVICE))
+    assert float((total - expected).abs().max()) <= 2 * torch.finfo(torch.float32).eps * 4
+    assert torch.equal(x, before)
+
+
 def test_a_factor_of_another_dtype_and_an_empty_tensor():
     x = torch.ones(5, dtype=torch.bfloat16, device=DEVICE)
     scale_triton.scale_(x, torch.tensor(3, dtype=torch.float64, device=DEVICE))

@@ -291,7 +291,7 @@ def test_descriptors_load_what_pointers_load(dtype, bias, monkeypatch):
     assert torch.equal(fused_stats(x, spec, described), fused_stats(x, spec, TINY))
 
 
-@pytest.mark.parametrize("broken", ["offset", "stride", "no depth"])
+@pytest.mark.parametrize("broken", ["offset", "stride", "expanded", "no depth"])
 def test_rows_that_descriptors_cannot_load_are_loaded_by_pointers(broken):
     operands = _operands(torch.bfloat16)
     hidden = operands[0]
@@ -301,6 +301,8 @@ def test_rows_that_descriptors_cannot_load_are_loaded_by_pointers(broken):
     elif broken == "stride":
         storage = hidden.new_empty(len(hidden), hidden.shape[1] + 1)
         operands[0] = storage[:, :-1].copy_(hidden)
+    elif broken == "expanded":
+        operands[0] = hidden[:1].expand_as(hidden)
     else:
         operands[:2] = (x[:, :0] for x in operands[:2])
     described = TINY._replace(descriptors=True)
