@@ -34,7 +34,7 @@ BARE = "divergence, bare: the same products, buffers and outputs"
 
 def _new(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """`workspace.borrow` on a GPU."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 class _Driver:

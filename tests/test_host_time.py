@@ -22,7 +22,8 @@ def toy_kernel(x_ptr, n, scale, pair, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + lane, x, mask=lane < n)
 """
 
-# Every launch of a kernel from memory must be the one that Triton finds itself.
+# Every launch of a kernel from memory must be the one that Triton finds itself, and have its
+# arguments in the kernel's order.
 _SAME_KERNEL = """
 import itertools, random, sys
 sys.path.insert(0, sys.argv[1])
@@ -40,15 +41,23 @@ random.Random(0).shuffle(calls)
 used = []
 find = CompiledKernel.__getitem__
 with host_time.stubbed_launches():
-    CompiledKernel.__getitem__ = lambda self, grid: used.append(self) or find(self, grid)
+    def launcher(self, grid):
+        run = find(self, grid)
+        return lambda *args: used.append((self, args)) or run(*args)
+
+    CompiledKernel.__getitem__ = launcher
     for again in range(2):
         for x, n, pair in calls:
-            launch.launch(toy_kernel, (1,), floats)(x, n, 3.0, pair, y_ptr=floats, BLOCK=32)
+            launch.launch(toy_kernel, (1,), floats)(
+                x, n, BLOCK=32, y_ptr=floats, pair=pair, scale=3.0)
             wanted = toy_kernel.warmup(
                 x, n, 3.0, pair, y_ptr=floats, BLOCK=32, grid=(1,), enable_fp_fusion=True)
             if again:
-                assert used[-1] is wanted, (x.dtype, n, pair)
-assert len(used) >= len(calls) and len(set(map(id, used))) > 9, len(used)
+                kernel, args = used[-1]
+                assert kernel is wanted, (x.dtype, n, pair)
+                assert args[0] is x and args[3] is pair and args[4] is floats, args
+                assert (args[1], args[2], *args[5:]) == (n, 3.0, 32), args
+assert len(used) >= len(calls) and len({id(kernel) for kernel, _ in used}) > 9, len(used)
 print(len(used), "launches from memory")
 """
 

@@ -20,6 +20,7 @@ IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 REDUCTIONS = ("sum", "mean", "none")
 # Kernels hold scale, softcap and temperature in fp32, where anything larger is infinite.
 _LARGEST = torch.finfo(torch.float32).max
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # no DTensor, nor what a tracer takes
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -109,8 +110,9 @@ def check_tensor(
 def is_dtensor(*tensors: object) -> bool:
     """Whether one of them is a DTensor; imports nothing."""
     for x in tensors:
-        # To find that a plain tensor lacks an attribute takes a microsecond.
-        if type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "full_tensor"):
+        if x is None or type(x) in PLAIN_TENSORS:
+            continue  # To find that one of them lacks an attribute takes a microsecond.
+        if isinstance(x, Tensor) and hasattr(x, "full_tensor"):
             return True
     return False
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -24,14 +24,15 @@ def _nothing() -> None: ...
 def _tf32_off() -> _Restore:
     settings = torch.backends.cuda.matmul
     # torch>=2.9 has a second interface to the same setting, and refuses to mix the two.
-    newer = getattr(settings, "fp32_precision", None)
     try:
         older = torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer one was used
+        precision = settings.fp32_precision
         settings.fp32_precision = "ieee"
-        return lambda: setattr(settings, "fp32_precision", newer)
+        return lambda: setattr(settings, "fp32_precision", precision)
     if older == "highest":
         return _nothing
+    newer = getattr(settings, "fp32_precision", None)
 
     def restore() -> None:
         torch.set_float32_matmul_precision(older)
@@ -77,29 +78,35 @@ _TF32 = _Switch(_tf32_off)
 _BF16_SUMS = _Switch(_off("allow_bf16_reduced_precision_reduction"))
 _FP16_SUMS = _Switch(_off("allow_fp16_reduced_precision_reduction"))
 _FP16_PRODUCTS = _Switch(_off("allow_fp16_accumulation"))
+
+
+class _AllOff:
+    """Around a product: the settings are off. A class enters in a third of a generator's time."""
+
+    def __init__(self, *switches: _Switch) -> None:
+        self._switches = switches
+
+    def __enter__(self) -> None:
+        for switch in self._switches:
+            switch.enter()
+
+    def __exit__(self, *_: object) -> None:
+        for switch in self._switches:
+            switch.leave()
+
+
 # (operands, result). Partial sums have the dtype of the result: in fp32 there is nothing to lose.
-_SWITCHES = {
-    (torch.float32, torch.float32): (_TF32,),
-    (torch.bfloat16, torch.bfloat16): (_BF16_SUMS,),
-    (torch.float16, torch.float16): (_FP16_SUMS, _FP16_PRODUCTS),
-    (torch.float16, torch.float32): (_FP16_PRODUCTS,),
+_ALL_OFF = {
+    (torch.float32, torch.float32): _AllOff(_TF32),
+    (torch.bfloat16, torch.bfloat16): _AllOff(_BF16_SUMS),
+    (torch.float16, torch.float16): _AllOff(_FP16_SUMS, _FP16_PRODUCTS),
+    (torch.float16, torch.float32): _AllOff(_FP16_PRODUCTS),
 }
+_NONE_OFF = _AllOff()
 
 
 def full_precision(
     operands: torch.dtype, result: torch.dtype
 ) -> contextlib.AbstractContextManager[None]:
     """Around a product on a GPU: fp32 multiplies in full, and all sums are fp32."""
-    switches = _SWITCHES.get((operands, result))
-    return contextlib.nullcontext() if switches is None else _all_off(switches)
-
-
-@contextlib.contextmanager
-def _all_off(switches: tuple[_Switch, ...]) -> Iterator[None]:
-    for switch in switches:
-        switch.enter()
-    try:
-        yield
-    finally:
-        for switch in switches:
-            switch.leave()
+    return _ALL_OFF.get((operands, result), _NONE_OFF)

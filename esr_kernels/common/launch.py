@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,21 +32,37 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Callable[..., No
     """
 
     def launched(*args: Any, **kwargs: Any) -> None:
-        with torch.cuda.device_of(like):
-            if not _REMEMBERS:
-                kernel[grid](*args, enable_fp_fusion=True, **kwargs)
-                return
-            # Hashing a kernel hashes its source; kernels live as long as the process.
-            variant = id(kernel), like.device, *kwargs, *_variant((*args, *kwargs.values()))
-            found = _kernels.get(variant)
-            if found is None:
-                compiled = kernel[grid](*args, enable_fp_fusion=True, **kwargs)
-                _remember(variant, compiled, tuple(kernel.arg_names[len(args) :]))
-                return
-            compiled, names = found
-            compiled[(*grid, 1, 1)[:3]](*args, *[kwargs[name] for name in names])
+        if like.is_cuda and not _has_one_gpu():  # Setting a device takes longer than to ask.
+            with torch.cuda.device_of(like):
+                _launch(kernel, grid, like, args, kwargs)
+        else:
+            _launch(kernel, grid, like, args, kwargs)
 
     return launched
+
+
+@functools.cache
+def _has_one_gpu() -> bool:
+    return torch.cuda.device_count() == 1
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], like: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if not _REMEMBERS:
+        kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+        return
+    given = *args, *kwargs.values()
+    # Hashing a kernel hashes its source; kernels live as long as the process.
+    variant = id(kernel), like.get_device(), *kwargs, *_variant(given)
+    found = _kernels.get(variant)
+    if found is None:
+        compiled = kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+        names = *kernel.arg_names[: len(args)], *kwargs
+        _remember(variant, compiled, [names.index(name) for name in kernel.arg_names])
+        return
+    compiled, in_order = found
+    compiled[(*grid, 1, 1)[:3]](*in_order(given))
 
 
 def _variant(arguments: Iterable[Any]) -> tuple[Any, ...]:
@@ -71,14 +88,14 @@ def _variant(arguments: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _remember(variant: tuple[Any, ...], compiled: Any, by_keyword: tuple[str, ...]) -> None:
-    """Keep what a launch has compiled or found, and which arguments it had by keyword."""
+def _remember(variant: tuple[Any, ...], compiled: Any, order: list[int]) -> None:
+    """Keep what a launch has compiled or found, and where the kernel's arguments were given."""
     version = getattr(sys.modules.get("triton"), "__version__", "")
     if not version.startswith(_KNOWN_TRITON) or not hasattr(compiled, "__getitem__"):
         return
     if len(_kernels) >= _MOST:
         _kernels.clear()
-    _kernels[variant] = compiled, by_keyword
+    _kernels[variant] = compiled, operator.itemgetter(*order)
 
 
 def ceil_div(a: int, b: int) -> int:

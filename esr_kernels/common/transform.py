@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,10 +26,14 @@ class LogitTransform:
         self, bias: Tensor | None
     ) -> tuple[Tensor | None, float | None, float | None, float | None]:
         """The `transform` tuple of `logits_triton.transform_logits`."""
+        return bias, *self._numbers
+
+    @cached_property
+    def _numbers(self) -> tuple[float | None, float | None, float | None]:
         scale = None if self.scale == 1 else float(self.scale)
         softcap = None if self.softcap is None else float(self.softcap)
         inv_temperature = None if self.temperature == 1 else 1.0 / self.temperature
-        return bias, scale, softcap, inv_temperature
+        return scale, softcap, inv_temperature
 
 
 def cap_(z: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:

@@ -64,7 +64,7 @@ _buffers = _Buffers()
 def borrow(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor, valid until the next `borrow` of `name` in this thread."""
     if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(*shape, dtype=dtype, device=device)  # faster than of a tuple
     size = torch.Size(shape).numel()
     buffer = _buffers.by_key.get((name, dtype))
     if buffer is None or buffer.numel() < size:

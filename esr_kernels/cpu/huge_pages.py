@@ -20,7 +20,7 @@ def on_huge_pages(fresh: Tensor) -> Tensor:
     its 38,000 pages of 4 KiB. The advice may be refused, which changes nothing.
     """
     size = fresh.numel() * fresh.element_size()
-    large = fresh.device.type == "cpu" and size >= _MIN_BYTES
+    large = size >= _MIN_BYTES and fresh.device.type == "cpu"
     if large and _MADV_HUGEPAGE is not None and is_enabled():
         start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (fresh.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -2,15 +2,20 @@
 
 `compiled` has the operators for torch.compile. Eager calls do not use them: an autograd function
 can scale the stashed gradient in place, and costs less to call.
+
+The arguments of both are the three operands that may be trained, and `Work`: autograd need not look
+at what has no gradient.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from esr_kernels.common.arguments import can_read_values
-from esr_kernels.divergence.call import Gradients, Operands, Wanted
+from esr_kernels.divergence.call import Call, Gradients, Operands, Wanted
 from esr_kernels.divergence.recompute import recompute_backward, recompute_forward
 from esr_kernels.divergence.stash import stash_forward
 from esr_kernels.divergence.statistics import RowNormalizers
@@ -45,23 +50,35 @@ def _add_scaled_(total: Tensor, gradient: Tensor, upstream: Tensor, by_kernel: b
         total.addcmul_(gradient, upstream.to(gradient.dtype))
 
 
+class Work(NamedTuple):
+    """One call, and where its results besides the loss go."""
+
+    call: Call
+    operands: Operands
+    active: Tensor | None  # [n] int64 rows to compute, None for all
+    row_weight: Tensor | None
+    weight_grad: Tensor | None
+    fields: list[Tensor]  # to which the fields after `loss` are added
+
+
 class StashFunction(torch.autograd.Function):
     """Computes the gradient in the forward; the backward scales it by the upstream scalar."""
 
     @staticmethod
-    def forward(ctx, call, active, row_weight, weight_grad, *operands):  # type: ignore[no-untyped-def]
-        wanted = Wanted(*ctx.needs_input_grad[_BEFORE : _BEFORE + 3])
-        wanted = wanted._replace(weight=wanted.weight or weight_grad is not None)
-        outputs, gradients = stash_forward(call, active, row_weight, Operands(*operands), wanted)
+    def forward(ctx, hidden, weight, bias, work):  # type: ignore[no-untyped-def]
+        call, x, active, row_weight, weight_grad, fields = work
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        wanted = Wanted(of_hidden, of_weight or weight_grad is not None, of_bias)
+        (loss, *rest), gradients = stash_forward(call, active, row_weight, x, wanted)
         ctx.save_for_backward(*gradients)
         ctx.weight_grad, ctx.by_kernel = weight_grad, call.plan.problem.rows == "triton"
         ctx.spent = False
-        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        return outputs
+        fields += rest
+        return loss
 
     @staticmethod
-    def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         if upstream is None:
             return _input_gradients()
         _refuse_double_backward()
@@ -90,17 +107,18 @@ class RecomputeFunction(torch.autograd.Function):
     """Saves a few floats a token; the backward projects again."""
 
     @staticmethod
-    def forward(ctx, call, active, row_weight, weight_grad, *operands):  # type: ignore[no-untyped-def]
-        outputs, normalizers = recompute_forward(call, active, row_weight, Operands(*operands))
-        ctx.save_for_backward(active, row_weight, *normalizers, *operands)
+    def forward(ctx, hidden, weight, bias, work):  # type: ignore[no-untyped-def]
+        call, x, active, row_weight, weight_grad, fields = work
+        (loss, *rest), normalizers = recompute_forward(call, active, row_weight, x)
+        ctx.save_for_backward(active, row_weight, *normalizers, *x)
         # Not among the saved tensors: other calls add to it before this one's backward.
         ctx.weight_grad, ctx.call = weight_grad, call
-        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        return outputs
+        fields += rest
+        return loss
 
     @staticmethod
-    def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         if upstream is None:
             return _input_gradients()
         _refuse_double_backward()
@@ -112,17 +130,14 @@ class RecomputeFunction(torch.autograd.Function):
             Operands(*saved[len(RowNormalizers._fields) :]),
             RowNormalizers(*saved[: len(RowNormalizers._fields)]),
             upstream,
-            Wanted(*ctx.needs_input_grad[_BEFORE : _BEFORE + 3]),
+            Wanted(*ctx.needs_input_grad[:3]),
             ctx.weight_grad,
         )
         return _input_gradients(gradients)
 
 
-# Number of arguments of both functions before the operands.
-_BEFORE = 4
 _NO_GRADIENTS = Gradients(None, None, None)
 
 
 def _input_gradients(gradients: Gradients = _NO_GRADIENTS) -> tuple[Tensor | None, ...]:
-    after = (None,) * (len(Operands._fields) - len(gradients))
-    return (None,) * _BEFORE + tuple(gradients) + after
+    return *gradients, None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esr_kernels import cpu
 from esr_kernels.common import matmul, triton_installed
+from esr_kernels.common.arguments import PLAIN_TENSORS
 from esr_kernels.common.fp16_range import fp16_scale
 from esr_kernels.common.rows import take_rows
 from esr_kernels.divergence import rows_native, rows_torch
@@ -101,14 +102,14 @@ class Operands(NamedTuple):
         )
 
 
-def row_range(rows: Tensor, part: slice) -> Tensor:
-    """rows[part], for nothing where that is all of them."""
-    return rows if part.start == 0 and part.stop == rows.shape[0] else rows[part]
+def row_range(rows: Tensor, start: int, stop: int) -> Tensor:
+    """rows[start:stop], for nothing where that is all of them."""
+    return rows if start == 0 and stop == rows.shape[0] else rows[start:stop]
 
 
 def _select(weight: Tensor, ids: Tensor | None, classes: slice) -> tuple[Tensor, Tensor | None]:
     if ids is None:
-        return row_range(weight, classes), None
+        return row_range(weight, classes.start, classes.stop), None
     return weight, ids[classes]
 
 
@@ -233,7 +234,6 @@ Key = tuple[Any, ...]
 # Every number of tokens is a key of its own.
 _MOST = 4096
 _VALUES_ARE_READ_ON = ("cpu",)
-_PLAIN = (Tensor, torch.nn.Parameter)  # no DTensor, nor what a tracer takes
 _calls: dict[Key, Call] = {}
 
 
@@ -248,8 +248,11 @@ def key_of(
     `operands` are the heads and hidden states, `per_token` weights and labels, whose numbers are
     checked where the host can read them; `rare` are arguments that a call with a key leaves out.
     """
-    if torch.compiler.is_compiling() or any(argument is not None for argument in rare):
+    if torch.compiler.is_compiling():
         return None
+    for argument in rare:
+        if argument is not None:
+            return None
     try:
         place = operands[0].device  # type: ignore[union-attr]
         if place.type == "meta" or torch.is_autocast_enabled(place.type):
@@ -259,7 +262,7 @@ def key_of(
                 return None
         tensors = []
         for x in operands + per_token:
-            if x is not None and type(x) not in _PLAIN:
+            if x is not None and type(x) not in PLAIN_TENSORS:
                 return None
             tensors.append(x if x is None else (x.shape, x.dtype, x.device, x.requires_grad))
     except (AttributeError, RuntimeError):  # no tensor, or of a kind that does not tell
@@ -326,7 +329,7 @@ def new_gradients(wanted: Wanted, x: Operands, call: Call) -> Gradients:
         # A gradient that is added to the caller's fp32 buffer must not be rounded first.
         given = call.plan.problem.weight_grad_given
         weight = torch.empty_like(x.student_weight, dtype=dtype if given else None)
-        if weight.device.type == "cpu":
+        if weight.is_cpu:
             cpu.on_huge_pages(weight)
         shared = 0 if x.student_ids is not None else call.classes
         if shared < weight.shape[0]:

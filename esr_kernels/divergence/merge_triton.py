@@ -136,7 +136,7 @@ def merge_rows(
     n, n_parts, _ = parts.shape
     mix = spec.divergence.kl_weights
     fields = len(RowStats._fields) + (0 if mix is None else 2)
-    out = torch.empty(fields, n, dtype=torch.float32, device=parts.device)
+    out = parts.new_empty(fields, n)
     block, warps = MERGE_BLOCK
     if n:
         launch(_merge_kernel, (ceil_div(n, block),), parts)(

@@ -121,7 +121,7 @@ class MergedClass:
         stats, value, pull_sum = self.merge_rows(parts, tile.labels, spec, rows)
         if call.rows.TRANSFORMS_IN_PLACE:
             # What follows sees transformed logits, for which a bias of 0 or -inf changes nothing.
-            tile = replace(tile, student_bias=self.removal, teacher_bias=self.removal)
+            tile = tile._replace(student_bias=self.removal, teacher_bias=self.removal)
             spec = self.spec
         if value is None or pull_sum is None:
             sums = call.rows.tile_pull_sums(tile, stats, spec) + self.pull_sums(stats, rows)

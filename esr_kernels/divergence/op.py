@@ -22,7 +22,7 @@ from esr_kernels.divergence.arguments import (
     checked_transforms,
     repeated_inputs,
 )
-from esr_kernels.divergence.autograd import RecomputeFunction, StashFunction
+from esr_kernels.divergence.autograd import RecomputeFunction, StashFunction, Work
 from esr_kernels.divergence.call import Call, Operands, Request, Wanted, key_of, remember, seen
 from esr_kernels.divergence.losses import Divergence, resolve_divergence
 from esr_kernels.divergence.plan import Plan
@@ -304,7 +304,10 @@ def _run(
     x: Operands,
 ) -> LinearDivergence:
     function = StashFunction if call.plan.kind == "stash" else RecomputeFunction
-    return LinearDivergence(*function.apply(call, active, row_weight, weight_grad, *x))
+    trained = x.student_hidden, x.student_weight, x.student_bias
+    work = Work(call, x, active, row_weight, weight_grad, [])
+    loss = function.apply(*trained, work)
+    return LinearDivergence(loss, *work.fields)
 
 
 def _wanted(x: Operands, weight_grad: Tensor | None) -> Wanted:

@@ -30,7 +30,7 @@ def outputs(
     """
     rows = values
     if cross_entropy is None:
-        cross_entropy = torch.zeros_like(values)
+        cross_entropy = values.new_zeros(values.shape[0])
     if call.spec.label_weight:  # 0 times an infinite cross-entropy would be NaN
         rows = torch.add(values, cross_entropy, alpha=call.spec.label_weight)
     reduction = "none" if call.reduction == "none" else "sum"  # the weights of a mean sum to 1

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -87,7 +88,7 @@ class Problem:
         """Bytes of one element of the buffer for the head's gradient."""
         return self.logit_bytes if self.weight_grad_given else self.weight_dtype.itemsize
 
-    @property
+    @cached_property
     def in_place(self) -> bool:
         """Whether dz can take the place of the student's logits."""
         return self.gradient_bytes == self.logit_bytes
@@ -154,7 +155,7 @@ class Plan:
         splits, _ = split_columns(tokens, self.vocab_chunk, _NARROWEST_BLOCK)
         return math.ceil(classes / self.vocab_chunk) * splits
 
-    @property
+    @cached_property
     def sums_hidden_apart(self) -> bool:
         """Whether a stash sums the hidden gradient in an fp32 buffer before it takes its dtype.
 
@@ -163,14 +164,14 @@ class Plan:
         p = self.problem
         return p.hidden_dtype.itemsize < 4 and (p.hidden_dtype == torch.float16 or any(p.merged))
 
-    @property
+    @cached_property
     def sums_weight_apart(self) -> bool:
         """Whether the weight gradient is summed in an fp32 buffer before it takes its dtype."""
         p = self.problem
         narrow = p.weight_gradient_bytes < 4
         return narrow and (self.token_chunk < p.tokens or p.hidden_dtype == torch.float16)
 
-    @property
+    @cached_property
     def teacher_in_gradient(self) -> bool:
         """Whether the teacher's logits can lie in the memory of the weight gradient.
 

@@ -78,7 +78,7 @@ def stash_rows_(
 
 
 def _row_pass(tile: Tile, row_weight: Tensor | None, spec: RowSpec) -> cpu.RowPass:
-    form = kernel_form(spec.divergence)
+    form = spec.form
     assert form is not None
     return cpu.RowPass(
         student=tile.s,

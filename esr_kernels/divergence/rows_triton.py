@@ -14,7 +14,7 @@ vocabulary. Transforms are tuples, see `logits_triton.transform_logits`.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from torch import Tensor
 from esr_kernels.common.launch import ceil_div, launch, split_columns
 from esr_kernels.common.logits_triton import lane_max, load_logits, merge_lanes, online_softmax
 from esr_kernels.common.projection_triton import threads_of_a_warp
-from esr_kernels.divergence.losses import Divergence, KernelForm, kernel_form
+from esr_kernels.divergence.losses import KernelForm
 from esr_kernels.divergence.losses_triton import KL_MIX, log_ratio_of, summand_and_pull
 from esr_kernels.divergence.merge_triton import merge_rows
 from esr_kernels.divergence.statistics import (
@@ -51,6 +51,7 @@ PULL_SUMS_BLOCK = (1024, 4)
 GRADIENT_BLOCK = (1024, 4)
 # The passes read raw logits and leave them as they are.
 TRANSFORMS_IN_PLACE = False
+_split = functools.lru_cache(1024)(split_columns)
 
 
 @triton.jit
@@ -166,7 +167,7 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
     n, classes = tile.s.shape
     groups, warps = STATISTICS_BLOCK
     lanes = warps * threads_of_a_warp(tile.s.device)
-    splits, columns = split_columns(n, classes, groups * lanes * _WIDTH.value)
+    splits, columns = _split(n, classes, groups * lanes * _WIDTH.value)
     parts = torch.empty(n, splits, COLUMNS, dtype=torch.float32, device=tile.s.device)
     if n:
         launch(_row_statistics_kernel, (n, splits), tile.s)(
@@ -178,7 +179,8 @@ def tile_stats(tile: Tile, spec: RowSpec) -> Tensor:
             BLOCK_LANES=lanes,
             N_STATS=COLUMNS,
             num_warps=warps,
-            **_transforms(tile, spec),
+            student=spec.student.kernel_argument(tile.student_bias),
+            teacher=spec.teacher.kernel_argument(tile.teacher_bias),
         )
     return parts
 
@@ -241,7 +243,7 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
     block, warps = PULL_SUMS_BLOCK
     splits, columns = split_columns(n, classes, block)
     sums = torch.empty(n, splits, 3, dtype=torch.float32, device=tile.s.device)
-    form = _form(spec.divergence)
+    form = _form(spec)
     if n:
         launch(_pull_sums_kernel, (n, splits), tile.s)(
             *_logits(tile),
@@ -254,10 +256,11 @@ def tile_pull_sums(tile: Tile, stats: RowStats, spec: RowSpec) -> Tensor:
             n_cols=classes,
             split_cols=columns,
             parameter=form.a,
-            KIND=form.kind.value,
+            KIND=int(form.kind),
             BLOCK=block,
             num_warps=warps,
-            **_transforms(tile, spec),
+            student=spec.student.kernel_argument(tile.student_bias),
+            teacher=spec.teacher.kernel_argument(tile.teacher_bias),
         )
     return sums[:, 0] if splits == 1 else sums.sum(1)
 
@@ -322,7 +325,7 @@ def tile_gradient_(
 ) -> None:
     """Write dz [n, V] of a tile, given its rows' normalizers; `dz` may be `tile.s`."""
     n, classes = tile.s.shape
-    form = _form(spec.divergence)
+    form = _form(spec)
     block, warps = GRADIENT_BLOCK
     if n:
         launch(_gradient_kernel, (n, ceil_div(classes, block)), tile.s)(
@@ -340,10 +343,11 @@ def tile_gradient_(
             label_weight=float(spec.label_weight),
             n_cols=classes,
             parameters=(form.a or None, form.b or None),
-            KIND=form.kind.value,
+            KIND=int(form.kind),
             BLOCK=block,
             num_warps=warps,
-            **_transforms(tile, spec),
+            student=spec.student.kernel_argument(tile.student_bias),
+            teacher=spec.teacher.kernel_argument(tile.teacher_bias),
         )
 
 
@@ -359,23 +363,14 @@ def stash_rows_(
     return value, stats
 
 
-def _form(divergence: Divergence) -> KernelForm:
-    form = kernel_form(divergence)
-    if form is None:
+def _form(spec: RowSpec) -> KernelForm:
+    if spec.form is None:
         raise TypeError(
-            f"divergence: the Triton row passes do not know {divergence!r}; use impl='torch'"
+            f"divergence: the Triton row passes do not know {spec.divergence!r}; use impl='torch'"
         )
-    return form
+    return spec.form
 
 
 def _logits(tile: Tile) -> tuple[Tensor, Tensor, int, int]:
     """The first arguments of every pass: both models' logits and the strides of their rows."""
     return tile.s, tile.t, tile.s.stride(0), tile.t.stride(0)
-
-
-def _transforms(tile: Tile, spec: RowSpec) -> dict[str, Any]:
-    """The transforms of both models' logits."""
-    return {
-        "student": spec.student.kernel_argument(tile.student_bias),
-        "teacher": spec.teacher.kernel_argument(tile.teacher_bias),
-    }

@@ -80,23 +80,23 @@ def _run_chunks(
     weight_sum = accumulator(weight, wide=plan.sums_weight_apart)
     results: list[tuple[Tensor, RowStats]] = []
     for start in range(0, tokens, plan.token_chunk):
-        chunk = slice(start, min(start + plan.token_chunk, tokens))
-        hidden = row_range(x.student_hidden, chunk)
-        dz = row_range(buffers.dz, slice(0, hidden.shape[0]))
+        stop = min(start + plan.token_chunk, tokens)
+        hidden = row_range(x.student_hidden, start, stop)
+        dz = row_range(buffers.dz, 0, stop - start)
         if buffers.student is None:
             matmul.project(hidden, x.student_weight, dz, x.student_ids)
-        for first in range(chunk.start, chunk.stop, plan.logit_chunk):
-            rows = slice(first, min(first + plan.logit_chunk, chunk.stop))
-            of_buffer = slice(0, rows.stop - rows.start)
-            t = row_range(buffers.teacher, of_buffer)
-            matmul.project(row_range(x.teacher_hidden, rows), x.teacher_weight, t, x.teacher_ids)
-            dz_rows = row_range(dz, slice(rows.start - start, rows.stop - start))
+        for first in range(start, stop, plan.logit_chunk):
+            last = min(first + plan.logit_chunk, stop)
+            rows = slice(first, last)
+            t = row_range(buffers.teacher, 0, last - first)
+            h = row_range(x.teacher_hidden, first, last)
+            matmul.project(h, x.teacher_weight, t, x.teacher_ids)
+            dz_rows = row_range(dz, first - start, last - start)
             s = dz_rows
             if buffers.student is not None:
-                s = row_range(buffers.student, of_buffer)
-                matmul.project(
-                    row_range(x.student_hidden, rows), x.student_weight, s, x.student_ids
-                )
+                s = row_range(buffers.student, 0, last - first)
+                h = row_range(x.student_hidden, first, last)
+                matmul.project(h, x.student_weight, s, x.student_ids)
             labels = None if x.labels is None else x.labels[rows]
             tile = Tile(s, t, x.student_bias, x.teacher_bias, labels)
             tile_weight = None if row_weight is None else row_weight[rows]
@@ -106,7 +106,7 @@ def _run_chunks(
                 value, stat = merged.stash_rows_(call, tile, tile_weight, dz_rows, rows)
             results.append((value, stat))
         if hidden_sum is not None:
-            out = row_range(hidden_sum, chunk)
+            out = row_range(hidden_sum, start, stop)
             matmul.hidden_gradient(
                 dz, x.student_weight, out, x.student_ids, alpha=factor, accumulate=False
             )
@@ -127,17 +127,19 @@ def _run_chunks(
     finish(gradients.bias, gradients.bias, restore)
     if merged is not None and gradients.weight is not None:
         merged.set_weight_gradient(x.student_hidden, gradients.weight, factor, restore, add=False)
-    return _all_rows(results, torch.empty(0, dtype=dtype, device=x.student_hidden.device))
+    return _all_rows(results, x.student_hidden)
 
 
-def _all_rows(results: list[tuple[Tensor, RowStats]], nothing: Tensor) -> tuple[Tensor, RowStats]:
+def _all_rows(results: list[tuple[Tensor, RowStats]], like: Tensor) -> tuple[Tensor, RowStats]:
     """(divergence, statistics) of the rows of all chunks, which come in order."""
     if len(results) == 1:
         return results[0]
     # One launch a chunk and one in all, rather than one for each of eleven fields.
     chunks = [torch.stack((value, *stats)) for value, stats in results]
-    fields = [nothing] * (1 + len(RowStats._fields))
-    value, *stats = torch.cat(chunks, dim=1).unbind() if chunks else fields
+    if not chunks:
+        dtype = matmul.logits_dtype(like.dtype)
+        chunks = [like.new_empty(1 + len(RowStats._fields), 0, dtype=dtype)]
+    value, *stats = torch.cat(chunks, dim=1).unbind()
     return value, RowStats(*stats)
 
 
@@ -157,11 +159,11 @@ class _Buffers:
         if plan.teacher_in_gradient and weight_gradient is not None:
             per_logit = dtype.itemsize // weight_gradient.dtype.itemsize
             row = row_stride(call.classes)
-            idle = weight_gradient.view(-1)
+            idle = weight_gradient
             if per_logit > 1:
-                idle = idle[: height * row * per_logit].view(dtype)
-            start = idle.storage_offset()
-            self.teacher = idle.as_strided((height, call.classes), (row, 1), start)
+                idle = idle.view(-1)[: height * row * per_logit].view(dtype)
+            # From where `idle` starts: its storage may start before.
+            self.teacher = idle.as_strided((height, call.classes), (row, 1))
         else:
             self.teacher = self._rows("teacher", height, dtype)
 

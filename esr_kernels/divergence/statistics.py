@@ -6,7 +6,8 @@ any kind are merged here: tiles of classes, splits over GPU programs, shards of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from esr_kernels.common.online_softmax import shares, weighted_mean
 from esr_kernels.common.transform import LogitTransform
-from esr_kernels.divergence.losses import Divergence
+from esr_kernels.divergence.losses import Divergence, KernelForm, kernel_form
 
 # Columns of a part's statistics, all fp32, in pairs (student, teacher). s, t: transformed logits;
 # p, q: their softmax within the part.
@@ -37,9 +38,13 @@ class RowSpec:
     teacher: LogitTransform
     label_weight: float = 0.0
 
+    @cached_property
+    def form(self) -> KernelForm | None:
+        """The divergence as compiled row passes take it; None if they do not have it."""
+        return kernel_form(self.divergence)
 
-@dataclass(frozen=True)
-class Tile:
+
+class Tile(NamedTuple):
     """Raw logits of some rows over a range of classes. Row passes may overwrite them.
 
     `labels` are counted from the tile's first class; a label outside of it belongs to another tile.
@@ -53,7 +58,7 @@ class Tile:
 
     def rows(self, rows: slice) -> Tile:
         labels = None if self.labels is None else self.labels[rows]
-        return replace(self, s=self.s[rows], t=self.t[rows], labels=labels)
+        return self._replace(s=self.s[rows], t=self.t[rows], labels=labels)
 
     @property
     def may_be_infinite(self) -> bool:

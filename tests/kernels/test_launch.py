@@ -16,13 +16,21 @@ from esr_kernels.common import launch
 PACKAGE = Path(esr_kernels.__file__).parent
 
 
+@pytest.fixture(params=[True, False], ids=["of one", "of several"])
+def one_gpu(request, monkeypatch):
+    monkeypatch.setattr(launch, "_has_one_gpu", lambda: request.param)
+    return request.param
+
+
 @pytest.fixture
 def _searches(monkeypatch):
     """Each launch goes through Triton, as in a build of PyTorch without CUDA."""
     monkeypatch.setattr(launch, "_REMEMBERS", False)
 
 
-def test_a_launch_is_on_the_device_of_its_operand(monkeypatch, _searches):
+def test_a_launch_is_on_the_device_of_its_operand_where_there_are_several(
+    monkeypatch, one_gpu, _searches
+):
     current = [0]
 
     class DeviceOf:
@@ -38,8 +46,9 @@ def test_a_launch_is_on_the_device_of_its_operand(monkeypatch, _searches):
     monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
     seen = []
     kernel = {(4, 2): lambda *args, **kwargs: seen.append((current[0], args, kwargs))}
-    launch.launch(kernel, (4, 2), SimpleNamespace(index=1))("a", BLOCK=8)
-    assert seen == [(1, ("a",), {"BLOCK": 8, "enable_fp_fusion": True})]
+    launch.launch(kernel, (4, 2), SimpleNamespace(index=1, is_cuda=True))("a", BLOCK=8)
+    device = 0 if one_gpu else 1
+    assert seen == [(device, ("a",), {"BLOCK": 8, "enable_fp_fusion": True})]
     assert current == [0]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -69,7 +67,7 @@ def _as(tile: Tile, dtype: torch.dtype) -> Tile:
     bias = tile.student_bias, tile.teacher_bias
     student, teacher = (None if b is None else b.to(dtype) for b in bias)
     s, t = tile.s.to(dtype, copy=True), tile.t.to(dtype, copy=True)
-    return replace(tile, s=s, t=t, student_bias=student, teacher_bias=teacher)
+    return tile._replace(s=s, t=t, student_bias=student, teacher_bias=teacher)
 
 
 def _all_passes(rows, tile: Tile, weight: torch.Tensor, spec: RowSpec, dtype: torch.dtype):
@@ -124,7 +122,7 @@ def test_a_class_removed_from_either_model_counts_nothing(both, divergence):
     gone = torch.zeros(600)
     gone[300:] = -torch.inf
     kept = gone if both else torch.zeros(600)
-    tile = replace(_tile(5, 600, 2.0), labels=None, student_bias=gone, teacher_bias=kept)
+    tile = _tile(5, 600, 2.0)._replace(labels=None, student_bias=gone, teacher_bias=kept)
     ours = _all_passes(rows_native, tile, torch.ones(5), spec, torch.float32)
     truth = _all_passes(rows_torch, tile, torch.ones(5), spec, torch.float64)
     for name, exact in truth.items():
@@ -136,7 +134,7 @@ def test_a_class_removed_from_either_model_counts_nothing(both, divergence):
 
 
 def test_a_tile_without_a_class_alive_has_no_mass():
-    tile = replace(_tile(3, 40, 1.0), labels=None, student_bias=torch.full((40,), -torch.inf))
+    tile = _tile(3, 40, 1.0)._replace(labels=None, student_bias=torch.full((40,), -torch.inf))
     spec = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
     ours = rows_native.tile_stats(_as(tile, torch.float32), spec)
     expected = rows_torch.tile_stats(_as(tile, torch.float32), spec)
@@ -148,7 +146,7 @@ def test_a_tile_without_a_class_alive_has_no_mass():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_stays_in_its_row_and_a_weight_of_zero_removes_it(bad, divergence):
     spec = RowSpec(divergence, LogitTransform(), LogitTransform())
-    tile = replace(_tile(4, 700, 1.0), labels=None, student_bias=None, teacher_bias=None)
+    tile = _tile(4, 700, 1.0)._replace(labels=None, student_bias=None, teacher_bias=None)
     tile.s[2, 300] = bad
     clean = _as(tile, torch.float32)
     value, stats = rows_native.stash_rows_(clean, None, spec, clean.s)
@@ -166,7 +164,7 @@ def test_padded_rows_and_any_number_of_threads_give_the_same_bits():
     tile = _tile(64, 2501, 2.0)
     dense, wide = _as(tile, torch.float32), torch.zeros(2, 64, 2560)
     wide[0, :, :2501], wide[1, :, :2501] = tile.s, tile.t
-    padded = replace(tile, s=wide[0, :, :2501], t=wide[1, :, :2501])
+    padded = tile._replace(s=wide[0, :, :2501], t=wide[1, :, :2501])
     one = rows_native.stash_rows_(dense, None, spec, dense.s)[0]
     torch.set_num_threads(3)
     three = rows_native.stash_rows_(padded, None, spec, padded.s)[0]
