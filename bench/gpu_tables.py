@@ -1,7 +1,12 @@
-"""What `gpu_suite` has measured, as the tables of README.md and docs/gpu.md: no number is typed."""
+"""What `gpu_suite` has measured, as tables: no number of README.md and docs/gpu.md is typed.
+
+python -m bench.gpu_tables FILE     prints those of another GPU, from the suite's JSON lines
+"""
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -9,16 +14,28 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-H100 = "gpu_nvidia_h100_80gb_hbm3"
-_NO_CONTENDER = "bare GEMMs (4)"
+_source = RESULTS / "gpu_nvidia_h100_80gb_hbm3.jsonl"
 
 Record = dict[str, Any]
 
 
-def records(name: str = H100) -> dict[str, Record]:
-    """The newest record of each part, by its name."""
-    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    found = {record["name"]: record for record in sorted(map(json.loads, lines), key=_date)}
+def all_records() -> list[Record]:
+    """Every record, oldest first. Raises ValueError naming the line that is none."""
+    found = []
+    for number, line in enumerate(_source.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            record["date"], record["name"], record["section"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{_source}, line {number} is no record: {error!r}") from error
+        found.append(record)
+    return sorted(found, key=lambda record: record["date"])
+
+
+def records() -> dict[str, Record]:
+    """The newest record of each part that was measured or checked, by its name."""
+    failed = {"error", "not installed"}
+    found = {r["name"]: r for r in all_records() if r["section"] == "check" or not failed & set(r)}
     # The committed tile of the first runs, which loads by pointers, has a name of its own since.
     first = found.get("fused tile: committed")
     if first is not None and first.get("tile", [True])[-1] is not True:
@@ -26,8 +43,12 @@ def records(name: str = H100) -> dict[str, Record]:
     return found
 
 
-def _date(record: Record) -> str:
-    return record["date"]
+def _named(name: str, record: Record) -> str:
+    """A contender's name, with what its time depends on."""
+    name = f"{name}, not compiled" if name.startswith("Liger") else name
+    name = name.replace("ours, 1,536", "ours, memory_budget of 1,536")
+    bound = record.get("host ms", 0.0) > max(record["ms"], _HEAD_START_MS)
+    return f"{name}, bound by the host" if bound else name
 
 
 def machine(found: Iterable[Record]) -> str:
@@ -56,6 +77,7 @@ def checks() -> str:
     return f"{text}. {_note(found)}"
 
 
+_HEAD_START_MS = 2.5  # of the host, see `gpu_timing`
 _PROBLEM = re.compile(r"T=(\d+) Ds=(\d+) Dt=(\d+) V=(\d+) beta=([\d.]+) (\w+) head: (.+)")
 _LOSS = {"0.0": "forward KL", "1.0": "reverse KL"}
 
@@ -72,14 +94,16 @@ def divergence(only: str = "") -> str:
             problems.setdefault(what, {})[contender] = record
     parts = []
     for what, table in problems.items():
-        [(floor_name, floor)] = [(n, r) for n, r in table.items() if n.startswith("bare GEMMs")]
+        floors = [(n, r) for n, r in table.items() if n.startswith("bare GEMMs")]
+        if not floors:
+            continue
+        [(floor_name, floor)] = floors
         rows = [[floor_name, f"{floor['ms']:.2f}", "1.00", "", ""]]
         for contender, r in table.items():
             if "ms" in r and contender != floor_name:
                 ratio = f"{r['ms'] / floor['ms']:.2f}"
-                rows.append(
-                    [contender, f"{r['ms']:.2f}", ratio, f"{r['extra MiB']:,.0f}", _host(r)]
-                )
+                memory = f"{r['extra MiB']:,.0f}"
+                rows.append([_named(contender, r), f"{r['ms']:.2f}", ratio, memory, _host(r)])
         header = ["", "ms", "times the products", "extra MiB", "host ms"]
         parts.append(f"{what}:\n\n{_table(header, rows)}")
     used = [r for table in problems.values() for r in table.values()]
@@ -108,7 +132,7 @@ def calls() -> str:
         if record is None or "ms" not in record:
             continue
         used.append(record)
-        floor = found.get(_floor_of(name))
+        floor = None if name.startswith("draw, ") else found.get(_floor_of(name))
         measured = f"{record['ms']:.2f}"
         ratio = f"{record['ms'] / floor['ms']:.2f}" if floor else ""
         model = call["ms"] / call["products alone ms"]
@@ -150,9 +174,10 @@ def _number(value: float | None) -> str:
 
 def tiles() -> str:
     """Fused statistics with other tiles, beside the products alone."""
-    found = records()
-    floor = found["products, T=8192, D=1536/3584, projections"]
-    used, rows = [floor], []
+    found, floor_name = records(), "products, T=8192, D=1536/3584, projections"
+    floors = [r for r in all_records() if r["name"] == floor_name and "ms" in r]
+    used: list[Record] = []
+    rows: list[list[str]] = []
     compiled = json.loads((RESULTS / "fused_variants.json").read_text())["table"]
     for name, record in found.items():
         if name.startswith("fused tile: ") and "ms" in record:
@@ -161,13 +186,22 @@ def tiles() -> str:
             if record["tile"][-1] is not True:
                 variant = variant.replace("committed", "pointers")
             spilled = str(compiled.get(variant, {}).get("spilled_bytes", ""))
+            # Clocks differ from run to run: the floor of the run that is nearest in time.
+            floor = min(floors, key=lambda r, at=record: abs(_seconds(r) - _seconds(at)))
             ms, ratio = record["ms"], record["ms"] / floor["ms"]
             rows.append([variant, tile, spilled, f"{ms:.1f}", f"{ratio:.2f}"])
     rows.sort(key=lambda row: float(row[3]))
     header = ["", "tokens x classes x depth", "spilled bytes", "ms", "times the products"]
     table = _table(header, rows)
     note = f"{machine(used)}. By `python -m bench.gpu_variants`."
-    return f"{table}\n\nT = 8,192, D = 1536/3584, bf16. {note}"
+    return (
+        f"{table}\n\nT = 8,192, D = 1536/3584, bf16; medians of 3 to 6 runs, at 1.4 to 2.0 GHz "
+        f"under the power limit, each beside the products of its own run. {note}"
+    )
+
+
+def _seconds(record: Record) -> float:
+    return datetime.datetime.fromisoformat(record["date"]).timestamp()
 
 
 def short() -> str:
@@ -177,8 +211,8 @@ def short() -> str:
     names = [n.partition("head: ")[2] for n in found if n.startswith(problem.format(6400))]
     rows, used = [], []
     for name in names:
-        both = [found[problem.format(tokens) + name] for tokens in (1600, 6400)]
-        if not all("ms" in r for r in both) or name in ("ours, stash", "ours, recompute"):
+        both = [found.get(problem.format(tokens) + name) for tokens in (1600, 6400)]
+        if None in both or name in ("ours, stash", "ours, recompute"):
             continue
         used += both
         floor = name.startswith("bare GEMMs")
@@ -187,25 +221,35 @@ def short() -> str:
             for r in both
             for cell in (f"{r['ms']:.1f}", "" if floor else f"{r['extra MiB']:,.0f}")
         ]
-        rows.append(["the four products alone" if floor else name, *cells])
+        shown = "the four matrix products alone" if floor else _named(name, both[0])
+        rows.append([shown, *cells])
     header = ["", "T=1,600: ms", "extra MiB", "T=6,400: ms", "extra MiB"]
     table = _table(header, rows)
-    step, full = (
-        next(r for n, r in found.items() if n.startswith("step, ") and end in n and "ours" in n)
-        for end in (" 100 tokens", " 1000 tokens")
-    )
-    ours, generate = (
-        next(r for n, r in found.items() if n.startswith("rollout, D=896") and end in n)
-        for end in ("ours, with graphs", "generate")
+    step, full, ours, generate = (
+        _only(found, *words)
+        for words in (
+            ("step, ", " 100 tokens: ours"),
+            ("step, ", " 1000 tokens: ours"),
+            ("rollout, D=896", "ours, with graphs"),
+            ("rollout, D=896", "generate"),
+        )
     )
     gpu, torch = used[0]["gpu"], used[0]["torch"]
     return (
         "reverse KL, trainable head, Ds=1536, Dt=3584, V=151936, bf16, forward + backward:\n\n"
         f"{table}\n\nA training step of 64 responses (random weights, Qwen2.5-0.5B's shape under "
         f"1.5B's) takes {step['s']:.1f} s with 100 tokens each and {full['s']:.1f} s with 1,000; "
-        f"rollouts of 100 tokens are {generate['s'] / ours['s']:.1f} times faster than `generate`. "
+        f"with CUDA graphs rollouts of 100 tokens are {generate['s'] / ours['s']:.1f} times faster "
+        "than `generate`, which waits for the host. "
         f"{gpu}, torch {torch}; [all figures](docs/gpu.md), [a CPU's](docs/results.md)."
     )
+
+
+def _only(found: dict[str, Record], start: str, end: str) -> Record:
+    for name, record in found.items():
+        if name.startswith(start) and name.endswith(end):
+            return record
+    raise ValueError(f"{_source} has no record {start!r} ... {end!r}")
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -219,3 +263,20 @@ BLOCKS: dict[str, Callable[[], str]] = {
     ),
     "gpu_host": lambda: parts("host, tiny", columns=("us", "plain us", "ratio")),
 }
+
+
+def main() -> int:
+    global _source
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    _source = parser.parse_args().file
+    for name, block in BLOCKS.items():
+        try:
+            print(f"{name}\n\n{block()}\n")
+        except (ValueError, KeyError, OSError) as error:
+            print(f"{name}: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -137,6 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="variants whose name has this expression")
     parser.add_argument("--out", type=Path, help="JSON lines; default that of bench.gpu_suite")
     options = parser.parse_args(arguments)
+    try:
+        wanted = re.compile(options.only)
+    except re.error as error:
+        parser.error(f"--only {options.only!r}: {error}")
     if not torch.cuda.is_available():
         print("gpu_variants needs a CUDA device and finds none")
         return 2
@@ -144,18 +148,21 @@ def main(arguments: list[str] | None = None) -> int:
     import triton
 
     triton.set_allocator(lambda size, _, __: torch.empty(size, dtype=torch.int8, device="cuda"))
-    where = machine()
+    where, ran = machine(), 0
     out = options.out or results_path(where)
     with Clocks() as clocks, out.open("a") as file:
         for parts in (rows(options.seconds), fused(options.seconds)):
             for name, part in parts:
-                if not re.search(options.only, name):
+                if not wanted.search(name):
                     continue
+                ran += 1
                 record = measure("variant", name, part, clocks)
                 print(record, flush=True)
                 file.write(json.dumps({**record, **where}) + "\n")
                 file.flush()
-    return 0
+    if not ran:
+        print(f"no variant has {options.only!r} in its name")
+    return 0 if ran else 2
 
 
 if __name__ == "__main__":

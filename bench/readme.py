@@ -9,9 +9,9 @@ cards of configs/sudoku and configs/tally/adapter, bench/results.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -351,8 +351,11 @@ def _train_step() -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where out of date")
+    options = parser.parse_args()
     stale = [name for name in pages() if filled(name) != (ROOT / name).read_text(encoding="utf-8")]
-    if "--check" in sys.argv[1:]:
+    if options.check:
         for name in stale:
             print(f"{name} is out of date: python -m bench.readme")
         return int(bool(stale))

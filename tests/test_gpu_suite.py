@@ -179,18 +179,79 @@ def test_the_rates_of_the_fused_kernel_solve_its_two_times():
     assert gpu_kernels._fused_rates(noise, per_byte, pairs) == pytest.approx((4e10 / 5e8 / 200, 0))
 
 
+def test_checks_that_time_cut_short_are_no_pass(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(gpu_suite.time, "perf_counter", lambda: now[0])
+
+    def check():
+        now[0] += 10.0
+        return {"ok": True}
+
+    parts = [("check", (name, check)) for name in "abc"]
+    monkeypatch.setattr(
+        gpu_suite, "groups", lambda dry, calibration: [gpu_suite.Group("checks", 15.0, parts)]
+    )
+    assert gpu_suite.main(["--dry-run"]) == 1
+    assert "after 2 checks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--groups", "draws,nonsense"], "'nonsense' is none of checks"),
+        (["--share", "0/3"], "1 <= K <= N"),
+        (["--seconds", "-5"], "above 0"),
+        (["--seconds", "nan"], "above 0"),
+        (["--out", "/nowhere/x.jsonl"], "No such file or directory"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        gpu_suite.main(["--dry-run", *arguments])
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_calibration_file_that_cannot_be_read_is_refused_at_once(tmp_path, capsys):
+    (tmp_path / "rates.json").write_text("{")
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--dry-run", "--calibration", str(tmp_path / "rates.json")])
+    assert "must hold JSON" in capsys.readouterr().err
+
+
+def test_groups_and_shares_choose_parts(monkeypatch):
+    made = [gpu_suite.Group(name, 10.0, list(range(5))) for name in ("first", "second")]
+    [group] = gpu_suite.chosen(made, [" second"], (2, 3), 4.0)
+    assert (group.name, group.seconds, list(group.parts)) == ("second", 4.0, [1, 4])
+    assert [g.seconds for g in gpu_suite.chosen(made, None, (1, 1), None)] == [10.0, 10.0]
+
+
+def test_the_groups_have_470_seconds_together():
+    assert sum(group.seconds for group in gpu_suite.groups(False, None)) == 470
+
+
+def test_a_damaged_record_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "gpu_x.jsonl"
+    path.write_text('{"name": "a", "section": "check", "date": "2026", "ok": true}\n{"name": "b"')
+    monkeypatch.setattr(gpu_tables, "_source", path)
+    with pytest.raises(ValueError, match="gpu_x.jsonl, line 2 is no record"):
+        gpu_tables.checks()
+
+
 def test_the_committed_tile_of_the_first_runs_is_not_todays(tmp_path, monkeypatch):
-    """That one loads by pointers, and today's by descriptors."""
-    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
-    name = "fused tile: committed"
+    """That one loads by pointers, and today's by descriptors. A run that failed hides no other."""
+    path, name = tmp_path / "gpu.jsonl", "fused tile: committed"
+    monkeypatch.setattr(gpu_tables, "_source", path)
     runs = [
-        {"name": name, "date": "1", "tile": [128, 128, 64, 8, 4], "ms": 25.4},
-        {"name": name, "date": "2", "tile": [128, 128, 64, 8, 4, False], "ms": 25.2},
-        {"name": name, "date": "3", "tile": [128, 128, 64, 8, 5, True], "ms": 20.8},
-        {"name": name, "date": "4", "error": "statistics differ"},
+        {"tile": [128, 128, 64, 8, 4], "ms": 25.4},
+        {"tile": [128, 128, 64, 8, 4, False], "ms": 25.2},
+        {"tile": [128, 128, 64, 8, 5, True], "ms": 20.8},
+        {"error": "statistics differ"},
+    ]
+    runs = [
+        {"name": name, "date": str(k), "section": "variant", **run} for k, run in enumerate(runs)
     ]
     found = []
     for last in range(1, 5):
-        (tmp_path / "gpu.jsonl").write_text("\n".join(map(json.dumps, runs[:last])))
-        found.append(gpu_tables.records("gpu").get(name))
-    assert found == [None, None, *runs[2:]]
+        path.write_text("\n".join(map(json.dumps, runs[:last])))
+        found.append(gpu_tables.records().get(name))
+    assert found == [None, None, runs[2], runs[2]]
