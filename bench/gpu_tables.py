@@ -178,14 +178,14 @@ def tiles() -> str:
     floors = [r for r in all_records() if r["name"] == floor_name and "ms" in r]
     used: list[Record] = []
     rows: list[list[str]] = []
-    compiled = json.loads((RESULTS / "fused_variants.json").read_text())["table"]
+    compiled = json.loads((RESULTS / "fused_variants.json").read_text())
     for name, record in found.items():
         if name.startswith("fused tile: ") and "ms" in record:
             used.append(record)
             variant, tile = name[12:], " x ".join(map(str, record["tile"][:3]))
             if record["tile"][-1] is not True:
                 variant = variant.replace("committed", "pointers")
-            spilled = str(compiled.get(variant, {}).get("spilled_bytes", ""))
+            spilled = str(compiled["table"].get(variant, {}).get("spilled_bytes", ""))
             # Clocks differ from run to run: the floor of the run that is nearest in time.
             floor = min(floors, key=lambda r, at=record: abs(_seconds(r) - _seconds(at)))
             ms, ratio = record["ms"], record["ms"] / floor["ms"]
@@ -196,7 +196,8 @@ def tiles() -> str:
     note = f"{machine(used)}. By `python -m bench.gpu_variants`."
     return (
         f"{table}\n\nT = 8,192, D = 1536/3584, bf16; medians of 3 to 6 runs, at 1.4 to 2.0 GHz "
-        f"under the power limit, each beside the products of its own run. {note}"
+        f"under the power limit, each beside the products of its own run. {note} Spilled bytes: of "
+        f"today's code, by Triton {compiled['triton']} and `python -m bench.fused_variants`."
     )
 
 

@@ -99,8 +99,10 @@ def predict(launched: Launched, gpu: Gpu, sizes: Sizes) -> Prediction:
 
 def _moved(launched: Launched, sizes: Sizes) -> float:
     """Bytes of memory. Every kernel passes its tensors once, but the draw, which reads one tile of
-    the head for each row, and the scaling by a loss's upstream gradient, which is 1 here."""
-    if launched.function.fn.__name__ == "_scale_kernel":
+    the head for each row, and the scaling in place by a loss's upstream gradient, which is 1 here.
+    """
+    in_place = launched.constants.get("total_ptr", ...) is None
+    if launched.function.fn.__name__ == "_scale_kernel" and in_place:
         return 0.0
     if launched.function.fn.__name__ == "_draw_kernel" and "BLOCK_D" in launched.constants:
         classes = launched.constants["TILE"]

@@ -82,14 +82,14 @@ def test_the_bytes_of_a_launch_are_those_of_its_tensors_described_ones_too():
 
 
 def test_the_gradient_of_a_loss_is_not_passed_for_a_factor_of_one():
-    def launched(name: str) -> Launched:
-        function = SimpleNamespace(fn=SimpleNamespace(__name__=name))
-        kernel = SimpleNamespace(src=SimpleNamespace(constants={}))
-        return Launched(function, kernel, 1, 4096)
+    def moved(name: str, total: dict) -> float:
+        function = SimpleNamespace(fn=SimpleNamespace(__name__=name), arg_names=["total_ptr"])
+        kernel = SimpleNamespace(src=SimpleNamespace(constants=total))
+        return _moved(Launched(function, kernel, 1, 4096), Sizes(8, 100, (32,)))
 
-    sizes = Sizes(8, 100, (32,))
-    assert _moved(launched("_scale_kernel"), sizes) == 0
-    assert _moved(launched("gradient_kernel"), sizes) == 4096
+    assert moved("_scale_kernel", {(0,): None}) == 0
+    assert moved("_scale_kernel", {}) == 4096, "it adds to a tensor"
+    assert moved("_gradient_kernel", {}) == 4096
 
 
 def test_what_does_not_fit_the_cache_is_loaded_again_each_time():
