@@ -164,12 +164,12 @@ def weight_gradient(
 def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
     """out = alpha * a @ b + accumulate * out, rounded once, to the dtype of `out`."""
     on_gpu = _on_gpu(a)
-    if not on_gpu and a.dtype.itemsize == 2:
+    if a.dtype.itemsize == 2 and (KERNELS_ON_CPU or a.is_cpu):
         # For kernels that are tested without a GPU. With an odd number of columns, oneDNN's AMX
         # product of bf16 reads one element past each row and multiplies it by 0; in the padding
         # between rows that may be NaN.
         a = a.contiguous()
-    widens = on_gpu and WIDENING.mm
+    widens = _widens(a)
     multiplied = a.dtype if widens or a.dtype == out.dtype else torch.float32
     with full_precision(multiplied, out.dtype) if on_gpu else _AS_IT_IS:
         if a.dtype == out.dtype and alpha == 1.0 and not accumulate:
