@@ -164,7 +164,7 @@ def weight_gradient(
 def _mm(a: Tensor, b: Tensor, out: Tensor, alpha: float, accumulate: bool) -> None:
     """out = alpha * a @ b + accumulate * out, rounded once, to the dtype of `out`."""
     on_gpu = _on_gpu(a)
-    if a.dtype.itemsize == 2 and (KERNELS_ON_CPU or a.is_cpu):
+    if a.dtype.itemsize == 2 and (KERNELS_ON_CPU or a.device.type == "cpu"):
         # For kernels that are tested without a GPU. With an odd number of columns, oneDNN's AMX
         # product of bf16 reads one element past each row and multiplies it by 0; in the padding
         # between rows that may be NaN.

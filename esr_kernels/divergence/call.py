@@ -329,7 +329,7 @@ def new_gradients(wanted: Wanted, x: Operands, call: Call) -> Gradients:
         # A gradient that is added to the caller's fp32 buffer must not be rounded first.
         given = call.plan.problem.weight_grad_given
         weight = torch.empty_like(x.student_weight, dtype=dtype if given else None)
-        if weight.is_cpu:
+        if weight.device.type == "cpu":
             cpu.on_huge_pages(weight)
         shared = 0 if x.student_ids is not None else call.classes
         if shared < weight.shape[0]:
