@@ -47,11 +47,9 @@ _MORE_TILES = {
         (128, 128, 128, 8, 3),
         (256, 64, 64, 8, 4),
         (64, 256, 64, 8, 4),
-        (128, 160, 64, 8, 4),
         (256, 128, 64, 16, 4),
         (128, 256, 64, 16, 4),
     )
-    if v & (v - 1) == 0
 }
 _GROUPS = (4, 16, 64)  # token blocks that walk the classes together
 _SPEC = RowSpec(ReverseKL(), LogitTransform(), LogitTransform())
